@@ -1,4 +1,4 @@
-"""Small random-weight checkpoints, made with transformers' own `save_pretrained`, for tests of arena, weights and engine."""
+"""Small random-weight checkpoints, made with transformers' own `save_pretrained`, for tests of weights and engine."""
 
 from __future__ import annotations
 
