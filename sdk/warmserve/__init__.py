@@ -1,0 +1,1 @@
+"""WarmServe client."""

@@ -1,0 +1,156 @@
+"""Request queues in Redis: per model three streams (one per priority), read by the model's instances as one group.
+
+Delivery is at least once: an entry stays until the instance that took it says `done`, and what a lost instance held can
+be put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from warmserve.cluster.events import stream_items
+from warmserve.cluster.keys import Keys
+from warmserve.v1 import agent_pb2, common_pb2
+
+GROUP = "instances"
+_PRIORITIES = {common_pb2.PRIORITY_HIGH: "high", common_pb2.PRIORITY_NORMAL: "normal", common_pb2.PRIORITY_LOW: "low"}
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Where an entry is: its stream and its id there."""
+
+    stream: str
+    entry_id: str
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A request that an instance has taken; say `done(ticket)` when it has ended."""
+
+    ticket: Ticket
+    request: agent_pb2.QueuedRequest
+
+
+class RequestQueue:
+    """The queues of all models. Methods raise redis.RedisError where Redis is away."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        """`redis` answers in bytes (decode_responses=False)."""
+        self._redis = redis
+        self._keys = keys
+
+    def _streams(self, model: str) -> list[str]:
+        return [self._keys.queue(model, name) for name in _PRIORITIES.values()]
+
+    async def put(self, request: agent_pb2.QueuedRequest) -> Ticket:
+        """Appends a request to the stream of its model and priority."""
+        name = _PRIORITIES.get(request.priority, "normal")
+        stream = self._keys.queue(request.model, name)
+        entry_id: Any = await self._redis.xadd(stream, {"request": request.SerializeToString()})
+        return Ticket(stream, entry_id.decode())
+
+    async def take(self, model: str, instance_id: str, count: int, block_ms: int) -> list[Taken]:
+        """Takes up to `count` requests, urgent ones first; waits up to `block_ms` for the first one.
+
+        After a wait it may be up to two more than `count`: one from each priority that got one at that moment.
+        """
+        streams = self._streams(model)
+        taken: list[Taken] = []
+        for stream in streams:
+            if len(taken) < count:
+                taken += await self._read(model, instance_id, [stream], count - len(taken), None)
+        if not taken and block_ms > 0:
+            taken = await self._read(model, instance_id, streams, 1, block_ms)
+        return taken
+
+    async def _read(
+        self, model: str, instance_id: str, streams: list[str], count: int, block_ms: int | None
+    ) -> list[Taken]:
+        wanted: dict[Any, Any] = dict.fromkeys(streams, ">")
+        try:
+            answer = await self._redis.xreadgroup(GROUP, instance_id, wanted, count=count, block=block_ms)
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            await self._make_groups(model)
+            return []
+        return [
+            Taken(Ticket(stream.decode(), entry_id.decode()), agent_pb2.QueuedRequest.FromString(fields[b"request"]))
+            for stream, entries in stream_items(answer).items()
+            for entry_id, fields in entries
+            if fields
+        ]
+
+    async def _make_groups(self, model: str) -> None:
+        for stream in self._streams(model):
+            try:
+                await self._redis.xgroup_create(stream, GROUP, id="0", mkstream=True)
+            except ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):
+                    raise
+
+    async def done(self, ticket: Ticket) -> None:
+        """Forgets an entry: its request has ended, was withdrawn, or was put back under another ticket."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.xack(ticket.stream, GROUP, ticket.entry_id)
+            pipe.xdel(ticket.stream, ticket.entry_id)
+            await pipe.execute()
+
+    async def exists(self, ticket: Ticket) -> bool:
+        """Whether an entry is still there, taken or not."""
+        return bool(await self._redis.xrange(ticket.stream, ticket.entry_id, ticket.entry_id))
+
+    async def held(self, model: str, instance_ids: Collection[str]) -> list[Ticket]:
+        """The entries that these instances have taken and not said `done` for."""
+        held = []
+        for stream in self._streams(model):
+            for instance_id in instance_ids:
+                try:
+                    pending: Any = await self._redis.xpending_range(stream, GROUP, "-", "+", 10_000, instance_id)
+                except ResponseError as error:
+                    if not str(error).startswith("NOGROUP"):
+                        raise
+                    continue
+                held += [Ticket(stream, item["message_id"].decode()) for item in pending]
+        return held
+
+    async def release(self, model: str, instance_id: str, keep: Collection[Ticket]) -> int:
+        """Puts back what an instance took from Redis but never started (its reading was cut off), except `keep`.
+
+        Returns how many entries were put back.
+        """
+        released = 0
+        for ticket in await self.held(model, [instance_id]):
+            if ticket in keep:
+                continue
+            entries: Any = await self._redis.xrange(ticket.stream, ticket.entry_id, ticket.entry_id)
+            async with self._redis.pipeline(transaction=True) as pipe:
+                for _, fields in entries:
+                    pipe.xadd(ticket.stream, fields)
+                pipe.xack(ticket.stream, GROUP, ticket.entry_id)
+                pipe.xdel(ticket.stream, ticket.entry_id)
+                await pipe.execute()
+            released += len(entries)
+        return released
+
+    async def waiting(self, model: str) -> int:
+        """Entries in the model's streams that no instance has taken."""
+        waiting = 0
+        for stream in self._streams(model):
+            waiting += await self._redis.xlen(stream)
+            try:
+                waiting -= (await self._redis.xpending(stream, GROUP))["pending"]
+            except ResponseError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+        return max(waiting, 0)
+
+    async def drop(self, model: str) -> None:
+        """Deletes the streams of a model that is gone."""
+        await self._redis.delete(*self._streams(model))

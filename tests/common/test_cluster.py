@@ -1,0 +1,203 @@
+"""Cluster state over a real etcd, and queues over a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from launcher.backing import start_etcd
+from launcher.children import free_port
+from services.common.load import LoadCounters, LoadCounts, window_start
+from services.common.queues import RequestQueue
+from services.common.session import Election, Session
+from warmserve.cluster.events import EventStream
+from warmserve.cluster.keys import Keys, check_model_name
+from warmserve.cluster.mirror import Mirror
+from warmserve.cluster.store import Store, StoreUnavailableError
+from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2
+
+
+def spec(name: str, tp: int = 1) -> cluster_pb2.ModelSpec:
+    return cluster_pb2.ModelSpec(name=name, source=f"/models/{name}", tp=tp)
+
+
+async def test_create_writes_once_and_recognises_its_own_value(store: Store, keys: Keys) -> None:
+    first = await store.create(keys.model("a"), spec("a"))
+    assert first is not None
+    assert await store.create(keys.model("a"), spec("a", tp=2)) is None
+    assert await store.create(keys.model("a"), spec("a")) == first
+    entry = await store.get(keys.model("a"), cluster_pb2.ModelSpec)
+    assert entry is not None
+    assert entry.value == spec("a")
+    assert entry.create_revision == first
+
+
+async def test_replace_refuses_what_changed_since_it_was_read(store: Store, keys: Keys) -> None:
+    await store.put(keys.model("a"), spec("a"))
+    entry = await store.get(keys.model("a"), cluster_pb2.ModelSpec)
+    assert entry is not None
+    assert await store.replace(entry, spec("a", tp=2))
+    assert not await store.replace(entry, spec("a", tp=4))
+
+
+async def test_values_are_json_that_people_can_read(store: Store, keys: Keys) -> None:
+    await store.put(keys.model("a"), spec("a", tp=2))
+    [change], _ = await store.snapshot(keys.models())
+    assert b'"source": "/models/a"' in (change.value or b"")
+
+
+async def test_store_moves_on_to_an_endpoint_that_answers(etcd, keys: Keys) -> None:
+    store = Store([f"127.0.0.1:{free_port()}", etcd.address])
+    await store.put(keys.model("a"), spec("a"))
+    assert await store.get(keys.model("a"), cluster_pb2.ModelSpec) is not None
+    await store.close()
+
+
+async def test_no_endpoint_answers() -> None:
+    store = Store([f"127.0.0.1:{free_port()}"])
+    with pytest.raises(StoreUnavailableError, match="etcd does not answer"):
+        await store.get("x", cluster_pb2.ModelSpec)
+    await store.close()
+
+
+async def test_mirror_follows_changes_and_keeps_state_while_etcd_is_away(tmp_path: Path, keys: Keys) -> None:
+    port = free_port()
+    etcd = start_etcd(tmp_path / "data", tmp_path / "log", port)
+    store = Store([etcd.address])
+    await store.put(keys.model("old"), spec("old"))
+    mirror = Mirror(store, keys.models(), cluster_pb2.ModelSpec)
+    await mirror.start()
+    assert set(mirror.items) == {"old"}
+    await store.put(keys.model("new"), spec("new"))
+    await mirror.wait_for(lambda items: set(items) == {"old", "new"})
+    await store.delete(keys.model("old"))
+    await mirror.wait_for(lambda items: set(items) == {"new"})
+
+    etcd.child.process.send_signal(signal.SIGKILL)
+    etcd.child.process.wait()
+    while mirror.connected:
+        await asyncio.sleep(0.01)
+    assert set(mirror.items) == {"new"}
+
+    etcd = start_etcd(tmp_path / "data", tmp_path / "log", port)
+    other = Store([etcd.address])
+    await other.put(keys.model("later"), spec("later"))
+    await mirror.wait_for(lambda items: set(items) == {"new", "later"})
+    await mirror.close()
+    await other.close()
+    await store.close()
+    etcd.child.stop(5)
+
+
+async def test_session_writes_its_records_again_after_the_lease_ended(store: Store, keys: Keys) -> None:
+    session = Session(store, 2)
+    await session.start()
+    await session.put(keys.agent("g0"), cluster_pb2.AgentRecord(id="g0"))
+    lease = session.lease
+    await store.revoke_lease(lease)  # as after a long pause of this process
+    mirror = Mirror(store, keys.agents(), cluster_pb2.AgentRecord)
+    await mirror.start()
+    await mirror.wait_for(lambda items: "g0" in items)
+    assert session.lease != lease
+    await session.close()
+    await mirror.wait_for(lambda items: not items)
+    await mirror.close()
+
+
+async def test_one_leader_at_a_time_and_fences_rise(store: Store, keys: Keys) -> None:
+    sessions = [Session(store, 2), Session(store, 2)]
+    for session in sessions:
+        await session.start()
+    elections = [
+        Election(session, keys.placer_leader(), cluster_pb2.LeaderRecord(id=str(i)))
+        for i, session in enumerate(sessions)
+    ]
+    first = await elections[0].campaign()
+    waiting = asyncio.create_task(elections[1].campaign())
+    await store.put(keys.model("x"), spec("x"))
+    assert not waiting.done()
+    assert await store.put_if_held(keys.plan(), cluster_pb2.Plan(fence=first), keys.placer_leader(), first)
+    await sessions[0].close()
+    second = await waiting
+    assert second > first
+    assert not await store.put_if_held(keys.plan(), cluster_pb2.Plan(fence=first), keys.placer_leader(), first)
+    await sessions[1].close()
+
+
+def queued(name: str, priority: common_pb2.Priority = common_pb2.PRIORITY_NORMAL) -> agent_pb2.QueuedRequest:
+    return agent_pb2.QueuedRequest(request_id=name, model="m", token_ids=[1, 2, 3], priority=priority)
+
+
+async def test_urgent_requests_are_taken_first_and_done_ones_are_forgotten(redis: Redis, keys: Keys) -> None:
+    queue = RequestQueue(redis, keys)
+    assert await queue.take("m", "i0", 4, 0) == []
+    await queue.put(queued("late", common_pb2.PRIORITY_LOW))
+    await queue.put(queued("normal"))
+    await queue.put(queued("urgent", common_pb2.PRIORITY_HIGH))
+    assert await queue.waiting("m") == 3
+    taken = await queue.take("m", "i0", 2, 0)
+    assert [item.request.request_id for item in taken] == ["urgent", "normal"]
+    assert await queue.waiting("m") == 1
+    assert len(await queue.held("m", ["i0", "i1"])) == 2
+    for item in taken:
+        await queue.done(item.ticket)
+    assert not await queue.exists(taken[0].ticket)
+    assert await queue.held("m", ["i0"]) == []
+
+
+async def test_what_a_cut_off_reader_took_is_put_back(redis: Redis, keys: Keys) -> None:
+    queue = RequestQueue(redis, keys)
+    await queue.take("m", "i0", 1, 0)
+    for name in ("a", "b"):
+        await queue.put(queued(name))
+    taken = await queue.take("m", "i0", 2, 0)
+    assert await queue.release("m", "i0", keep={taken[0].ticket}) == 1
+    again = await queue.take("m", "i1", 5, 0)
+    assert [item.request.request_id for item in again] == ["b"]
+
+
+async def test_a_blocked_reader_wakes_when_a_request_comes(redis: Redis, keys: Keys) -> None:
+    queue = RequestQueue(redis, keys)
+    await queue.take("m", "i0", 1, 0)
+    reader = asyncio.create_task(queue.take("m", "i0", 1, 4000))
+    await queue.put(queued("a"))
+    assert [item.request.request_id for item in await reader] == ["a"]
+
+
+async def test_load_counters_add_up_over_routers_and_tell_a_gap_from_silence(redis: Redis, keys: Keys) -> None:
+    counters = LoadCounters(redis, keys)
+    start = window_start(1_700_000_123.4, 300)
+    assert start % 300 == 0
+    assert await counters.read(["m"], start) is None
+    await counters.add("r0", start, {"m": LoadCounts(2, 10, 4, 1.5, 3)})
+    await counters.add("r1", start, {"m": LoadCounts(1, 5, 2, 0.5, 1)})
+    await counters.add("r0", start, {"m": LoadCounts(1, 5, 2, 0.5, 4)})
+    read = await counters.read(["m", "silent"], start)
+    assert read == {"m": LoadCounts(4, 20, 8, 2.5, 5), "silent": LoadCounts()}
+
+
+async def test_events_are_kept_in_order(redis: Redis, keys: Keys) -> None:
+    stream = EventStream(redis, keys)
+    for model in ("a", "b"):
+        await stream.append(cluster_pb2.Event(kind=cluster_pb2.EVENT_KIND_WARMED, model=model))
+    newest = await stream.newest(5)
+    assert [event.model for _, event in newest] == ["a", "b"]
+    following = stream.follow(after=newest[0][0])
+    _, event = await anext(following)
+    assert event.model == "b"
+    await following.aclose()
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a b", "a//b", "x" * 129, "ä", "a/"])
+def test_model_names_that_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="is not allowed"):
+        check_model_name(name)
+
+
+@pytest.mark.parametrize("name", ["a", "meta/Llama-3.1_8B"])
+def test_model_names_that_are_taken(name: str) -> None:
+    check_model_name(name)
