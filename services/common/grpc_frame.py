@@ -48,51 +48,53 @@ class _Errors(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
         method = handler_call_details.method
         metadata = dict(handler_call_details.invocation_metadata or ())
+        behaviour = handler.unary_unary or handler.stream_unary or handler.unary_stream or handler.stream_stream
 
         def begin() -> None:
             structlog.contextvars.clear_contextvars()
             structlog.contextvars.bind_contextvars(request_id=metadata.get(REQUEST_ID) or uuid.uuid4().hex)
 
-        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def single(request: Any, context: Any) -> Any:
             begin()
-            behaviour = handler.unary_unary or handler.stream_unary
             try:
                 return await behaviour(request, context)
             except Exception as error:
                 await _abort(context, method, error)
 
-        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
             begin()
-            behaviour = handler.unary_stream or handler.stream_stream
             try:
-                async for response in behaviour(request, context):
-                    yield response
+                responses = behaviour(request, context)
+                if hasattr(responses, "__aiter__"):
+                    async for response in responses:
+                        yield response
+                else:
+                    await responses  # a handler that writes to the context itself
             except Exception as error:
                 await _abort(context, method, error)
 
-        makers = {
+        makers: dict[tuple[bool, bool], Callable[..., Any]] = {
             (False, False): grpc.unary_unary_rpc_method_handler,
             (True, False): grpc.stream_unary_rpc_method_handler,
             (False, True): grpc.unary_stream_rpc_method_handler,
             (True, True): grpc.stream_stream_rpc_method_handler,
         }
-        make = makers[(handler.request_streaming, handler.response_streaming)]
-        return make(
-            stream if handler.response_streaming else unary,
+        return makers[(handler.request_streaming, handler.response_streaming)](
+            stream if handler.response_streaming else single,
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], method: str, error: Exception) -> None:
+async def _abort(context: Any, method: str, error: Exception) -> None:
     if isinstance(error, StatusError):
         await context.abort(error.code, error.message)
     if isinstance(error, grpc.aio.AbortError):

@@ -239,7 +239,8 @@ class Store:
     async def close(self) -> None:
         """Closes the connection."""
         if self._client is not None:
-            client, self._client = self._client, None
+            client = self._client
+            self._client = None
             await client.close()
 
 

@@ -408,6 +408,7 @@ class ResidentShard(_message.Message):
     PAGES_KV_FIELD_NUMBER: _builtins.int
     BYTES_PER_S_FIELD_NUMBER: _builtins.int
     COLD_LOAD_MS_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model."""
     shard: _builtins.int
@@ -432,6 +433,8 @@ class ResidentShard(_message.Message):
     """Bytes per second of the copy in progress; 0 where none is."""
     cold_load_ms: _builtins.float
     """How long its last cold load took (a load from its tier, all pages), in milliseconds; 0 if not yet measured."""
+    running: _builtins.int
+    """Sequences in progress on its instance. Written when an instance becomes busy or idle, and with every other change."""
     @_builtins.property
     def group(self) -> _common_pb2.Group:
         """The group its replica lies on."""
@@ -457,10 +460,11 @@ class ResidentShard(_message.Message):
         pages_kv: _builtins.int = ...,
         bytes_per_s: _builtins.float = ...,
         cold_load_ms: _builtins.float = ...,
+        running: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "reason", b"reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "cold_load_ms", b"cold_load_ms", "group", b"group", "instance_id", b"instance_id", "model", b"model", "pages_kv", b"pages_kv", "pages_resident", b"pages_resident", "pages_total", b"pages_total", "reason", b"reason", "residency", b"residency", "shard", b"shard", "since_unix_ms", b"since_unix_ms", "state", b"state", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "cold_load_ms", b"cold_load_ms", "group", b"group", "instance_id", b"instance_id", "model", b"model", "pages_kv", b"pages_kv", "pages_resident", b"pages_resident", "pages_total", b"pages_total", "reason", b"reason", "residency", b"residency", "running", b"running", "shard", b"shard", "since_unix_ms", b"since_unix_ms", "state", b"state", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
