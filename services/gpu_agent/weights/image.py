@@ -1,0 +1,227 @@
+"""Images: a model's weights in one file, laid out as in the arena; beside it a JSON with layout and checksums."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from services.gpu_agent.weights.checkpoint import Checkpoint
+from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
+from services.gpu_agent.weights.layout import ImageLayout, TensorPlace
+from services.gpu_agent.weights.safetensors_files import read_pieces
+
+_FORMAT = 1
+_UNFINISHED = ".unfinished"
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+BuildProgress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+class Image:
+    """An image's open file. Safe to read from several threads."""
+
+    def __init__(self, path: Path, fingerprint: str, layout: ImageLayout, checksums: list[int], fd: int) -> None:
+        self.path = path
+        self.fingerprint = fingerprint
+        self.layout = layout
+        self._checksums = checksums
+        self._fd = fd
+
+    def read_page(self, index: int, into: torch.Tensor) -> None:
+        """Reads one page into `into` (uint8, CPU, contiguous, page_bytes long) and verifies its checksum.
+
+        Neither reading nor summing holds the interpreter lock. Raises ImageCorrupt, and OSError where the disk fails.
+        """
+        page_bytes = self.layout.page_bytes
+        if into.numel() != page_bytes or into.dtype != torch.uint8:
+            raise ValueError(f"a page needs {page_bytes} bytes of uint8, not {into.numel()} of {into.dtype}")
+        target = into.numpy().data
+        done = 0
+        while done < page_bytes:
+            read = os.preadv(self._fd, [target[done:]], index * page_bytes + done)
+            if read == 0:
+                raise ImageCorrupt(f"{self.path} ends in page {index} of {self.layout.num_pages}")
+            done += read
+        if zlib.crc32(target) != self._checksums[index]:
+            raise ImageCorrupt(f"page {index} of {self.path} does not have its checksum")
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def image_path(folder: Path, checkpoint: Checkpoint, layout: ImageLayout) -> Path:
+    """The file for this version of a checkpoint in this layout; another version or dtype has another file."""
+    dtype = str(layout.dtype).removeprefix("torch.")
+    return folder / f"{checkpoint.fingerprint[:32]}-{dtype}-{layout.page_bytes}.image"
+
+
+def prepare_image(checkpoint: Checkpoint, layout: ImageLayout, folder: Path, progress: BuildProgress) -> Path:
+    """Sees to it that the image is in `folder`, building it where it is missing or broken, and returns its path."""
+    path = image_path(folder, checkpoint, layout)
+    with suppress(FileNotFoundError, ImageCorrupt), open_image(path) as image:
+        if image.fingerprint == checkpoint.fingerprint and image.layout == layout:
+            return path
+    build_image(checkpoint, layout, path, progress)
+    return path
+
+
+def build_image(checkpoint: Checkpoint, layout: ImageLayout, path: Path, progress: BuildProgress) -> None:
+    """Writes the image, converted to the layout's dtype. It appears when it is complete, or not at all.
+
+    `progress` is called after each piece; what it raises ends the work. Raises CheckpointError: too_large where the
+    disk is full, invalid where a weight is not finite in the serving dtype.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _replacing(path) as file:
+            os.posix_fallocate(file.fileno(), 0, layout.total_bytes)
+            checksums = _write_pages(checkpoint, layout, file, progress)
+        body = {
+            "format": _FORMAT,
+            "fingerprint": checkpoint.fingerprint,
+            "layout": layout.to_json(),
+            "page_crc32": checksums,
+        }
+        with _replacing(_sidecar(path)) as file:
+            file.write(json.dumps({**body, "crc32": _checksum(body)}).encode())
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise CheckpointError(
+            Problem.TOO_LARGE,
+            f"the image needs {layout.total_bytes / 2**20:.1f} MiB in {path.parent}, but the disk is full "
+            f"({error.strerror}); free space there or configure another folder for images",
+        ) from error
+
+
+def open_image(path: Path) -> Image:
+    """Opens an image. FileNotFoundError where there is none; ImageCorrupt where file and sidecar do not fit."""
+    try:
+        body = json.loads(_sidecar(path).read_bytes())
+        checksum = body.pop("crc32")
+        if body["format"] != _FORMAT or checksum != _checksum(body):
+            raise ImageCorrupt(f"{_sidecar(path)} is damaged or of another version")
+        layout = ImageLayout.from_json(body["layout"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ImageCorrupt(f"{_sidecar(path)} is damaged: {error!r}") from error
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    size = os.fstat(fd).st_size
+    if size != layout.total_bytes or len(body["page_crc32"]) != layout.num_pages:
+        os.close(fd)
+        raise ImageCorrupt(f"{path} has {size} bytes and not {layout.total_bytes}")
+    return Image(path, body["fingerprint"], layout, body["page_crc32"], fd)
+
+
+def remove_unfinished(folder: Path) -> int:
+    """Deletes what builds that were killed left in `folder`, and returns how many files; running builds are spared."""
+    removed = 0
+    for path in folder.glob(f"*{_UNFINISHED}"):
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            path.unlink()
+            removed += 1
+    return removed
+
+
+def _write_pages(checkpoint: Checkpoint, layout: ImageLayout, file: IO[bytes], progress: BuildProgress) -> list[int]:
+    """Writes all tensors and the padding between them; returns the checksum of each page."""
+    pages = _PageWriter(file, layout.page_bytes)
+    for place in layout.tensors:
+        pages.write(bytes(place.offset - pages.position))
+        for piece in read_pieces(checkpoint.tensors[place.name]):
+            pages.write(_converted(piece, place))
+            progress(pages.position, layout.total_bytes)
+    pages.write(bytes(layout.total_bytes - pages.position))
+    progress(pages.position, layout.total_bytes)
+    return pages.checksums
+
+
+def _converted(piece: torch.Tensor, place: TensorPlace) -> memoryview:
+    serving = piece.to(place.dtype)
+    if not bool(torch.isfinite(serving).all()):
+        stored_well = bool(torch.isfinite(piece).all())
+        raise CheckpointError(
+            Problem.INVALID,
+            f"tensor {place.name} has values beyond the range of {place.dtype}; serve in bfloat16 or float32"
+            if stored_well
+            else f"tensor {place.name} has values that are not finite numbers; the checkpoint is damaged",
+        )
+    return serving.view(torch.uint8).numpy().data
+
+
+class _PageWriter:
+    """Writes bytes in sequence and sums up each page as it goes by."""
+
+    def __init__(self, file: IO[bytes], page_bytes: int) -> None:
+        self._file = file
+        self._page_bytes = page_bytes
+        self._sum = 0
+        self.position = 0
+        self.checksums: list[int] = []
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while rest:
+            part = rest[: self._page_bytes - self.position % self._page_bytes]
+            self._file.write(part)
+            self._sum = zlib.crc32(part, self._sum)
+            self.position += len(part)
+            if self.position % self._page_bytes == 0:
+                self.checksums.append(self._sum)
+                self._sum = 0
+            rest = rest[len(part) :]
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when the block ends, safely on the disk; if it raises, nothing is left."""
+    while True:
+        fd, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=_UNFINISHED, dir=path.parent)
+        # The lock tells remove_unfinished that this build lives; it may have been there before the lock was.
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            break
+        os.close(fd)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(fd)
+            os.rename(name, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _checksum(body: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
