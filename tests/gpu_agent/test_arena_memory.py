@@ -1,0 +1,422 @@
+"""The arena on a real memfd: data stays where it was put, addresses stay valid, nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from services.gpu_agent.arena.arena import Arena, ArenaClosed, WeightRange
+from services.gpu_agent.arena.host import HostMemory
+from services.gpu_agent.arena.pages import OutOfPages
+
+torch.set_num_threads(1)
+
+PAGE = mmap.PAGESIZE
+PER_PAGE = PAGE // 4  # float32 numbers
+TOTAL = 10
+NAMES = st.sampled_from(["a", "b", "c"])
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    made = Arena(HostMemory(PAGE, TOTAL))
+    yield made
+    made.check()
+    made.close()
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:warmserve-arena")
+
+
+def descriptors() -> int:
+    links = (
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.lexists(f"/proc/self/fd/{fd}")
+    )
+    return sum("memfd:warmserve-arena" in link for link in links)
+
+
+class Model:
+    """A weight range with the tensor made over it once, and what each of its pages ought to hold."""
+
+    def __init__(self, weights: WeightRange) -> None:
+        self.weights = weights
+        self.tensor = weights.tensor(torch.float32, (weights.num_pages, PER_PAGE), 0)
+        self.expected: list[float] = []
+
+
+class Everything(RuleBasedStateMachine):
+    """Random orders from several owners; after each one, every owner finds its own data where it left it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arena = Arena(HostMemory(PAGE, TOTAL))
+        self.kv_view = self.arena.kv_view(torch.float32).view(TOTAL, PER_PAGE)
+        self.models: dict[str, Model] = {}
+        self.kv: dict[str, dict[int, float]] = {}
+        self.next_value = 0.0
+
+    def teardown(self) -> None:
+        self.arena.close()
+
+    def value(self) -> float:
+        self.next_value += 1.0
+        return self.next_value
+
+    def free(self) -> int:
+        weights = sum(len(model.expected) for model in self.models.values())
+        return TOTAL - weights - sum(map(len, self.kv.values()))
+
+    @rule(name=NAMES, pages=st.integers(1, TOTAL + 1), short=st.integers(0, PAGE - 1))
+    def add(self, name: str, pages: int, short: int) -> None:
+        if name in self.models:
+            with pytest.raises(ValueError, match="already"):
+                self.arena.add_weights(name, PAGE)
+        else:
+            self.models[name] = Model(self.arena.add_weights(name, pages * PAGE - short))
+            assert self.models[name].weights.num_pages == pages
+
+    @rule(name=NAMES)
+    def remove(self, name: str) -> None:
+        if name in self.models:
+            self.models.pop(name).weights.remove()
+
+    @rule(name=NAMES, n=st.integers(0, TOTAL + 1))
+    def grow(self, name: str, n: int) -> None:
+        if name not in self.models:
+            return
+        model = self.models[name]
+        resident = len(model.expected)
+        if resident + n > model.weights.num_pages:
+            with pytest.raises(ValueError, match="cannot grow"):
+                model.weights.grow(n)
+        elif n > self.free():
+            with pytest.raises(OutOfPages):
+                model.weights.grow(n)
+        else:
+            model.weights.grow(n)
+            for index in range(resident, resident + n):
+                model.expected.append(self.value())
+                model.tensor[index] = model.expected[-1]
+
+    @rule(name=NAMES, well=st.booleans())
+    def append(self, name: str, well: bool) -> None:
+        model = self.models.get(name)
+        if model is None or len(model.expected) == model.weights.num_pages or not self.free():
+            return
+        value = self.value()
+
+        def fill(index: int, page: torch.Tensor) -> None:
+            assert index == len(model.expected)
+            page.view(torch.float32).fill_(value)
+            if not well:
+                raise OSError("the disk failed")
+
+        if well:
+            model.weights.append(fill)
+            model.expected.append(value)
+        else:
+            with pytest.raises(OSError, match="the disk failed"):
+                model.weights.append(fill)
+
+    @rule(name=NAMES, keep=st.integers(0, TOTAL))
+    def shrink(self, name: str, keep: int) -> None:
+        if name in self.models:
+            self.models[name].weights.shrink(keep)
+            del self.models[name].expected[keep:]
+
+    @rule(name=NAMES, n=st.integers(0, TOTAL))
+    def take_kv(self, name: str, n: int) -> None:
+        if n > self.free():
+            with pytest.raises(OutOfPages):
+                self.arena.take_kv(name, n)
+            return
+        for page in self.arena.take_kv(name, n):
+            self.kv.setdefault(name, {})[page] = self.value()
+            self.kv_view[page] = self.kv[name][page]
+
+    @rule(name=NAMES, n=st.integers(0, TOTAL))
+    def give_kv(self, name: str, n: int) -> None:
+        held = self.kv.get(name, {})
+        given = list(held)[:n]
+        self.arena.give_kv(name, given)
+        for page in given:
+            del held[page]
+
+    @invariant()
+    def pages_have_one_owner_and_data_is_intact(self) -> None:
+        self.arena.check()
+        usage = self.arena.usage()
+        assert usage.free == self.arena.free_pages == self.free()
+        assert usage.free + usage.kv + usage.weights == usage.total == TOTAL
+        assert usage.weights_by_model == {name: len(model.expected) for name, model in self.models.items()}
+        assert usage.kv_by_instance == {name: len(held) for name, held in self.kv.items() if held}
+        for model in self.models.values():
+            assert model.weights.resident_pages == len(model.expected)
+            for index, value in enumerate(model.expected):
+                assert bool((model.tensor[index] == value).all())
+        for held in self.kv.values():
+            for page, value in held.items():
+                assert bool((self.kv_view[page] == value).all())
+
+
+Everything.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestEverything = Everything.TestCase
+
+
+def test_a_tensor_made_once_is_right_over_other_physical_pages(arena: Arena) -> None:
+    weights = arena.add_weights("m", 3 * PAGE)
+    tensor = weights.tensor(torch.float32, (3, PER_PAGE), 0)
+    weights.grow(3)
+    content = torch.arange(3.0 * PER_PAGE).view(3, PER_PAGE)
+    tensor.copy_(content)
+    address = tensor.data_ptr()
+    kv = arena.kv_view(torch.float32).view(TOTAL, PER_PAGE)
+    before = [int(kv[page, 0].item()) for page in range(3)]
+    assert before == [0, PER_PAGE, 2 * PER_PAGE]  # through the KV range, the model is on pages 0 to 2
+
+    weights.shrink(0)
+    taken = arena.take_kv("other", 3)
+    kv[taken] = -1.0
+    weights.grow(3)
+    tensor.copy_(content)
+
+    assert tensor.data_ptr() == address
+    assert torch.equal(tensor, content)
+    assert bool((kv[taken] == -1.0).all())  # the pages it had are another's, untouched
+
+
+def protection(address: int) -> str:
+    """How this process may touch an address, as the kernel sees it: rw-s for shared memory, ---p for a reservation."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions = line.split()[:2]
+        begin, end = (int(part, 16) for part in span.split("-"))
+        if begin <= address < end:
+            return permissions
+    return "unmapped"
+
+
+def test_a_stale_tensor_cannot_reach_pages_that_have_another_owner(arena: Arena) -> None:
+    weights = arena.add_weights("m", 3 * PAGE)
+    address = weights.tensor(torch.uint8, (1,), 0).data_ptr()
+    weights.grow(3)
+    assert [protection(address + i * PAGE) for i in range(3)] == ["rw-s", "rw-s", "rw-s"]
+    weights.shrink(1)
+    assert [protection(address + i * PAGE) for i in range(3)] == ["rw-s", "---p", "---p"]
+    stale = weights.tensor(torch.uint8, (1,), 0)
+    weights.remove()
+    assert protection(stale.data_ptr()) == "---p"
+    del weights, stale
+    gc.collect()
+    assert protection(address) != "rw-s"
+
+
+def test_tensors_at_offsets_share_the_pages(arena: Arena) -> None:
+    weights = arena.add_weights("m", 2 * PAGE)
+    weights.grow(2)
+    whole = weights.tensor(torch.uint8, (2 * PAGE,), 0)
+    whole.zero_()
+    across = weights.tensor(torch.bfloat16, (4, 8), PAGE - 32)
+    across.fill_(1.0)
+    assert bool((whole[PAGE - 32 : PAGE + 32].view(torch.bfloat16) == 1.0).all())
+    assert int(whole.count_nonzero()) == 64
+    assert torch.equal(weights.page_view(1), whole[PAGE:])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "offset", "message"),
+    [
+        (torch.float32, (PER_PAGE + 1,), 0, "leaves the range"),
+        (torch.float32, (1,), PAGE, "leaves the range"),
+        (torch.float32, (1,), -4, "leaves the range"),
+        (torch.float32, (1,), 2, "not a multiple of 4"),
+        (torch.float32, (0, 4), 0, "no elements"),
+        (torch.float32, (-1, -4), 0, "no elements"),
+    ],
+)
+def test_a_tensor_outside_the_range_is_refused(
+    arena: Arena, dtype: torch.dtype, shape: tuple[int, ...], offset: int, message: str
+) -> None:
+    weights = arena.add_weights("m", PAGE)
+    with pytest.raises(ValueError, match=message):
+        weights.tensor(dtype, shape, offset)
+
+
+def test_only_resident_pages_can_be_viewed(arena: Arena) -> None:
+    weights = arena.add_weights("m", 3 * PAGE)
+    weights.grow(1)
+    with pytest.raises(IndexError, match="page 1 of m is not resident; 1 pages are"):
+        weights.page_view(1)
+
+
+def test_pages_beyond_the_free_ones_are_refused_with_the_numbers(arena: Arena) -> None:
+    weights = arena.add_weights("m", (TOTAL + 5) * PAGE)
+    weights.grow(4)
+    with pytest.raises(OutOfPages, match=rf"weights of m asked for 8 pages, but only {TOTAL - 4} of {TOTAL}"):
+        weights.grow(8)
+    assert (weights.resident_pages, arena.free_pages) == (4, TOTAL - 4)
+
+
+def test_a_removed_range_cannot_be_used_and_its_name_is_free(arena: Arena) -> None:
+    weights = arena.add_weights("m", 2 * PAGE)
+    weights.grow(2)
+    weights.remove()
+    weights.remove()
+    assert arena.free_pages == TOTAL
+    for use in (lambda: weights.grow(1), lambda: weights.shrink(0), lambda: weights.page_view(0)):
+        with pytest.raises(ArenaClosed, match="weight range of m was removed"):
+            use()
+    arena.add_weights("m", PAGE).grow(1)
+
+
+def test_addresses_are_not_used_again_while_a_tensor_lies_over_them(arena: Arena) -> None:
+    weights = arena.add_weights("old", 4 * PAGE)
+    stale = weights.tensor(torch.uint8, (4 * PAGE,), 0)
+    weights.remove()
+    del weights
+    ranges = [arena.add_weights(f"new{i}", 4 * PAGE) for i in range(8)]
+    addresses = {made.tensor(torch.uint8, (1,), 0).data_ptr() for made in ranges}
+    assert not any(stale.data_ptr() <= address < stale.data_ptr() + 4 * PAGE for address in addresses)
+
+
+def test_closing_leaves_no_mapping_and_no_descriptor() -> None:
+    gc.collect()
+    before = mappings(), descriptors()
+    for _ in range(3):
+        arena = Arena(HostMemory(PAGE, TOTAL))
+        weights = arena.add_weights("m", 4 * PAGE)
+        tensor = weights.tensor(torch.float32, (PER_PAGE,), 0)
+        kv = arena.kv_view(torch.float32)
+        weights.grow(2)
+        arena.take_kv("i", 3)
+        assert mappings() > before[0]
+        arena.close()
+        arena.close()
+        assert descriptors() == before[1]
+        del arena, weights, tensor, kv
+        gc.collect()
+        assert (mappings(), descriptors()) == before
+
+
+def test_a_kv_view_outlives_close() -> None:
+    arena = Arena(HostMemory(PAGE, 2))
+    kv = arena.kv_view(torch.uint8)
+    arena.close()
+    kv.fill_(7)
+    assert int(kv.sum()) == 7 * 2 * PAGE
+
+
+def test_a_closed_arena_refuses_everything_and_says_so() -> None:
+    arena = Arena(HostMemory(PAGE, 2))
+    weights = arena.add_weights("m", PAGE)
+    arena.close()
+    for use in (
+        lambda: arena.add_weights("n", PAGE),
+        lambda: arena.take_kv("i", 1),
+        lambda: arena.give_kv("i", []),
+        lambda: arena.kv_view(torch.uint8),
+        lambda: weights.grow(1),
+    ):
+        with pytest.raises(ArenaClosed):
+            use()
+
+
+def test_shrink_waits_for_the_page_that_is_being_filled(arena: Arena) -> None:
+    weights = arena.add_weights("m", 2 * PAGE)
+    filling, go_on = threading.Event(), threading.Event()
+
+    def fill(_index: int, page: torch.Tensor) -> None:
+        filling.set()
+        assert go_on.wait(30)
+        page.fill_(1)
+
+    loader = threading.Thread(target=weights.append, args=(fill,))
+    loader.start()
+    assert filling.wait(30)
+    evictor = threading.Thread(target=weights.shrink, args=(0,))
+    evictor.start()
+    # Meanwhile the engine is not held up: accounting has a lock of its own.
+    assert len(arena.take_kv("i", TOTAL - 1)) == TOTAL - 1
+    assert weights.resident_pages == 0
+    go_on.set()
+    loader.join(30)
+    evictor.join(30)
+    assert not loader.is_alive()
+    assert not evictor.is_alive()
+    assert (weights.resident_pages, arena.free_pages) == (0, 1)
+
+
+def test_threads_that_compete_never_share_a_page(arena: Arena) -> None:
+    kv = arena.kv_view(torch.float32).view(TOTAL, PER_PAGE)
+    failures: list[str] = []
+
+    def work(number: int) -> None:
+        weights = arena.add_weights(f"m{number}", 3 * PAGE)
+        tensor = weights.tensor(torch.float32, (3, PER_PAGE), 0)
+        for round_ in range(60):
+            mark = float(number * 1000 + round_)
+            try:
+                weights.grow(3)
+                tensor.fill_(mark)
+                pages = arena.take_kv(f"i{number}", 1)
+            except OutOfPages:
+                weights.shrink(0)
+                continue
+            kv[pages] = -mark
+            if not bool((tensor == mark).all()) or not bool((kv[pages] == -mark).all()):
+                failures.append(f"thread {number} lost its data in round {round_}")
+            arena.give_kv(f"i{number}", pages)
+            weights.shrink(0)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert failures == []
+    assert arena.free_pages == TOTAL
+
+
+@pytest.mark.parametrize(
+    ("page_bytes", "num_pages", "message"),
+    [(PAGE + 1, 1, "multiple of"), (0, 1, "multiple of"), (PAGE, 0, "at least one page")],
+)
+def test_sizes_that_make_no_arena_are_refused(page_bytes: int, num_pages: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HostMemory(page_bytes, num_pages)
+
+
+def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken() -> None:
+    before = descriptors()
+    with pytest.raises(MemoryError, match="configure a smaller arena"):
+        HostMemory(1 << 30, 1 << 20)
+    assert descriptors() == before
+
+
+def test_memory_maps_only_its_own_ranges_and_pages() -> None:
+    one, other = HostMemory(PAGE, 2), HostMemory(PAGE, 2)
+    ours = one.reserve(2 * PAGE)
+    with pytest.raises(ValueError, match="not, or no longer, one of this memory"):
+        other.map(ours, 0, [0])
+    with pytest.raises(ValueError, match="leave the range"):
+        one.map(ours, 1, [0, 1])
+    with pytest.raises(ValueError, match="not all within"):
+        one.map(ours, 0, [2])
+    one.release(ours)
+    with pytest.raises(ValueError, match="no longer"):
+        one.map(ours, 0, [0])
+    one.close()
+    other.close()

@@ -1,0 +1,384 @@
+"""Images on a real disk, and loading them into a real arena."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.host import HostMemory
+from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.weights.checkpoint import Checkpoint
+from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
+from services.gpu_agent.weights.image import (
+    Image,
+    build_image,
+    image_path,
+    open_image,
+    prepare_image,
+    remove_unfinished,
+)
+from services.gpu_agent.weights.layout import ImageLayout, plan_layout
+from services.gpu_agent.weights.loader import LoadProgress, load
+from tests.gpu_agent.checkpoints import FAMILIES, SHARDED, llama
+
+torch.set_num_threads(1)
+
+PAGE = 16384
+
+
+def opened(folder: Path) -> Checkpoint:
+    return Checkpoint.open(folder, [folder.parent])
+
+
+def planned(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> ImageLayout:
+    return plan_layout(checkpoint.shapes, checkpoint.aliases, dtype, PAGE)
+
+
+def no_progress(done: int, total: int) -> None:
+    """For callers that do not look."""
+
+
+def ignore(progress: LoadProgress) -> None:
+    """For callers that do not look."""
+
+
+class Prepared:
+    """A tiny Llama's checkpoint, its layout and its image."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: PreTrainedModel = llama(folder / "models" / "tiny")
+        self.checkpoint = opened(folder / "models" / "tiny")
+        self.layout = planned(self.checkpoint)
+        self.images = folder / "images"
+        self.path = prepare_image(self.checkpoint, self.layout, self.images, no_progress)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    return Prepared(tmp_path)
+
+
+@pytest.fixture
+def image(prepared: Prepared) -> Iterator[Image]:
+    with open_image(prepared.path) as opened_image:
+        yield opened_image
+
+
+@pytest.fixture
+def arena(prepared: Prepared) -> Iterator[Arena]:
+    made = Arena(HostMemory(PAGE, prepared.layout.num_pages + 4))
+    yield made
+    made.check()
+    made.close()
+
+
+@pytest.fixture
+def weights(arena: Arena, prepared: Prepared) -> WeightRange:
+    return arena.add_weights("tiny", prepared.layout.total_bytes)
+
+
+def assert_holds(weights: WeightRange, layout: ImageLayout, model: PreTrainedModel) -> None:
+    """Every parameter, by each of its names, is in the range in the serving dtype, bit by bit."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        place = layout.place(name)
+        assert torch.equal(weights.tensor(place.dtype, place.shape, place.offset), parameter.to(place.dtype)), name
+
+
+@pytest.mark.parametrize("serving", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_image_is_the_checkpoint_in_the_serving_dtype(
+    tmp_path: Path, family: str, stored: torch.dtype, serving: torch.dtype
+) -> None:
+    model = FAMILIES[family](
+        tmp_path / "m",
+        dtype=stored,
+        tied=serving is torch.bfloat16,
+        shard_size=SHARDED if stored is torch.bfloat16 else "5GB",
+    )
+    checkpoint = opened(tmp_path / "m")
+    layout = planned(checkpoint, serving)
+    path = prepare_image(checkpoint, layout, tmp_path / "images", no_progress)
+    arena = Arena(HostMemory(PAGE, layout.num_pages))
+    weights = arena.add_weights("m", layout.total_bytes)
+    with open_image(path) as image:
+        assert image.layout == layout
+        assert load(image, weights, cancel=threading.Event(), progress=ignore).complete
+    assert_holds(weights, layout, model)
+    arena.close()
+
+
+def test_an_image_is_made_once_and_progress_reaches_the_end(prepared: Prepared) -> None:
+    seen: list[tuple[int, int]] = []
+    before = prepared.path.stat()
+    again = prepare_image(prepared.checkpoint, prepared.layout, prepared.images, lambda d, t: seen.append((d, t)))
+    assert (again, prepared.path.stat().st_mtime_ns, seen) == (prepared.path, before.st_mtime_ns, [])
+    build_image(prepared.checkpoint, prepared.layout, prepared.path, lambda d, t: seen.append((d, t)))
+    assert seen == sorted(seen)
+    assert seen[-1] == (prepared.layout.total_bytes, prepared.layout.total_bytes)
+    assert prepared.path.stat().st_size == prepared.layout.total_bytes
+    assert sorted(os.listdir(prepared.images)) == [prepared.path.name, prepared.path.name + ".json"]
+
+
+def test_versions_dtypes_and_page_sizes_have_images_of_their_own(prepared: Prepared, tmp_path: Path) -> None:
+    llama(tmp_path / "models" / "other", seed=9)
+    other = opened(tmp_path / "models" / "other")
+    smaller = plan_layout(prepared.checkpoint.shapes, {}, torch.float32, PAGE // 2)
+    paths = {
+        prepared.path,
+        image_path(prepared.images, other, prepared.layout),
+        image_path(prepared.images, prepared.checkpoint, planned(prepared.checkpoint, torch.bfloat16)),
+        image_path(prepared.images, prepared.checkpoint, smaller),
+    }
+    assert len(paths) == 4
+
+
+# What goes wrong while an image is made
+
+
+@contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """Any file that would grow beyond this meets an error, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [0, 100, 5 * PAGE])
+def test_a_full_disk_leaves_nothing_behind_and_says_what_to_do(prepared: Prepared, tmp_path: Path, room: int) -> None:
+    target = tmp_path / "full" / "an.image"
+    with (
+        largest_file(room),
+        pytest.raises(CheckpointError, match=r"needs .* MiB in .*full.*disk is full.*free space there") as caught,
+    ):
+        build_image(prepared.checkpoint, prepared.layout, target, no_progress)
+    assert caught.value.kind is Problem.TOO_LARGE
+    assert os.listdir(target.parent) == []
+
+
+def test_a_build_that_is_given_up_leaves_the_old_image_as_it_was(prepared: Prepared) -> None:
+    before = prepared.path.read_bytes()
+
+    class GivenUp(Exception):
+        pass
+
+    def give_up(done: int, _total: int) -> None:
+        if done > 3 * PAGE:
+            raise GivenUp
+
+    with pytest.raises(GivenUp):
+        build_image(prepared.checkpoint, prepared.layout, prepared.path, give_up)
+    assert prepared.path.read_bytes() == before
+    assert sorted(os.listdir(prepared.images)) == [prepared.path.name, prepared.path.name + ".json"]
+
+
+def test_a_checkpoint_cut_short_after_it_was_checked(prepared: Prepared, tmp_path: Path) -> None:
+    os.truncate(prepared.checkpoint.folder / "model.safetensors", 100_000)
+    with pytest.raises(CheckpointError, match="was cut short while it was read"):
+        build_image(prepared.checkpoint, prepared.layout, tmp_path / "new" / "an.image", no_progress)
+    assert os.listdir(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (float("nan"), torch.float32, r"model\.norm\.weight has values that are not finite"),
+        (float("inf"), torch.bfloat16, r"model\.norm\.weight has values that are not finite"),
+        (1e6, torch.float16, r"model\.norm\.weight has values beyond the range of torch\.float16; serve in bfloat16"),
+    ],
+)
+def test_weights_that_would_not_compute_are_refused(
+    tmp_path: Path, value: float, dtype: torch.dtype, message: str
+) -> None:
+    llama(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][5] = value
+    save_file(tensors, file)
+    checkpoint = opened(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        prepare_image(checkpoint, planned(checkpoint, dtype), tmp_path / "images", no_progress)
+    assert caught.value.kind is Problem.INVALID
+    assert os.listdir(tmp_path / "images") == []
+
+
+def test_what_killed_builds_left_is_removed_and_running_builds_are_spared(prepared: Prepared) -> None:
+    (prepared.images / "dead.image.x1.unfinished").write_bytes(b"half")
+    spared: list[int] = []
+
+    def sweep(_done: int, _total: int) -> None:
+        spared.append(remove_unfinished(prepared.images))
+
+    build_image(prepared.checkpoint, prepared.layout, prepared.images / "new.image", sweep)
+    assert (spared[0], sum(spared)) == (1, 1)
+    open_image(prepared.images / "new.image").close()
+
+
+def test_two_builds_of_one_image_at_once_leave_one_good_image(prepared: Prepared, tmp_path: Path) -> None:
+    target = tmp_path / "both" / "an.image"
+    threads = [
+        threading.Thread(target=build_image, args=(prepared.checkpoint, prepared.layout, target, no_progress))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert target.read_bytes() == prepared.path.read_bytes()
+    assert sorted(os.listdir(target.parent)) == ["an.image", "an.image.json"]
+
+
+# What goes wrong with an image on the disk
+
+
+def damage(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_an_image_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_image(tmp_path / "missing.image")
+
+
+def test_one_wrong_bit_stops_the_load_before_its_page(image: Image, prepared: Prepared, weights: WeightRange) -> None:
+    damage(prepared.path, 3 * PAGE + 77)
+    with pytest.raises(ImageCorrupt, match=f"page 3 of {prepared.path} does not have its checksum"):
+        load(image, weights, cancel=threading.Event(), progress=ignore)
+    assert weights.resident_pages == 3
+    damage(prepared.path, 3 * PAGE + 77)
+    assert load(image, weights, cancel=threading.Event(), progress=ignore).complete
+    assert_holds(weights, prepared.layout, prepared.model)
+
+
+def test_an_image_cut_short(image: Image, prepared: Prepared, weights: WeightRange) -> None:
+    os.truncate(prepared.path, 2 * PAGE + 10)
+    with pytest.raises(ImageCorrupt, match="ends in page 2"):
+        load(image, weights, cancel=threading.Event(), progress=ignore)
+    assert weights.resident_pages == 2
+    with pytest.raises(ImageCorrupt, match=r"has .* bytes and not"):
+        open_image(prepared.path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"\xff\xfe"])
+def test_a_damaged_sidecar(prepared: Prepared, content: bytes | None) -> None:
+    sidecar = prepared.path.with_name(prepared.path.name + ".json")
+    if content is None:  # still JSON, with one checksum changed
+        body = json.loads(sidecar.read_text())
+        body["page_crc32"][0] ^= 1
+        content = json.dumps(body).encode()
+    sidecar.write_bytes(content)
+    with pytest.raises(ImageCorrupt, match="is damaged"):
+        open_image(prepared.path)
+
+
+@pytest.mark.parametrize("broken", ["image", "sidecar", "no image", "no sidecar"])
+def test_preparing_again_mends_a_broken_image(prepared: Prepared, broken: str) -> None:
+    good = prepared.path.read_bytes()
+    sidecar = prepared.path.with_name(prepared.path.name + ".json")
+    match broken:
+        case "image":
+            os.truncate(prepared.path, PAGE)
+        case "sidecar":
+            sidecar.write_text("{")
+        case "no image":
+            prepared.path.unlink()
+        case "no sidecar":
+            sidecar.unlink()
+    assert prepare_image(prepared.checkpoint, prepared.layout, prepared.images, no_progress) == prepared.path
+    assert prepared.path.read_bytes() == good
+    open_image(prepared.path).close()
+
+
+# Loading
+
+
+def test_progress_counts_the_pages_in_order(image: Image, weights: WeightRange) -> None:
+    seen: list[LoadProgress] = []
+    last = load(image, weights, cancel=threading.Event(), progress=seen.append)
+    assert [progress.pages_done for progress in seen] == list(range(1, weights.num_pages + 1))
+    assert all(progress.pages_total == weights.num_pages and progress.bytes_per_s > 0 for progress in seen)
+    assert last == seen[-1]
+
+
+def test_a_cancelled_load_leaves_a_good_prefix_and_can_be_continued(
+    image: Image, prepared: Prepared, weights: WeightRange
+) -> None:
+    cancel = threading.Event()
+
+    def stop_at_five(progress: LoadProgress) -> None:
+        if progress.pages_done == 5:
+            cancel.set()
+
+    stopped = load(image, weights, cancel=cancel, progress=stop_at_five)
+    assert (stopped.pages_done, stopped.complete, weights.resident_pages) == (5, False, 5)
+    expected = torch.empty(PAGE, dtype=torch.uint8)
+    for index in range(5):
+        image.read_page(index, expected)
+        assert torch.equal(weights.page_view(index), expected)
+    seen: list[int] = []
+    again = load(image, weights, cancel=threading.Event(), progress=lambda progress: seen.append(progress.pages_done))
+    assert again.complete
+    assert seen[0] == 6  # only what was missing is copied
+    assert_holds(weights, prepared.layout, prepared.model)
+
+
+def test_a_load_cancelled_before_it_begins_copies_nothing(image: Image, weights: WeightRange) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    assert load(image, weights, cancel=cancel, progress=ignore).pages_done == 0
+
+
+def test_evicted_pages_come_back_on_other_pages_with_the_same_data(
+    image: Image, prepared: Prepared, arena: Arena, weights: WeightRange
+) -> None:
+    load(image, weights, cancel=threading.Event(), progress=ignore)
+    parameters = {
+        place.name: weights.tensor(place.dtype, place.shape, place.offset) for place in prepared.layout.tensors
+    }
+    weights.shrink(2)
+    kv = arena.kv_view(torch.uint8).view(arena.num_pages, PAGE)
+    taken = arena.take_kv("other", 6)
+    kv[taken] = 255
+    with pytest.raises(OutOfPages):
+        load(image, weights, cancel=threading.Event(), progress=ignore)
+    weights.shrink(0)
+    arena.give_kv("other", taken[:3])
+    load(image, weights, cancel=threading.Event(), progress=ignore)
+    for name, parameter in prepared.model.named_parameters():
+        assert torch.equal(parameters[name], parameter), name
+    assert bool((kv[taken[3:]] == 255).all())
+
+
+def test_too_few_pages_leave_a_good_prefix(
+    image: Image, prepared: Prepared, arena: Arena, weights: WeightRange
+) -> None:
+    taken = arena.take_kv("busy", 10)
+    with pytest.raises(OutOfPages, match="weights of tiny asked for 1 pages, but only 0"):
+        load(image, weights, cancel=threading.Event(), progress=ignore)
+    assert weights.resident_pages == arena.num_pages - 10
+    arena.give_kv("busy", taken)
+    assert load(image, weights, cancel=threading.Event(), progress=ignore).complete
+    assert_holds(weights, prepared.layout, prepared.model)
+
+
+def test_a_range_of_another_size_is_refused(image: Image, arena: Arena) -> None:
+    with pytest.raises(ValueError, match="but the range of wrong has 1 of"):
+        load(image, arena.add_weights("wrong", PAGE), cancel=threading.Event(), progress=ignore)
