@@ -99,9 +99,12 @@ async def _abort(context: Any, method: str, error: Exception) -> None:
         await context.abort(error.code, error.message)
     if isinstance(error, grpc.aio.AbortError):
         raise error
+    if isinstance(error, NotImplementedError):  # the generated base class's answer
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{method} is not served here")
     _log.error("call failed", method=method, exc_info=error)
+    request_id = structlog.contextvars.get_contextvars()["request_id"]
     await context.abort(
-        grpc.StatusCode.INTERNAL, "internal error; the service's log has it under this call's request id"
+        grpc.StatusCode.INTERNAL, f"internal error; the service's log has it under request id {request_id}"
     )
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Literal, TypeVar
 
+import yaml
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
@@ -18,6 +19,9 @@ from pydantic_settings import (
     SettingsError,
     YamlConfigSettingsSource,
 )
+from redis.asyncio.connection import parse_url
+
+from warmserve.cluster.store import Store
 
 ENV_PREFIX = "WARMSERVE_"
 
@@ -57,6 +61,18 @@ class ServiceSettings(BaseSettings):
             return [part for item in value for part in str(item).split(",") if part]
         return value
 
+    @field_validator("etcd_endpoints")
+    @classmethod
+    def _check_endpoints(cls, value: list[str]) -> list[str]:
+        Store(value)  # reads them and contacts nobody
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _check_url(cls, value: str) -> str:
+        parse_url(value)
+        return value
+
     @property
     def reachable_host(self) -> str:
         """The address to tell others."""
@@ -88,11 +104,11 @@ def load_settings(kind: type[S], service: str, argv: Sequence[str] | None = None
     """Reads the settings of `service`, or ends the process: status 0 after --help, 2 after a list of what is wrong."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     file, arguments = _take_config(arguments)
-    if file is not None and not os.path.isfile(file):
-        sys.exit(_complaint(service, [f"--config: there is no file {file!r}"]))
+    if file and (problem := _check_file(file)):
+        sys.exit(_complaint(service, [f"--config: {problem}"]))
 
     class Settings(kind):  # type: ignore[valid-type,misc]
-        model_config = SettingsConfigDict(yaml_file=file, title=service)
+        model_config = SettingsConfigDict(yaml_file=file or None, title=service)
 
     Settings.__doc__ = (kind.__doc__ or "") + "\n\n--config FILE reads settings from a YAML file."
     try:
@@ -112,8 +128,9 @@ def load_settings(kind: type[S], service: str, argv: Sequence[str] | None = None
             if detail["type"] == "extra_forbidden":
                 problems.append(f"{name}: no such setting; see --help")
             else:
+                message = detail["msg"].removeprefix("Value error, ")
                 problems.append(
-                    f"{name} (--{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()}): {detail['msg']}, "
+                    f"{name} (--{name.replace('_', '-')}, {ENV_PREFIX}{name.upper()}): {message}, "
                     f"not {detail['input']!r}"
                 )
         sys.exit(_complaint(service, problems))
@@ -136,6 +153,20 @@ def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
             rest.append(argument)
         position += 1
     return file, rest
+
+
+def _check_file(path: str) -> str | None:
+    """What is wrong with a configuration file; None where it can be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        return f"cannot read {path!r}: {error}"
+    except yaml.YAMLError as error:
+        return f"{path} is not YAML: {error}"
+    if content is not None and not isinstance(content, dict):
+        return f"{path} must hold settings as `name: value` lines"
+    return None
 
 
 def _complaint(service: str, problems: list[str]) -> int:
