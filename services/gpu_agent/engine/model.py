@@ -1,0 +1,235 @@
+"""transformers' model classes, bound to weights in the arena and to paged attention."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.engine.attention import ATTENTION, PagedStep, attending
+from services.gpu_agent.engine.kv import KvSpec
+from services.gpu_agent.weights.layout import ImageLayout
+
+# What transformers passes to attention functions for information; everything else changes the result.
+_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits"}
+# Layers whose mask is the causal one, or that within the window passed to the attention function.
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# These recompute their frequencies from the longest sequence of a batch.
+_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_PROBE_TOKENS = 8
+
+
+class UnsupportedArchitecture(ValueError):
+    """The engine would not compute what transformers does; the message says why."""
+
+
+@dataclass(frozen=True)
+class _LayerFacts:
+    layer: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+
+class BoundModel:
+    """A model whose parameters are the arena's memory. Its weights must be resident while it computes."""
+
+    def __init__(self, module: PreTrainedModel, kv_spec: KvSpec) -> None:
+        self.module = module
+        self.kv_spec = kv_spec
+        self.vocab_size: int = module.get_input_embeddings().num_embeddings
+
+    @torch.inference_mode()
+    def compute(self, step: PagedStep, token_ids: list[int], last_rows: list[int]) -> torch.Tensor:
+        """Computes a flattened batch and returns float logits (len(last_rows), vocabulary) of the rows asked for."""
+        with attending(step):
+            output = self.module(
+                input_ids=torch.tensor([token_ids]),
+                position_ids=step.positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=torch.tensor(last_rows, dtype=torch.long),
+            )
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+
+def inspect_model(config: Any, dtype: torch.dtype, block_tokens: int = 16) -> KvSpec:
+    """What KV cache a model needs, from transformers' config of it. Needs no memory.
+
+    Raises UnsupportedArchitecture where the engine cannot serve it.
+    """
+    return _kv_spec(_on_meta(config, dtype), dtype, block_tokens)
+
+
+def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_tokens: int = 16) -> BoundModel:
+    """Builds transformers' class for a config with its tensors over `weights`, which need not be resident yet.
+
+    The binding is made once and outlives eviction and reload. Raises UnsupportedArchitecture.
+    """
+    module = _on_meta(config, layout.dtype)
+    kv_spec = _kv_spec(module, layout.dtype, block_tokens)
+    # Before the parameters are bound: transformers' initialisation then finds them on the meta device, where writing
+    # random numbers to them does nothing.
+    _fill_buffers(module)
+    _bind(module, layout, weights)
+    return BoundModel(module, kv_spec)
+
+
+def _on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            module: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=ATTENTION, dtype=dtype, trust_remote_code=False
+            )
+    except Exception as error:  # foreign code: whatever it raises means that it cannot be built
+        raise UnsupportedArchitecture(
+            f"transformers cannot build it over the engine's attention: {_brief(error)}"
+        ) from error
+    return module.eval()
+
+
+def _kv_spec(module: PreTrainedModel, dtype: torch.dtype, block_tokens: int) -> KvSpec:
+    _check_config(module)
+    facts = _probe(module)
+    name = type(module).__name__
+    if [fact.layer for fact in facts] != list(range(module.config.get_text_config().num_hidden_layers)):
+        raise UnsupportedArchitecture(f"{name} does not attend once in each of its layers")
+    shapes = {(fact.kv_heads, fact.head_dim) for fact in facts}
+    if len(shapes) != 1:
+        raise UnsupportedArchitecture(f"{name} has layers with different KV heads: {sorted(shapes)}")
+    _check_windows(module, [fact.window for fact in facts])
+    kv_heads, head_dim = shapes.pop()
+    return KvSpec(len(facts), kv_heads, head_dim, dtype, block_tokens)
+
+
+def _check_config(module: PreTrainedModel) -> None:
+    """Refuses what the probe cannot see."""
+    name, config = type(module).__name__, module.config.get_text_config()
+    if module.config.is_encoder_decoder:
+        raise UnsupportedArchitecture(f"{name} is an encoder-decoder model")
+    if getattr(module, "_is_stateful", False):
+        raise UnsupportedArchitecture(f"{name} keeps a recurrent state beside its KV cache")
+    if not getattr(config, "is_causal", True):
+        raise UnsupportedArchitecture(f"{name} is configured with is_causal=false")
+    if "logits_to_keep" not in inspect.signature(module.forward).parameters:
+        raise UnsupportedArchitecture(f"{name} cannot compute the logits of chosen tokens only")
+    strange = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if strange:
+        raise UnsupportedArchitecture(f"{name} has layers of the kinds {sorted(strange)}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Flat, or one dictionary per kind of layer.
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if batch_dependent := kinds & _BATCH_DEPENDENT_ROPE:
+        raise UnsupportedArchitecture(f"{name} uses rotary embeddings that depend on the batch: {batch_dependent}")
+
+
+def _probe(module: PreTrainedModel) -> list[_LayerFacts]:
+    """Runs a forward pass on the meta device and notes what reaches the attention function."""
+    facts: list[_LayerFacts] = []
+
+    def attend(
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        sliding_window: int | None,
+        extra: dict[str, Any],
+    ) -> torch.Tensor:
+        unknown = sorted(n for n, v in extra.items() if v is not None and n not in _HARMLESS and n != "is_causal")
+        if unknown:
+            raise UnsupportedArchitecture(f"its attention needs {', '.join(unknown)}, which the engine does not have")
+        if not extra.get("is_causal", getattr(layer, "is_causal", True)):
+            raise UnsupportedArchitecture("its attention is not causal")
+        if key.shape != value.shape or key.shape[2] != _PROBE_TOKENS or query.shape[-1] != key.shape[-1]:
+            raise UnsupportedArchitecture(
+                f"its queries, keys and values have the shapes {tuple(query.shape)}, {tuple(key.shape)} and "
+                f"{tuple(value.shape)}; keys and values must be alike, with the head size of the queries"
+            )
+        facts.append(_LayerFacts(int(layer.layer_idx), key.shape[1], key.shape[3], sliding_window))  # type: ignore[arg-type]
+        return query.transpose(1, 2).contiguous()
+
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta")
+    positions = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta")
+    rows = torch.zeros(2, dtype=torch.long, device="meta")
+    try:
+        with attending(attend), torch.inference_mode():
+            module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
+    except UnsupportedArchitecture as error:
+        raise UnsupportedArchitecture(f"{type(module).__name__} cannot be served: {error}") from error
+    except Exception as error:  # foreign code: whatever it raises means that it does not fit
+        raise UnsupportedArchitecture(
+            f"the attention of {type(module).__name__} does not go through transformers' attention interface: "
+            f"{_brief(error)}"
+        ) from error
+    return facts
+
+
+def _check_windows(module: PreTrainedModel, windows: list[int | None]) -> None:
+    """A sliding window that only the mask knew of would be lost, for the engine has transformers build no mask."""
+    config = module.config.get_text_config()
+    types = getattr(config, "layer_types", None)
+    if types:
+        expected = [kind == "sliding_attention" for kind in types]
+    else:
+        expected = [bool(getattr(config, "sliding_window", None))] * len(windows)
+    lost = [layer for layer, window in enumerate(windows) if expected[layer] and window is None]
+    if lost:
+        raise UnsupportedArchitecture(
+            f"{type(module).__name__} does not tell its attention function of the sliding window of layers {lost}"
+        )
+
+
+def _fill_buffers(module: PreTrainedModel) -> None:
+    """Computes the buffers that no checkpoint holds (rotary frequencies), as transformers' own loading does."""
+    names = [name for name, _ in module.named_non_persistent_buffers()]
+    owners: dict[int, tuple[torch.nn.Module, PreTrainedModel]] = {}
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        owner = module.get_submodule(path)
+        buffer = getattr(owner, attribute)
+        unset = math.nan if buffer.is_floating_point() else -1
+        setattr(owner, attribute, torch.full_like(buffer, unset, device="cpu"))
+        owners[id(owner)] = owner, _model_around(module, path)
+    with torch.no_grad():
+        for owner, model in owners.values():
+            model._init_weights(owner)
+    for name in names:
+        buffer = module.get_buffer(name)
+        if bool((buffer.isnan() if buffer.is_floating_point() else buffer < 0).any()):
+            raise UnsupportedArchitecture(f"{type(module).__name__} does not say how its buffer {name} is computed")
+
+
+def _model_around(module: PreTrainedModel, path: str) -> PreTrainedModel:
+    """The innermost model that contains a module: the one whose `_init_weights` knows it."""
+    innermost = module
+    parts = path.split(".") if path else []
+    for length in range(1, len(parts) + 1):
+        inner = module.get_submodule(".".join(parts[:length]))
+        if isinstance(inner, PreTrainedModel):
+            innermost = inner
+    return innermost
+
+
+def _bind(module: PreTrainedModel, layout: ImageLayout, weights: WeightRange) -> None:
+    bound: dict[str, torch.nn.Parameter] = {}  # tied tensors stay one object
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        place = layout.place(name)
+        if place.shape != tuple(tensor.shape):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but its place has {place.shape}")
+        if place.name not in bound:
+            view = weights.tensor(place.dtype, place.shape, place.offset)
+            bound[place.name] = torch.nn.Parameter(view, requires_grad=False)
+        path, _, attribute = name.rpartition(".")
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        setattr(module.get_submodule(path), attribute, bound[place.name] if is_parameter else bound[place.name].data)
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

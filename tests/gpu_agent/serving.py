@@ -1,0 +1,120 @@
+"""Real checkpoints, images and arenas put together, for tests of the engine."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.host import HostMemory
+from services.gpu_agent.engine.instance import Instance
+from services.gpu_agent.engine.kv import KvCache
+from services.gpu_agent.engine.model import BoundModel, build_model
+from services.gpu_agent.engine.sequence import SamplingParams, Sequence, SequenceOutput
+from services.gpu_agent.weights.checkpoint import Checkpoint
+from services.gpu_agent.weights.image import Image, open_image, prepare_image
+from services.gpu_agent.weights.layout import plan_layout
+from services.gpu_agent.weights.loader import load
+
+PAGE_BYTES = 1 << 16
+_ids = itertools.count()
+
+
+def arena(num_pages: int, page_bytes: int = PAGE_BYTES) -> Arena:
+    """An arena on host memory."""
+    return Arena(HostMemory(page_bytes, num_pages))
+
+
+@dataclass
+class Served:
+    """A checkpoint with its image, its weight range in an arena, and the model bound to that."""
+
+    arena: Arena
+    checkpoint: Checkpoint
+    image: Image
+    weights: WeightRange
+    model: BoundModel
+
+    def load(self) -> None:
+        """Makes all weights resident."""
+        assert load(self.image, self.weights, cancel=threading.Event(), progress=lambda _: None).complete
+
+    def instance(self, *, eos: bool = False, clock: Callable[[], float] | None = None, **options: int) -> Instance:
+        """A new instance of it."""
+        name = f"{self.weights.name}-{next(_ids)}"
+        return Instance(
+            name,
+            self.weights.name,
+            self.model,
+            KvCache(self.arena, name, self.model.kv_spec),
+            eos_ids=self.checkpoint.eos_token_ids if eos else (),
+            context_tokens=options.pop("context_tokens", self.checkpoint.context_tokens or 0),
+            **({"clock": clock} if clock else {}),
+            **options,
+        )
+
+
+def serve(
+    arena: Arena, make: Callable[[Path], PreTrainedModel], folder: Path, name: str, block_tokens: int = 4
+) -> tuple[Served, PreTrainedModel]:
+    """Saves a checkpoint with `make` and binds it to an arena, with nothing resident; also returns the reference."""
+    reference = make(folder / name)
+    checkpoint = Checkpoint.open(folder / name, [folder])
+    shapes = {tensor: stored.shape for tensor, stored in checkpoint.tensors.items()}
+    layout = plan_layout(shapes, checkpoint.aliases, checkpoint.dtype, arena.page_bytes)
+    image = open_image(prepare_image(checkpoint, layout, folder / "images", lambda done, total: None))
+    weights = arena.add_weights(name, layout.total_bytes)
+    model = build_model(checkpoint.model_config, layout, weights, block_tokens)
+    return Served(arena, checkpoint, image, weights, model), reference
+
+
+def generate(reference: PreTrainedModel, prompt: list[int], tokens: int, eos: int | None = None) -> list[int]:
+    """What transformers itself generates greedily."""
+    config = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=eos, pad_token_id=0)
+    output = reference.generate(torch.tensor([prompt]), generation_config=config)
+    return output[0, len(prompt) :].tolist()
+
+
+def prompt(length: int, seed: int = 0, vocabulary: int = 512) -> list[int]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(1000 * length + seed)
+    return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+
+def greedy(request_id: str, prompt: list[int], max_tokens: int, **options: object) -> Sequence:
+    """A sequence that takes the likeliest tokens."""
+    return Sequence(request_id, 0, list(prompt), SamplingParams(max_tokens, temperature=0.0), **options)  # type: ignore[arg-type]
+
+
+def run(instance: Instance, limit: int = 2000) -> list[SequenceOutput]:
+    """Steps until nothing is left to do; checks the arena after each step."""
+    outputs: list[SequenceOutput] = []
+    for _ in range(limit):
+        if not instance.has_work:
+            return outputs
+        outputs += instance.step()
+        instance._kv._arena.check()
+    raise AssertionError(f"still busy after {limit} steps")
+
+
+def tokens_of(outputs: list[SequenceOutput], request_id: str, attempt: int = 0) -> list[int]:
+    """A request's answer, put together as a router does; its offsets must have neither gap nor repeat."""
+    mine = [o for o in outputs if (o.request_id, o.attempt) == (request_id, attempt)]
+    answer: list[int] = []
+    for output in mine:
+        assert output.offset == mine[0].offset + len(answer)
+        answer += output.token_ids
+    assert [o.finish_reason is not None for o in mine] == [False] * (len(mine) - 1) + [True]
+    return answer
+
+
+def end_of(outputs: list[SequenceOutput], request_id: str) -> SequenceOutput:
+    """A request's last output."""
+    (end,) = [o for o in outputs if o.request_id == request_id and o.finish_reason]
+    return end

@@ -1,0 +1,78 @@
+"""Paged attention against plain attention over each sequence."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from services.gpu_agent.engine.attention import PagedStep, Span
+from services.gpu_agent.engine.kv import KvCache, KvSpec
+from tests.gpu_agent.serving import arena
+
+LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8
+
+
+def plain(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None
+) -> torch.Tensor:
+    """query (tokens, heads, dim); keys and values (all tokens, kv_heads, dim)."""
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    rows = []
+    for i, q in enumerate(query):
+        position = start + i
+        first = 0 if window is None else max(0, position - window + 1)
+        k, v = keys[first : position + 1], values[first : position + 1]
+        scores = torch.einsum("hd,thd->ht", q, k) * 0.3
+        rows.append(torch.einsum("ht,thd->hd", scores.softmax(-1), v))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_plain_attention(window: int | None, heads: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    memory = arena(16, page_bytes=4096)
+    memory.kv_view(torch.uint8).fill_(0xFF)  # NaN, as another model's weights may look
+    spec = KvSpec(LAYERS, KV_HEADS, HEAD_DIM, torch.float32, block_tokens=4)
+    cache = KvCache(memory, "a", spec)
+    lengths = [1, 2, 4, 5, 17, 33, 60]
+    rng.shuffle(lengths)
+    tables = [cache.try_alloc(spec.blocks_for(length)) or [] for length in lengths]
+    kv = [torch.randn(LAYERS, 2, length, KV_HEADS, HEAD_DIM) for length in lengths]
+    done = [0] * len(lengths)
+    while any(at < length for at, length in zip(done, lengths, strict=True)):
+        # Some decode, some prefill a chunk, in any order.
+        some = [i for i in range(len(lengths)) if done[i] < lengths[i]]
+        rng.shuffle(some)
+        counts = {i: rng.choice([1, 1, min(3, lengths[i] - done[i]), lengths[i] - done[i]]) for i in some}
+        step = PagedStep(cache.tensors, 4, [Span(tables[i], done[i], counts[i]) for i in some])
+        assert step.positions.tolist() == [p for i in some for p in range(done[i], done[i] + counts[i])]
+        for layer in range(LAYERS):
+            queries = [torch.randn(counts[i], heads, HEAD_DIM) for i in some]
+            new = torch.cat([kv[i][layer, :, done[i] : done[i] + counts[i]] for i in some], dim=1)
+            got = step(
+                SimpleNamespace(layer_idx=layer),  # type: ignore[arg-type]
+                torch.cat(queries).transpose(0, 1)[None],
+                new[0].transpose(0, 1)[None],
+                new[1].transpose(0, 1)[None],
+                0.3,
+                window,
+                {},
+            )
+            expected = [
+                plain(
+                    q, kv[i][layer, 0, : done[i] + counts[i]], kv[i][layer, 1, : done[i] + counts[i]], done[i], window
+                )
+                for i, q in zip(some, queries, strict=True)
+            ]
+            torch.testing.assert_close(got[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
+        for i in some:
+            done[i] += counts[i]
+    cache.close()
+    memory.close()

@@ -1,0 +1,259 @@
+"""The engine's thread with real instances: several at once, orders from other threads, failures."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from services.gpu_agent.engine.loop import EngineLoop, EngineStopped
+from services.gpu_agent.engine.sampling import NonFiniteLogits
+from services.gpu_agent.engine.sequence import FinishReason, SequenceOutput
+from tests.gpu_agent.checkpoints import llama, mistral
+from tests.gpu_agent.serving import Served, arena, end_of, generate, greedy, prompt, serve, tokens_of
+
+PATIENCE = 60.0
+
+
+@dataclass
+class Listener:
+    """Gathers what the engine says and lets a test wait for it."""
+
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)  # instances, one entry per step with outputs
+    failures: list[tuple[str, Exception]] = field(default_factory=list)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def on_step(self, instance_id: str, outputs: list[SequenceOutput]) -> None:
+        with self.changed:
+            self.outputs += outputs
+            self.order.append(instance_id)
+            self.changed.notify_all()
+
+    def on_failure(self, instance_id: str, error: Exception) -> None:
+        with self.changed:
+            self.failures.append((instance_id, error))
+            self.changed.notify_all()
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(until, PATIENCE)
+
+    def wait_ended(self, *request_ids: str) -> None:
+        self.wait(lambda: set(request_ids) <= {o.request_id for o in self.outputs if o.finish_reason})
+
+    def wait_started(self, request_id: str) -> None:
+        self.wait(lambda: any(o.request_id == request_id for o in self.outputs))
+
+
+@dataclass
+class World:
+    llama: Served
+    mistral: Served
+    references: dict[str, PreTrainedModel]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("models")
+    memory = arena(40)
+    one, one_reference = serve(memory, llama, folder, "llama")
+    two, two_reference = serve(memory, mistral, folder, "mistral")
+    one.load()
+    two.load()
+    yield World(one, two, {"llama": one_reference, "mistral": two_reference})
+    memory.close()
+
+
+@pytest.fixture
+def listener() -> Listener:
+    return Listener()
+
+
+@pytest.fixture
+def engine(world: World, listener: Listener) -> Iterator[EngineLoop]:
+    engine = EngineLoop(listener.on_step, listener.on_failure)
+    engine.start()
+    yield engine
+    engine.stop()
+    assert not engine.alive
+    world.llama.arena.check()
+    assert world.llama.arena.usage().kv == 0
+
+
+def test_two_instances_at_once(world: World, listener: Listener) -> None:
+    first, second = world.llama.instance(), world.mistral.instance()
+    engine = EngineLoop(listener.on_step, listener.on_failure)
+    engine.activate(first)
+    engine.activate(second)
+    prompts = {f"{name}{n}": (name, prompt(n)) for name in ("llama", "mistral") for n in (4, 19, 33)}
+    ids = {"llama": first.id, "mistral": second.id}
+    for request, (name, asked) in prompts.items():
+        engine.submit(ids[name], greedy(request, asked, 20))
+    engine.start()  # only now, so that both have all their work from the first step on
+    listener.wait_ended(*prompts)
+    for request, (name, asked) in prompts.items():
+        assert tokens_of(listener.outputs, request) == generate(world.references[name], asked, 20)
+    assert listener.order == [first.id, second.id] * 20  # in turns
+    stats = engine.stats(first.id)
+    assert stats is not None
+    assert (stats.generated_tokens, stats.running) == (60, 0)
+    engine.stop()
+
+
+def test_cancel(world: World, engine: EngineLoop, listener: Listener) -> None:
+    instance = world.llama.instance()
+    engine.activate(instance).result(PATIENCE)
+    engine.submit(instance.id, greedy("long", prompt(5), 240))
+    engine.submit(instance.id, greedy("short", prompt(6), 10))
+    listener.wait_started("long")
+    engine.cancel("long")
+    listener.wait_ended("long", "short")
+    assert end_of(listener.outputs, "long").finish_reason is FinishReason.CANCELLED
+    assert tokens_of(listener.outputs, "short") == generate(world.references["llama"], prompt(6), 10)
+
+
+def test_deactivate_ends_its_sequences_and_no_others(world: World, engine: EngineLoop, listener: Listener) -> None:
+    first, second = world.llama.instance(), world.mistral.instance()
+    engine.activate(first).result(PATIENCE)
+    engine.activate(second).result(PATIENCE)
+    engine.submit(first.id, greedy("a", prompt(5), 240))
+    engine.submit(second.id, greedy("b", prompt(6), 30))
+    listener.wait_started("a")
+    engine.deactivate(first.id).result(PATIENCE)
+    # From now on nothing touches the first model: its weights can go.
+    world.llama.weights.shrink(0)
+    assert end_of(listener.outputs, "a").finish_reason is FinishReason.ERROR
+    assert "deactivated" in end_of(listener.outputs, "a").error
+    assert engine.stats(first.id) is None
+    engine.submit(first.id, greedy("late", prompt(5), 5))
+    listener.wait_ended("late", "b")
+    assert "not active" in end_of(listener.outputs, "late").error
+    assert tokens_of(listener.outputs, "b") == generate(world.references["mistral"], prompt(6), 30)
+    engine.deactivate(first.id).result(PATIENCE)  # again, which changes nothing
+    world.llama.load()
+
+
+def test_evicted_and_woken_again(world: World, engine: EngineLoop, listener: Listener) -> None:
+    for attempt in range(2):
+        instance = world.llama.instance()
+        engine.activate(instance).result(PATIENCE)
+        engine.submit(instance.id, greedy(f"r{attempt}", prompt(12), 15))
+        listener.wait_ended(f"r{attempt}")
+        engine.deactivate(instance.id).result(PATIENCE)
+        world.llama.weights.shrink(0)
+        world.llama.load()
+    expected = generate(world.references["llama"], prompt(12), 15)
+    assert tokens_of(listener.outputs, "r0") == tokens_of(listener.outputs, "r1") == expected
+
+
+def test_a_failing_instance_does_not_harm_the_other(world: World, engine: EngineLoop, listener: Listener) -> None:
+    first, second = world.llama.instance(), world.mistral.instance()
+    engine.activate(first).result(PATIENCE)
+    engine.activate(second).result(PATIENCE)
+    weight = world.llama.model.module.get_parameter("model.norm.weight")
+    good = weight.clone()
+    weight.data.fill_(float("nan"))
+    engine.submit(second.id, greedy("well", prompt(6), 30))
+    engine.submit(first.id, greedy("ill", prompt(5), 30))
+    listener.wait(lambda: bool(listener.failures))
+    weight.data.copy_(good)
+    ((failed, error),) = listener.failures
+    assert failed == first.id
+    assert isinstance(error, NonFiniteLogits)
+    assert end_of(listener.outputs, "ill").finish_reason is FinishReason.ERROR
+    assert "NaN" in end_of(listener.outputs, "ill").error
+    assert engine.stats(first.id) is None
+    listener.wait_ended("well")
+    assert tokens_of(listener.outputs, "well") == generate(world.references["mistral"], prompt(6), 30)
+
+
+def test_waits_for_pages_that_somebody_else_gives_back(world: World, engine: EngineLoop, listener: Listener) -> None:
+    memory = world.llama.arena
+    taken = memory.take_kv("somebody", memory.free_pages)
+    instance = world.llama.instance()
+    engine.activate(instance).result(PATIENCE)
+    engine.submit(instance.id, greedy("a", prompt(6), 10))
+    # Orders are carried out in order, so the sequence has been queued when this one is done.
+    engine.activate(world.mistral.instance()).result(PATIENCE)
+    stats = engine.stats(instance.id)
+    assert stats is not None
+    assert (stats.waiting, stats.steps) == (1, 0)
+    memory.give_kv("somebody", taken)
+    listener.wait_ended("a")
+    assert tokens_of(listener.outputs, "a") == generate(world.references["llama"], prompt(6), 10)
+
+
+def test_two_instances_short_of_pages_both_finish(world: World, engine: EngineLoop, listener: Listener) -> None:
+    """Each holds what the other needs; neither waits for ever."""
+    memory = world.llama.arena
+    first, second = world.llama.instance(), world.mistral.instance()
+    tokens = 200
+    needed = max(-(-i._kv.spec.blocks_for(tokens + 6) // i._kv.slots_per_page) for i in (first, second))
+    assert needed >= 2
+    taken = memory.take_kv("somebody", memory.free_pages - needed)
+    engine.activate(first).result(PATIENCE)
+    engine.activate(second).result(PATIENCE)
+    engine.submit(first.id, greedy("a", prompt(6), tokens))
+    engine.submit(second.id, greedy("b", prompt(6), tokens))
+    listener.wait_ended("a", "b")
+    assert tokens_of(listener.outputs, "a") == generate(world.references["llama"], prompt(6), tokens)
+    assert tokens_of(listener.outputs, "b") == generate(world.references["mistral"], prompt(6), tokens)
+    assert first.stats.preemptions + second.stats.preemptions > 0
+    memory.give_kv("somebody", taken)
+
+
+def test_one_id_is_active_once(world: World, engine: EngineLoop) -> None:
+    instance = world.llama.instance()
+    engine.activate(instance).result(PATIENCE)
+    with pytest.raises(ValueError, match="active already"):
+        engine.activate(instance).result(PATIENCE)
+
+
+def test_stop_ends_what_runs(world: World, listener: Listener) -> None:
+    engine = EngineLoop(listener.on_step, listener.on_failure)
+    engine.start()
+    instance = world.llama.instance()
+    engine.activate(instance).result(PATIENCE)
+    engine.submit(instance.id, greedy("a", prompt(5), 240))
+    listener.wait_started("a")
+    engine.submit(instance.id, greedy("b", prompt(5), 240))
+    engine.stop()
+    engine.stop()
+    for name in "ab":
+        assert end_of(listener.outputs, name).finish_reason is FinishReason.ERROR
+        assert "stopping" in end_of(listener.outputs, name).error
+    with pytest.raises(EngineStopped):
+        engine.submit(instance.id, greedy("c", prompt(5), 5))
+    assert world.llama.arena.usage().kv == 0
+
+
+def test_stop_before_start(listener: Listener) -> None:
+    engine = EngineLoop(listener.on_step, listener.on_failure)
+    engine.stop()
+    with pytest.raises(EngineStopped):
+        engine.cancel("a")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_crash_is_noticed(world: World) -> None:
+    """A callback that raises breaks its promise; then the engine says so instead of hanging."""
+
+    def on_step(instance_id: str, outputs: list[SequenceOutput]) -> None:
+        raise RuntimeError("the loop is closed")
+
+    engine = EngineLoop(on_step, lambda instance_id, error: None)
+    engine.start()
+    instance = world.llama.instance()
+    engine.activate(instance).result(PATIENCE)
+    engine.submit(instance.id, greedy("a", prompt(5), 5))
+    engine._thread.join(PATIENCE)
+    assert not engine.alive
+    with pytest.raises(EngineStopped):
+        engine.activate(instance)
+    instance.close("cleared up")

@@ -1,0 +1,157 @@
+"""Choosing tokens: each parameter does what its name says, and a seed says everything about the draws."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.gpu_agent.engine.sampling import NonFiniteLogits, random_unit, sample
+from services.gpu_agent.engine.sequence import SamplingParams, Sequence
+from tests.gpu_agent.checkpoints import llama
+from tests.gpu_agent.serving import arena, greedy, prompt, run, serve, tokens_of
+
+P = [0.4, 0.3, 0.15, 0.1, 0.05]
+LOGITS = torch.tensor([P]).log()
+
+
+def frequencies(draws: int = 4000, **params: float) -> dict[int, float]:
+    options = SamplingParams(1, seed=7, **params)  # type: ignore[arg-type]
+    tokens = sample(LOGITS.expand(draws, -1), [options] * draws, range(draws))
+    return {token: count / draws for token, count in sorted(Counter(tokens).items())}
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({}, P),
+        ({"temperature": 0.0}, [1]),
+        ({"temperature": 0.5}, [p * p / sum(q * q for q in P) for p in P]),
+        ({"temperature": 2.0}, [math.sqrt(p) / sum(math.sqrt(q) for q in P) for p in P]),
+        ({"temperature": 1e-300}, [1]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 2}, [4 / 7, 3 / 7]),
+        ({"top_k": 99}, P),
+        ({"top_p": 0.39}, [1]),
+        ({"top_p": 0.69}, [4 / 7, 3 / 7]),
+        ({"top_p": 0.71}, [40 / 85, 30 / 85, 15 / 85]),
+        ({"top_k": 2, "top_p": 0.56}, [1]),
+        ({"top_p": 1e-9}, [1]),
+    ],
+)
+def test_tokens_have_the_probabilities_asked_for(params: dict[str, float], expected: list[float]) -> None:
+    got = frequencies(**params)
+    assert list(got) == list(range(len(expected)))
+    assert list(got.values()) == pytest.approx(expected, abs=0.03)
+
+
+def test_top_k_keeps_exactly_k_of_equal_tokens() -> None:
+    params = SamplingParams(1, top_k=3)
+    assert len(set(sample(torch.zeros(500, 8), [params] * 500, range(500)))) == 3
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**63))
+def test_units_lie_in_their_interval(seed: int, offset: int) -> None:
+    assert 0 <= random_unit(seed, offset) < 1
+    assert random_unit(seed, offset) == random_unit(seed, offset)
+
+
+def test_units_are_fixed_for_ever() -> None:
+    """A request may be resumed by an agent of another version."""
+    assert [random_unit(0, 0), random_unit(1, 0), random_unit(0, 1)] == [
+        0.0564663990004608,
+        0.6487508310490744,
+        0.44008326622012284,
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_rows_do_not_influence_one_another(data: st.DataObject) -> None:
+    rows = data.draw(st.integers(1, 6))
+    params = [
+        SamplingParams(
+            1,
+            temperature=data.draw(st.sampled_from([0.0, 0.01, 0.7, 1.0, 2.0])),
+            top_p=data.draw(st.sampled_from([0.01, 0.5, 0.95, 1.0])),
+            top_k=data.draw(st.sampled_from([0, 1, 5, 1000])),
+            seed=data.draw(st.integers(0, 2**64 - 1)),
+        )
+        for _ in range(rows)
+    ]
+    offsets = [data.draw(st.integers(0, 5000)) for _ in range(rows)]
+    logits = torch.randn(rows, 64, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999)))) * 4
+    together = sample(logits, params, offsets)
+    assert together == [sample(logits[i : i + 1], params[i : i + 1], offsets[i : i + 1])[0] for i in range(rows)]
+
+
+def test_impossible_tokens_are_never_drawn() -> None:
+    """Also at the ends of the vocabulary, where rounding would put them."""
+    logits = torch.full((3000, 6), -math.inf)
+    logits[:, 2:4] = 0.0
+    assert set(sample(logits, [SamplingParams(1)] * 3000, range(3000))) == {2, 3}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_non_finite_logits_are_an_error(bad: float, temperature: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = bad
+    with pytest.raises(NonFiniteLogits, match="1 of 2 sequences"):
+        sample(logits, [SamplingParams(1, temperature=temperature)] * 2, [0, 0])
+    with pytest.raises(NonFiniteLogits):
+        sample(torch.full((1, 5), -math.inf), [SamplingParams(1)], [0])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"max_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"temperature": 2.1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+        {"top_k": -1},
+        {"seed": -1},
+        {"seed": 2**64},
+    ],
+)
+def test_values_out_of_range_are_refused(params: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(params))):
+        SamplingParams(**{"max_tokens": 1, **params})  # type: ignore[arg-type]
+
+
+def test_a_seed_decides_the_answer_whatever_runs_beside_it(tmp_path: Path) -> None:
+    """Alone, in a batch, and resumed from the middle on: the same tokens."""
+    torch.set_num_threads(1)
+    memory = arena(24)
+    served, _ = serve(memory, llama, tmp_path, "llama")
+    served.load()
+    params = SamplingParams(30, temperature=0.9, top_p=0.9, top_k=50, seed=123456789)
+    asked = prompt(11)
+
+    alone = served.instance()
+    alone.add(Sequence("s", 0, list(asked), params))
+    answer = tokens_of(run(alone), "s")
+    assert len(set(answer)) > 10
+
+    batch = served.instance(token_budget=16, max_batch=8)
+    for i in range(4):
+        batch.add(greedy(f"g{i}", prompt(5 + 7 * i, seed=i), 20))
+    batch.add(Sequence("s", 0, list(asked), params))
+    batch.add(Sequence("t", 0, list(asked), SamplingParams(30, temperature=0.9, seed=5)))
+    outputs = run(batch)
+    assert tokens_of(outputs, "s") == answer
+    assert tokens_of(outputs, "t") != answer
+
+    resumed = served.instance()
+    resumed.add(Sequence("s", 1, asked + answer[:13], params, num_generated=13))
+    assert tokens_of(run(resumed), "s", attempt=1) == answer[13:]
+    memory.close()
