@@ -1,0 +1,346 @@
+"""What both clients do to messages: requests built, answers put together, statuses turned into errors. No I/O here."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol, TypeVar
+
+import grpc
+
+from warmserve.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    QueueFullError,
+    RequestCancelledError,
+    UnavailableError,
+    WarmServeError,
+)
+from warmserve.types import Completion, Message, ModelInfo, Options, Progress, TextDelta, Timing, Usage
+from warmserve.v1 import common_pb2, inference_pb2
+
+DEFAULT_TIMEOUT_S = 600.0
+CONNECT_TIMEOUT_S = 5.0
+MAX_MESSAGE_BYTES = 16 << 20  # what routers accept
+CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.keepalive_time_ms", 10_000),  # notices within seconds that a router is gone without a word
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", -1),  # checked here, with a message that says what to do
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_retries", 1),  # "transparent" ones: only of calls that never left this machine
+)
+REQUEST_ID = "x-request-id"
+SUGGESTION = "warmserve-suggestion"  # trailing metadata, once per name
+RETRY_AFTER_MS = "warmserve-retry-after-ms"  # trailing metadata
+
+Metadata = tuple[tuple[str, str], ...]
+
+_SAMPLING = {
+    "max_tokens": "an integer of at least 1",
+    "temperature": "a number from 0 to 2",
+    "top_p": "a number above 0 and at most 1",
+    "top_k": "an integer of at least 0",
+    "seed": "an integer from 0 to 2**64 - 1",
+    "ignore_eos": "true or false",
+}
+_PRIORITIES = {
+    "high": common_pb2.PRIORITY_HIGH,
+    "normal": common_pb2.PRIORITY_NORMAL,
+    "low": common_pb2.PRIORITY_LOW,
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One Generate call, ready to send."""
+
+    request: inference_pb2.GenerateRequest
+    metadata: Metadata
+    timeout: float | None
+
+    @property
+    def request_id(self) -> str:
+        """The id in the request, the metadata and every error."""
+        return self.request.request_id
+
+
+class Cancellable(Protocol):
+    """A running call of either of grpc's kinds."""
+
+    def cancel(self) -> Any: ...
+
+
+C = TypeVar("C", bound=Cancellable)
+
+
+class Status(Protocol):
+    """What grpc's sync and async errors have in common."""
+
+    def code(self) -> Any: ...
+
+    def details(self) -> Any: ...
+
+    def trailing_metadata(self) -> Any: ...
+
+
+def check_target(target: str) -> None:
+    """Raises ValueError where `target` is a URL instead of host:port."""
+    if re.match(r"https?://", target):
+        raise ValueError(f"{target!r} is a URL: give the router's gRPC address as host:port")
+
+
+def prompt_call(model: str, prompt: str | Sequence[int], options: Options, timeout: float | None) -> Call:
+    """A call that continues text, or token ids. `timeout` holds where the options have none.
+
+    Raises InvalidRequestError for what the wire cannot carry; the router judges the rest.
+    """
+    request = inference_pb2.GenerateRequest()
+    if isinstance(prompt, str):
+        _set(request, "prompt", prompt, "a text that UTF-8 can carry")
+    else:
+        try:
+            request.token_ids.ids.extend(prompt)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(f"prompt must be a text or a sequence of token ids: {error}") from error
+        request.token_ids.SetInParent()
+    return _finish(request, model, options, timeout)
+
+
+def chat_call(
+    model: str, messages: Iterable[Message | Mapping[str, str]], options: Options, timeout: float | None
+) -> Call:
+    """A call that answers a conversation. Raises like prompt_call."""
+    request = inference_pb2.GenerateRequest()
+    request.conversation.SetInParent()
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise InvalidRequestError(f"messages[{index}] must be a mapping with exactly role and content: {message!r}")
+        try:
+            request.conversation.messages.add(role=message["role"], content=message["content"])
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(f"messages[{index}]: role and content must be texts: {error}") from error
+    return _finish(request, model, options, timeout)
+
+
+def metadata_of(request_id: str) -> Metadata:
+    """What goes with every call."""
+    return ((REQUEST_ID, request_id),)
+
+
+def new_request_id() -> str:
+    """An id that no other request has."""
+    return uuid.uuid4().hex
+
+
+def _finish(
+    request: inference_pb2.GenerateRequest, model: str, options: Options, default_timeout: float | None
+) -> Call:
+    request_id = options.get("request_id") or new_request_id()
+    try:
+        _check_names(options)
+        if not re.fullmatch(r"[ -~]{1,128}", request_id):
+            raise InvalidRequestError(f"request_id must be 1 to 128 printable ASCII characters, not {request_id!r}")
+        timeout = options.get("timeout", default_timeout)
+        if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+            raise InvalidRequestError(f"timeout must be a number of seconds above 0, or None, not {timeout!r}")
+        request.request_id = request_id
+        _set(request, "model", model, "a text")
+        priority = options.get("priority")
+        if priority is not None:
+            if priority not in _PRIORITIES:
+                raise InvalidRequestError(f"priority must be high, normal or low, not {priority!r}")
+            request.priority = _PRIORITIES[priority]
+        for name, meaning in _SAMPLING.items():
+            value = options.get(name)
+            if value is not None:
+                _set(request.sampling, name, value, meaning)
+        stop = options.get("stop") or ()
+        try:
+            request.sampling.stop.extend([stop] if isinstance(stop, str) else stop)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequestError(f"stop must be a text or a sequence of texts, not {stop!r}") from error
+        size = request.ByteSize()
+        if size > MAX_MESSAGE_BYTES:
+            raise InvalidRequestError(
+                f"the request has {size} bytes, above the {MAX_MESSAGE_BYTES} that routers accept: shorten the prompt"
+            )
+    except InvalidRequestError as error:
+        error.request_id = request_id
+        raise
+    return Call(request, metadata_of(request_id), timeout)
+
+
+def _check_names(options: Options) -> None:
+    for name in options:
+        if name not in Options.__annotations__:
+            near = difflib.get_close_matches(name, Options.__annotations__, 1)
+            hint = f"; did you mean {near[0]}?" if near else f": there are {', '.join(Options.__annotations__)}"
+            raise TypeError(f"unknown option {name!r}{hint}")
+
+
+def _set(message: Any, field: str, value: object, meaning: str) -> None:
+    try:
+        setattr(message, field, value)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError(f"{field} must be {meaning}, not {value!r}") from error
+
+
+class Answer:
+    """Puts one answer together from the messages of its stream."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.progress: Progress | None = None
+        """Where it stood when it last was reported waiting."""
+        self.completion: Completion | None = None
+        """Set by the last message."""
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._text)
+
+    def take(self, response: inference_pb2.GenerateResponse) -> Progress | TextDelta | None:
+        """The event in a message; None where it is the end, or of a kind this version does not know.
+
+        Raises WarmServeError where tokens are missing or repeated.
+        """
+        kind = response.WhichOneof("event")
+        if kind == "progress":
+            self.progress = _progress(response.progress)
+            return self.progress
+        if kind == "delta":
+            delta = TextDelta(response.delta.text, tuple(response.delta.token_ids), response.delta.offset)
+            if delta.token_ids and delta.offset != len(self._token_ids):
+                raise WarmServeError(
+                    f"the router sent token {delta.offset} where token {len(self._token_ids)} was due",
+                    request_id=self.call.request_id,
+                )
+            self._text.append(delta.text)
+            self._token_ids.extend(delta.token_ids)
+            return delta
+        if kind == "finished":
+            self.completion = self._complete(response.finished)
+        return None
+
+    def result(self) -> Completion:
+        """The completion, once the stream has ended. Raises WarmServeError where it ended without one."""
+        if self.completion is None:
+            raise WarmServeError(
+                "the router ended the stream before the answer was complete", request_id=self.call.request_id
+            )
+        return self.completion
+
+    def _complete(self, finished: inference_pb2.Finished) -> Completion:
+        timing = finished.timing
+        return Completion(
+            request_id=self.call.request_id,
+            model=self.call.request.model,
+            text=self.text,
+            token_ids=tuple(self._token_ids),
+            finish_reason=enum_word(inference_pb2.FinishReason, finished.reason),
+            usage=Usage(finished.usage.prompt_tokens, finished.usage.completion_tokens),
+            timing=Timing(
+                found_state=enum_word(common_pb2.ReplicaState, timing.found_state),
+                queue_ms=timing.queue_ms,
+                prefill_ms=timing.prefill_ms,
+                ttft_ms=timing.ttft_ms,
+                total_ms=timing.total_ms,
+                resumed=timing.resumed,
+            ),
+        )
+
+
+def _progress(message: inference_pb2.Progress) -> Progress:
+    return Progress(
+        state=enum_word(inference_pb2.ProgressState, message.state),
+        cause=enum_word(common_pb2.Cause, message.reason.cause),
+        reason=message.reason.text,
+        estimated_wait_ms=message.estimated_wait_ms if message.HasField("estimated_wait_ms") else None,
+        requests_in_progress=message.requests_in_progress,
+    )
+
+
+def models(response: inference_pb2.ListModelsResponse) -> list[ModelInfo]:
+    """The deployed models, in order of name."""
+    return [
+        ModelInfo(
+            name=model.name,
+            state=enum_word(common_pb2.ReplicaState, model.state),
+            context_tokens=model.context_tokens,
+            deployed_at=datetime.fromtimestamp(model.deployed_unix_ms / 1000, UTC),
+        )
+        for model in response.models
+    ]
+
+
+def enum_word(enum: Any, value: int) -> str:
+    """An enum's value as a lower-case word: REPLICA_STATE_WARM is "warm". A newer version's is its number."""
+    if value not in enum.values():
+        return str(value)
+    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.DESCRIPTOR.name).upper() + "_"
+    return str(enum.Name(value)).removeprefix(prefix).lower()
+
+
+def error_of(
+    status: Status, *, target: str, request_id: str, timeout: float | None, progress: Progress | None = None
+) -> WarmServeError:
+    """The error to raise for the status a call ended with. `progress`: where the request stood last."""
+    code = status.code()
+    details = str(status.details() or "")
+    metadata = [(str(key), value) for key, value in status.trailing_metadata() or ()]
+    if code is grpc.StatusCode.NOT_FOUND:
+        suggestions = tuple(_text(value) for key, value in metadata if key == SUGGESTION)
+        return ModelNotFoundError(details, request_id=request_id, suggestions=suggestions)
+    if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):
+        return InvalidRequestError(details, request_id=request_id)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        waits = [_text(value) for key, value in metadata if key == RETRY_AFTER_MS]
+        retry_after_s = float(waits[0]) / 1000 if waits and waits[0].isdigit() else None
+        return QueueFullError(details, request_id=request_id, retry_after_s=retry_after_s)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return deadline_error(request_id, timeout, progress, details)
+    if code is grpc.StatusCode.CANCELLED:
+        return RequestCancelledError(f"the request was cancelled: {details}", request_id=request_id)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return UnavailableError(f"router {target}: {details}", request_id=request_id)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return WarmServeError(f"{target} does not speak WarmServe's protocol: {details}", request_id=request_id)
+    return WarmServeError(f"{getattr(code, 'name', code)} from {target}: {details}", request_id=request_id)
+
+
+def deadline_error(
+    request_id: str, timeout: float | None, progress: Progress | None, details: str = ""
+) -> DeadlineExceededError:
+    """Says how long was waited and, where it is known, for what."""
+    message = "the answer was not complete in time" if timeout is None else f"no complete answer within {timeout:g} s"
+    if details and details.lower() != "deadline exceeded":  # grpc's own words add nothing
+        message += f": {details}"
+    if progress is not None:
+        message += f" (last reported {progress.state}" + (f": {progress.reason})" if progress.reason else ")")
+    return DeadlineExceededError(message, request_id=request_id)
+
+
+def connect_error(target: str, waited_s: float, request_id: str) -> UnavailableError:
+    """No connection came about; nothing was sent."""
+    return UnavailableError(
+        f"no connection to {target} within {waited_s:g} s: is a router listening there?", request_id=request_id
+    )
+
+
+def cancelled_error(request_id: str) -> RequestCancelledError:
+    """The stream was closed on this side."""
+    return RequestCancelledError("the stream was closed before the answer was complete", request_id=request_id)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
