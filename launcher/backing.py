@@ -7,43 +7,70 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.children import Child, find_program, free_port
+from launcher.children import Child, find_program
+from launcher.ports import free_port
 
 _START_S = 60.0
 
 
 @dataclass
 class Backing:
-    """A running etcd or Redis."""
+    """An etcd or Redis that was started."""
 
     child: Child
     address: str  # host:port
-    version: str  # what `--version` says, with the program's path
+    answers: Callable[[], bool]  # whether it answers now; blocks for up to a second
+
+    def wait(self) -> Backing:
+        """Waits until it answers. Raises ChildFailedError where it ends instead, TimeoutError after a minute."""
+        deadline = time.monotonic() + _START_S
+        while not self.answers():
+            self.child.check()
+            if time.monotonic() > deadline:
+                self.child.stop(1)
+                raise TimeoutError(f"{self.child.name} did not answer within {_START_S:.0f} s; see {self.child.log}")
+            time.sleep(0.02)
+        return self
+
+
+def version(program: str) -> str:
+    """What `etcd` or `redis-server` says of its version, and which file it is."""
+    path = find_program(program)
+    text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    return f"{text.splitlines()[0]} ({path})"
 
 
 def start_etcd(data: Path, log: Path, port: int = 0) -> Backing:
-    """Starts etcd on 127.0.0.1 and waits until it answers. Raises ChildFailedError where it ends instead."""
+    """Starts etcd on 127.0.0.1, on a free port unless told otherwise, and waits until it answers."""
+    return etcd(data, log, port or free_port(), free_port()).wait()
+
+
+def start_redis(data: Path, log: Path, port: int = 0) -> Backing:
+    """Starts Redis on 127.0.0.1, on a free port unless told otherwise, and waits until it answers."""
+    return redis(data, log, port or free_port()).wait()
+
+
+def etcd(data: Path, log: Path, port: int, peer_port: int, keep_open: Sequence[int] = ()) -> Backing:
+    """Starts etcd on 127.0.0.1."""
     program = find_program("etcd")
-    client, peer = f"http://127.0.0.1:{port or free_port()}", f"http://127.0.0.1:{free_port()}"
-    child = Child(
-        "etcd",
-        [
-            program,
-            "--name=warmserve",
-            f"--data-dir={data}",
-            f"--listen-client-urls={client}",
-            f"--advertise-client-urls={client}",
-            f"--listen-peer-urls={peer}",
-            f"--initial-advertise-peer-urls={peer}",
-            f"--initial-cluster=warmserve={peer}",
-            "--auto-compaction-retention=1h",
-            "--log-level=warn",
-        ],
-        log,
-    )
+    client, peer = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{peer_port}"
+    command = [
+        program,
+        "--name=warmserve",
+        f"--data-dir={data}",
+        f"--listen-client-urls={client}",
+        f"--advertise-client-urls={client}",
+        f"--listen-peer-urls={peer}",
+        f"--initial-advertise-peer-urls={peer}",
+        f"--initial-cluster=warmserve={peer}",
+        "--auto-compaction-retention=1h",
+        "--log-level=warn",
+    ]
+    child = Child("etcd", command, log, keep_open=keep_open)
 
     def answers() -> bool:
         try:
@@ -52,20 +79,15 @@ def start_etcd(data: Path, log: Path, port: int = 0) -> Backing:
         except (urllib.error.URLError, OSError):
             return False
 
-    _wait(child, answers)
-    return Backing(child, client.removeprefix("http://"), _version(program))
+    return Backing(child, client.removeprefix("http://"), answers)
 
 
-def start_redis(data: Path, log: Path, port: int = 0) -> Backing:
-    """Starts Redis on 127.0.0.1, keeping its data on disk, and waits until it answers."""
+def redis(data: Path, log: Path, port: int, keep_open: Sequence[int] = ()) -> Backing:
+    """Starts Redis on 127.0.0.1, keeping its data on disk."""
     program = find_program("redis-server")
-    port = port or free_port()
     data.mkdir(parents=True, exist_ok=True)
-    child = Child(
-        "redis",
-        [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(data), "--appendonly", "yes", "--save", ""],
-        log,
-    )
+    command = [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(data), "--appendonly", "yes"]
+    child = Child("redis", [*command, "--save", ""], log, keep_open=keep_open)
 
     def answers() -> bool:
         try:
@@ -75,21 +97,4 @@ def start_redis(data: Path, log: Path, port: int = 0) -> Backing:
         except OSError:
             return False
 
-    _wait(child, answers)
-    return Backing(child, f"127.0.0.1:{port}", _version(program))
-
-
-def _wait(child: Child, answers: object) -> None:
-    assert callable(answers)
-    deadline = time.monotonic() + _START_S
-    while not answers():
-        child.check()
-        if time.monotonic() > deadline:
-            child.stop(1)
-            raise TimeoutError(f"{child.name} did not answer within {_START_S:.0f} s; its log is {child.log}")
-        time.sleep(0.02)
-
-
-def _version(program: str) -> str:
-    text = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
-    return f"{text.splitlines()[0]} ({program})"
+    return Backing(child, f"127.0.0.1:{port}", answers)

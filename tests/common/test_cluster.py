@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from launcher.backing import start_etcd
-from launcher.children import free_port
+from launcher.ports import free_port
 from services.common.load import LoadCounters, LoadCounts, window_start
 from services.common.queues import RequestQueue
 from services.common.session import Election, Session

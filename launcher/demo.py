@@ -1,0 +1,102 @@
+"""`warmserve demo`: the whole system doing its main job on this machine, and a verdict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from launcher.backing import version
+from launcher.checkpoints import make_checkpoints
+from launcher.cluster import Cluster, ClusterConfig
+from launcher.folder import DataFolder
+from launcher.progress import replay_with_progress
+from launcher.report import Report, print_report, summarise
+from launcher.traces import Arrival, Rotation, Scale, generate, read_azure
+from launcher.up import deployed_models
+from launcher.warmctl import deploy, warmctl
+
+# An arena holds one of the three models with room for its KV cache, or two without; so models make room for others.
+_ARENA_BYTES = 144 << 20
+_WINDOW_S = 2.0
+_PERIOD_S = 18.0
+_TIMEOUT_S = 60.0
+_SEED = 7
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo may be told."""
+
+    trace: Path | None  # None: traffic of our own making
+    duration_s: float
+    agents: int
+
+
+def traffic(trace: Path | None, duration_s: float, models: Sequence[str]) -> list[Arrival]:
+    """The requests of the demo: a trace scaled down to what two CPU cores can do, the models taking turns in bursts.
+
+    Raises TraceError where the trace cannot be read.
+    """
+    arrivals = generate(duration_s, 5.6, _SEED) if trace is None else read_azure(trace)
+    scale = Scale(duration_s, time=2.0, tokens=0.1, max_prompt_tokens=200, max_output_tokens=40)
+    return Rotation(models, _PERIOD_S).apply(scale.apply(arrivals))
+
+
+async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tuple[Report, list[str]]:
+    """Runs it. Returns the figures, and in words what did not go as it should (empty where all did)."""
+    begin = time.monotonic()
+
+    def say(line: str) -> None:
+        console.print(f"[dim]{time.monotonic() - begin:6.1f} s[/dim]  ", end="")
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"data folder: {folder.path}")
+    say(f"etcd: {version('etcd')}; Redis: {version('redis-server')}")
+    checkpoints = make_checkpoints(folder.models, say)
+    arrivals = traffic(config.trace, config.duration_s, list(checkpoints))
+    cluster_config = ClusterConfig(
+        agents=config.agents, arena_bytes=_ARENA_BYTES, window_s=_WINDOW_S, season_s=_PERIOD_S, grace_s=5.0
+    )
+    async with Cluster(folder, cluster_config, say) as cluster:
+        deployed = await deployed_models(cluster)
+        for name, checkpoint in checkpoints.items():
+            if name not in deployed:
+                await deploy(cluster.environment, name, checkpoint, say)
+        source = f"{config.trace}" if config.trace else "the built-in generator"
+        say(
+            f"replaying {len(arrivals)} requests from {source} for {config.duration_s:.0f} s; {len(checkpoints)} models"
+        )
+        outcomes = await replay_with_progress(
+            cluster.router_address, arrivals, timeout_s=_TIMEOUT_S, seed=_SEED, console=console
+        )
+        report = summarise(outcomes)
+        console.print()
+        print_report(report, console)
+        for name in checkpoints:
+            console.print(f"\n$ warmctl explain {name}", markup=False, highlight=False)
+            console.print(
+                await warmctl(cluster.environment, "explain", name), markup=False, highlight=False, soft_wrap=True
+            )
+        console.print()
+    return report, shortcomings(report)
+
+
+def shortcomings(report: Report) -> list[str]:
+    """What a run must show and this one did not, in words."""
+    found = []
+    if report.lost:
+        found.append(f"{report.lost} of {report.requests} requests were lost")
+    found += [
+        f"no request found its model {state}" for state in ("active", "warm", "cold") if state not in report.by_state
+    ]
+    warm, cold = report.by_state.get("warm"), report.by_state.get("cold")
+    if warm and cold and warm.p50_s >= cold.p50_s:
+        found.append(
+            f"the median time to the first token was not shorter warm ({1000 * warm.p50_s:.0f} ms) than cold "
+            f"({1000 * cold.p50_s:.0f} ms)"
+        )
+    return found

@@ -1,0 +1,46 @@
+"""A replay with its progress shown while it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from launcher.replay import Outcome, replay
+from launcher.traces import Arrival
+
+_PLAIN_EVERY = 20  # requests per line where the output is no terminal
+
+
+async def replay_with_progress(
+    target: str, arrivals: Sequence[Arrival], *, timeout_s: float, seed: int, console: Console
+) -> list[Outcome]:
+    """Like `replay`; on a terminal a live line shows where it stands, elsewhere a line is printed now and then."""
+    running: Counter[str] = Counter()
+    found: Counter[str] = Counter()
+    ended = 0
+    columns = (TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[state]}"), console=console) as progress:
+        bar = progress.add_task("answered", total=len(arrivals), state="")
+
+        def state() -> str:
+            now = ", ".join(f"{model} {count}" for model, count in sorted(running.items()) if count) or "none"
+            seen = ", ".join(f"{name} {count}" for name, count in sorted(found.items()))
+            return f"running: {now}; found {seen or 'nothing yet'}"
+
+        def on_sent(arrival: Arrival) -> None:
+            running[arrival.model] += 1
+            progress.update(bar, state=state())
+
+        def on_outcome(outcome: Outcome) -> None:
+            nonlocal ended
+            ended += 1
+            running[outcome.model] -= 1
+            found["lost" if outcome.lost else outcome.found_state] += 1
+            progress.update(bar, advance=1, state=state())
+            if not console.is_terminal and ended % _PLAIN_EVERY == 0:
+                console.print(f"answered {ended}/{len(arrivals)}; {state()}", highlight=False, soft_wrap=True)
+
+        return await replay(target, arrivals, timeout_s=timeout_s, seed=seed, on_sent=on_sent, on_outcome=on_outcome)

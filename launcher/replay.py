@@ -1,0 +1,102 @@
+"""Replays arrivals against a router, as its clients would send them, and records what each client saw."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from launcher.traces import Arrival
+from warmserve import AsyncClient, Options, TextDelta, WarmServeError
+
+_WORDS = tuple(
+    word
+    for line in (
+        "the model is warm and the request waits for an agent that has free pages so return self name value not found",
+        "in time of each step with one more token from its queue when it ends as a list or None if there was no other",
+    )
+    for word in line.split()
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one request. Times in seconds; `ttft_s` as the client measured it."""
+
+    model: str
+    at_s: float  # when it was sent, since the replay's begin
+    found_state: str  # active, warm, warming or cold; "" where it was lost
+    ttft_s: float
+    total_s: float
+    prompt_tokens: int
+    output_tokens: int
+    resumed: int
+    error: str  # "" where it was answered in full
+
+    @property
+    def lost(self) -> bool:
+        """Whether the client got less than it asked for."""
+        return self.error != ""
+
+
+async def replay(
+    target: str,
+    arrivals: Sequence[Arrival],
+    *,
+    timeout_s: float,
+    seed: int,
+    on_sent: Callable[[Arrival], None],
+    on_outcome: Callable[[Outcome], None],
+) -> list[Outcome]:
+    """Sends each request at its time, whatever became of those before, and waits for all. Failures are outcomes too.
+
+    Prompts are words of about one token each; answers go on past an end-of-sequence token, so that they are as long
+    as the trace's.
+    """
+    begin = time.monotonic()
+    async with AsyncClient(target, timeout=timeout_s) as client:
+
+        async def send(index: int, arrival: Arrival) -> Outcome:
+            await asyncio.sleep(begin + arrival.at_s - time.monotonic())
+            on_sent(arrival)
+            outcome = await _send(client, arrival, random.Random(seed * 1_000_003 + index), begin)
+            on_outcome(outcome)
+            return outcome
+
+        return await asyncio.gather(*(send(index, arrival) for index, arrival in enumerate(arrivals)))
+
+
+async def _send(client: AsyncClient, arrival: Arrival, chance: random.Random, begin: float) -> Outcome:
+    prompt = " ".join(chance.choices(_WORDS, k=arrival.prompt_tokens))
+    sent = time.monotonic()
+    first: float | None = None
+    error = ""
+    completion = None
+    options: Options = {
+        "max_tokens": arrival.output_tokens,
+        "ignore_eos": True,
+        "temperature": 0.8,
+        "seed": chance.getrandbits(32),
+    }
+    try:
+        async with client.stream_generate(arrival.model, prompt, **options) as stream:
+            async for event in stream:
+                if first is None and isinstance(event, TextDelta) and event.token_ids:
+                    first = time.monotonic()
+        completion = stream.completion
+    except WarmServeError as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    ended = time.monotonic()
+    return Outcome(
+        model=arrival.model,
+        at_s=sent - begin,
+        found_state=completion.timing.found_state if completion else "",
+        ttft_s=(first or ended) - sent,
+        total_s=ended - sent,
+        prompt_tokens=completion.usage.prompt_tokens if completion else 0,
+        output_tokens=completion.usage.completion_tokens if completion else 0,
+        resumed=completion.timing.resumed if completion else 0,
+        error=error,
+    )
