@@ -23,6 +23,7 @@ from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Pro
 from services.gpu_agent.weights.image import (
     Image,
     build_image,
+    delete_image,
     image_path,
     open_image,
     prepare_image,
@@ -305,6 +306,13 @@ def test_preparing_again_mends_a_broken_image(prepared: Prepared, broken: str) -
     assert prepare_image(prepared.checkpoint, prepared.layout, prepared.images, no_progress) == prepared.path
     assert prepared.path.read_bytes() == good
     open_image(prepared.path).close()
+
+
+def test_a_deleted_image_is_gone_but_readable_by_those_who_have_it_open(image: Image, prepared: Prepared) -> None:
+    delete_image(prepared.path)
+    delete_image(prepared.path)
+    assert os.listdir(prepared.images) == []
+    image.read_page(0, torch.empty(PAGE, dtype=torch.uint8))
 
 
 # Loading

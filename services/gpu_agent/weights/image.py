@@ -73,7 +73,10 @@ def image_path(folder: Path, checkpoint: Checkpoint, layout: ImageLayout) -> Pat
 
 
 def prepare_image(checkpoint: Checkpoint, layout: ImageLayout, folder: Path, progress: BuildProgress) -> Path:
-    """Sees to it that the image is in `folder`, building it where it is missing or broken, and returns its path."""
+    """Sees to it that the image is in `folder`, building it where it is missing or broken, and returns its path.
+
+    It does not read the pages: after an ImageCorrupt from a load, delete the image and prepare it again.
+    """
     path = image_path(folder, checkpoint, layout)
     with suppress(FileNotFoundError, ImageCorrupt), open_image(path) as image:
         if image.fingerprint == checkpoint.fingerprint and image.layout == layout:
@@ -127,6 +130,12 @@ def open_image(path: Path) -> Image:
         os.close(fd)
         raise ImageCorrupt(f"{path} has {size} bytes and not {layout.total_bytes}")
     return Image(path, body["fingerprint"], layout, body["page_crc32"], fd)
+
+
+def delete_image(path: Path) -> None:
+    """Deletes an image and its sidecar. Those who have it open can still read it. Nothing where there is none."""
+    _sidecar(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> int:
