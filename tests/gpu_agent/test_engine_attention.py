@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from services.gpu_agent.engine.attention import PagedStep, Span
-from services.gpu_agent.engine.kv import KvCache, KvSpec
+from services.gpu_agent.engine.kv import KvCache
+from services.gpu_agent.engine.kv_spec import KvSpec
 from tests.gpu_agent.serving import arena
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8

@@ -74,6 +74,19 @@ def test_too_large_for_all_pages_ends_with_the_numbers(served: Served) -> None:
     weights.remove()
 
 
+def test_stalls_while_others_hold_the_pages(served: Served) -> None:
+    """The engine's loop relies on it, so as not to spin."""
+    instance = served.instance()
+    taken = served.arena.take_kv("somebody", served.arena.free_pages)
+    instance.add(greedy("a", prompt(6), 4))
+    assert instance.step() == []
+    assert (instance.stalled, instance.has_work) == (True, True)
+    served.arena.give_kv("somebody", taken)
+    outputs = instance.step()
+    assert not instance.stalled
+    assert len(tokens_of(outputs + run(instance), "a")) == 4
+
+
 @pytest.mark.parametrize("generated", [6, 7])
 def test_resumed_behind_its_last_token(served: Served, generated: int) -> None:
     instance = served.instance()

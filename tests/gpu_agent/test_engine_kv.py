@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gpu_agent.arena.pages import OutOfPages
-from services.gpu_agent.engine.kv import KvCache, KvSpec
+from services.gpu_agent.engine.kv import KvCache
+from services.gpu_agent.engine.kv_spec import KvSpec
 from tests.gpu_agent.serving import arena
 
 SPEC = KvSpec(layers=2, kv_heads=2, head_dim=8, dtype=torch.float32, block_tokens=4)  # 1 KiB a block

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.gpu_agent.engine import sampling
 from services.gpu_agent.engine.sampling import NonFiniteLogits, random_unit, sample
 from services.gpu_agent.engine.sequence import SamplingParams, Sequence
 from tests.gpu_agent.checkpoints import llama
@@ -95,6 +96,13 @@ def test_impossible_tokens_are_never_drawn() -> None:
     logits = torch.full((3000, 6), -math.inf)
     logits[:, 2:4] = 0.0
     assert set(sample(logits, [SamplingParams(1)] * 3000, range(3000))) == {2, 3}
+
+
+def test_the_largest_draw_stays_in_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "random_unit", lambda seed, offset: 1 - 2.0**-53)
+    logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(1))
+    logits[:, 30:] = -math.inf
+    assert set(sample(logits, [SamplingParams(1)] * 300, range(300))) == {29}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from math import gcd
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from services.gpu_agent.engine.kv import KvSpec
+from services.gpu_agent.engine.kv_spec import KvSpec
 
 
 class KvTensors:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from services.gpu_agent.arena.arena import WeightRange
 from services.gpu_agent.engine.attention import ATTENTION, PagedStep, attending
-from services.gpu_agent.engine.kv import KvSpec
+from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.weights.layout import ImageLayout
 
 # What transformers passes to attention functions for information; everything else changes the result.

@@ -57,9 +57,9 @@ def _draw(logits: torch.Tensor, params: Many[SamplingParams], offsets: Many[int]
     cumulative = probabilities.cumsum(dim=-1)
     total = cumulative[:, -1:]
     units = _column(logits, [random_unit(p.seed, offset) for p, offset in zip(params, offsets, strict=True)])
-    # Strictly below the total, so that rounding cannot select a token of probability 0 at the end.
-    targets = torch.minimum(units * total, torch.nextafter(total, torch.zeros_like(total)))
-    drawn: list[int] = torch.searchsorted(cumulative, targets, right=True)[:, 0].tolist()
+    # A unit is at most 1 - 2**-53, so that its product with the total, even rounded, is below the total; the token
+    # found is therefore always one of positive probability.
+    drawn: list[int] = torch.searchsorted(cumulative, units * total, right=True)[:, 0].tolist()
     return drawn
 
 
@@ -71,10 +71,8 @@ def _filter(probabilities: torch.Tensor, params: Many[SamplingParams]) -> torch.
     limit = torch.tensor([[p.top_k or vocabulary] for p in params], device=ranked.device)
     ranked = ranked.masked_fill(ranks >= limit, 0.0)
     cumulative = ranked.cumsum(dim=-1)
+    # A token goes where those before it suffice; nothing is before the likeliest, so that one stays.
     reached = cumulative - ranked >= _column(ranked, [p.top_p for p in params]) * cumulative[:, -1:]
-    # top_p = 1 keeps all, also where the sum reaches 1 early by rounding; the likeliest token always stays.
-    reached &= _column(ranked, [p.top_p for p in params]) < 1
-    reached[:, 0] = False
     return torch.zeros_like(ranked).scatter_(-1, order, ranked.masked_fill(reached, 0.0))
 
 

@@ -88,8 +88,8 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Decides one step. The caller computes the chunks and then raises each sequence's computed_tokens."""
-        preempted = self._grow()
-        impossible = [] if preempted else self._admit()
+        self._grow()
+        impossible = self._admit()
         budget = self._token_budget - sum(1 for s in self._running if s.pending_tokens == 1)
         chunks = []
         for sequence in self._running:
@@ -101,9 +101,8 @@ class Scheduler:
                 chunks.append(Chunk(sequence, length))
         return Schedule(chunks, impossible)
 
-    def _grow(self) -> bool:
-        """Sees to it that each running sequence has blocks for all its tokens. True if one had to be preempted."""
-        before = self.preemptions
+    def _grow(self) -> None:
+        """Sees to it that each running sequence has blocks for all its tokens, at the cost of the newest ones."""
         for sequence in list(self._running):
             while sequence.blocks and (missing := self._blocks_for(len(sequence.token_ids)) - len(sequence.blocks)) > 0:
                 blocks = self._pool.try_alloc(missing)
@@ -112,7 +111,6 @@ class Scheduler:
                     self._preempt(self._running[-1])
                 else:
                     sequence.blocks.extend(blocks)
-        return self.preemptions > before
 
     def _admit(self) -> list[tuple[Sequence, str]]:
         impossible = []
