@@ -122,6 +122,8 @@ class Cluster:
         return {m.name: m.child.process.pid for m in self._members if m.child is not None and m.child.running}
 
     async def __aenter__(self) -> Cluster:
+        for log in self.folder.path.glob("log/*.log"):
+            log.replace(log.with_suffix(".log.1"))
         try:
             for stage in self._stages():
                 for member in stage:
@@ -240,6 +242,7 @@ class Cluster:
         self._metrics[name] = metrics_port
         command = [
             sys.executable,
+            "-P",  # modules in the folder that the user happens to be in are not ours
             "-m",
             f"services.{module}",
             f"--id={name}",

@@ -41,8 +41,8 @@ def traffic(trace: Path | None, duration_s: float, models: Sequence[str]) -> lis
 
     Raises TraceError where the trace cannot be read.
     """
-    arrivals = generate(duration_s, 5.6, _SEED) if trace is None else read_azure(trace)
-    scale = Scale(duration_s, time=2.0, tokens=0.1, max_prompt_tokens=200, max_output_tokens=40)
+    arrivals = generate(duration_s, 3.2, _SEED) if trace is None else read_azure(trace)
+    scale = Scale(duration_s, tokens=0.1, max_prompt_tokens=200, max_output_tokens=40)
     return Rotation(models, _PERIOD_S).apply(scale.apply(arrivals))
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-_WARMCTL = [sys.executable, "-m", "warmserve.admin.cli"]
+_WARMCTL = [sys.executable, "-P", "-m", "warmserve.admin.cli"]
 
 
 class WarmctlError(RuntimeError):

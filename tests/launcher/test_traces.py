@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_made_up_traffic_is_reproducible_and_has_its_rate() -> None:
     assert arrivals != generate(2_000, 5.0, seed=2)
     assert len(arrivals) == pytest.approx(10_000, rel=0.1)
     assert all(0 <= a.at_s < 2_000 and a.prompt_tokens >= 1 and a.output_tokens >= 1 for a in arrivals)
-    gaps = [b.at_s - a.at_s for a, b in zip(arrivals, arrivals[1:], strict=False)]
+    gaps = [b.at_s - a.at_s for a, b in pairwise(arrivals)]
     assert min(gaps) >= 0
     mean = sum(gaps) / len(gaps)
     deviation = (sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5
