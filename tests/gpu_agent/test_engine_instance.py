@@ -183,6 +183,14 @@ def test_reserved_pages_stay(served: Served) -> None:
     assert served.arena.usage().kv == 0
 
 
+def test_a_batch_larger_than_the_token_budget(served: Served) -> None:
+    instance = served.instance(max_batch=6, token_budget=2)
+    for i in range(6):
+        instance.add(greedy(str(i), prompt(3, seed=i), 4))
+    outputs = run(instance)
+    assert [len(tokens_of(outputs, str(i))) for i in range(6)] == [4] * 6
+
+
 def test_stats(served: Served) -> None:
     instance = served.instance()
     instance.add(greedy("a", prompt(6), 4))

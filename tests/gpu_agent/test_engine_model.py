@@ -111,3 +111,14 @@ def test_inspecting_does_not_change_the_config() -> None:
     before = config.to_dict(), config._attn_implementation
     inspect_model(config, torch.bfloat16)
     assert (config.to_dict(), config._attn_implementation) == before
+
+
+def test_inspecting_leaves_the_default_dtype_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It belongs to the whole process, so to the engine's thread too."""
+
+    def refuse(dtype: torch.dtype) -> None:
+        raise AssertionError(f"the default dtype was set to {dtype}")
+
+    monkeypatch.setattr(torch, "set_default_dtype", refuse)
+    config = tf.LlamaConfig(**SMALL, **HEADS, dtype="bfloat16")
+    assert inspect_model(config, torch.bfloat16).dtype == torch.bfloat16

@@ -47,7 +47,10 @@ class Instance:
         token_budget: int = 512,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """context_tokens bounds prompt plus answer; token_budget bounds the tokens of one step, prefills included."""
+        """context_tokens bounds prompt plus answer; token_budget bounds the tokens of one step.
+
+        Each running sequence gets a token in each step, so the budget is never less than max_batch.
+        """
         self.id = instance_id
         self.model_name = model_name
         self.stalled = False
@@ -57,7 +60,7 @@ class Instance:
         self._eos_ids = frozenset(eos_ids)
         self._context_tokens = context_tokens
         self._clock = clock
-        self._scheduler = Scheduler(kv, kv.spec.blocks_for, max_batch, token_budget)
+        self._scheduler = Scheduler(kv, kv.spec.blocks_for, max_batch, max(token_budget, max_batch))
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._ended: list[SequenceOutput] = []  # between steps; told by the next one
         self._steps = 0

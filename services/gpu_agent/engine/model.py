@@ -64,7 +64,7 @@ def inspect_model(config: Any, dtype: torch.dtype, block_tokens: int = 16) -> Kv
 
     Raises UnsupportedArchitecture where the engine cannot serve it.
     """
-    return _kv_spec(_on_meta(config, dtype), dtype, block_tokens)
+    return _kv_spec(_on_meta(config), dtype, block_tokens)
 
 
 def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_tokens: int = 16) -> BoundModel:
@@ -72,7 +72,7 @@ def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_to
 
     The binding is made once and outlives eviction and reload. Raises UnsupportedArchitecture.
     """
-    module = _on_meta(config, layout.dtype)
+    module = _on_meta(config)
     kv_spec = _kv_spec(module, layout.dtype, block_tokens)
     # Before the parameters are bound: transformers' initialisation then finds them on the meta device, where writing
     # random numbers to them does nothing.
@@ -81,11 +81,14 @@ def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_to
     return BoundModel(module, kv_spec)
 
 
-def _on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _on_meta(config: Any) -> PreTrainedModel:
+    """The model without memory, its parameters' dtype of no meaning."""
     try:
+        # Given a dtype, transformers would for a while change the default of the whole process, under the feet of
+        # the engine's thread.
         with torch.device("meta"):
             module: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), attn_implementation=ATTENTION, dtype=dtype, trust_remote_code=False
+                copy.deepcopy(config), attn_implementation=ATTENTION, dtype=None, trust_remote_code=False
             )
     except Exception as error:  # foreign code: whatever it raises means that it cannot be built
         raise UnsupportedArchitecture(
