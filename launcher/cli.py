@@ -27,6 +27,7 @@ from launcher.traces import Arrival, Rotation, Scale, TraceError, generate, read
 from launcher.up import up
 from launcher.warmctl import WarmctlError
 from warmserve import AsyncClient, WarmServeError
+from warmserve.cluster.store import StoreUnavailableError
 
 _TRACE_OF_CHECKOUT = Path(__file__).parents[2] / "shared" / "traces" / "azure_2023_conv.csv.gz"
 
@@ -62,6 +63,7 @@ def _readable_errors() -> Iterator[None]:
         FolderInUseError,
         PermissionError,
         PortTakenError,
+        StoreUnavailableError,
         TimeoutError,
         TraceError,
         WarmServeError,
@@ -186,7 +188,7 @@ def replay_command(
             deployed = [info.name for info in await client.models()]
         models = model or deployed
         if not models:
-            raise typer.BadParameter("no model is deployed: `warmctl models deploy NAME FOLDER` does that")
+            raise typer.BadParameter("no model is deployed: `warmctl models deploy NAME --source FOLDER` does that")
         outcomes = await replay_with_progress(target, requests(models), timeout_s=timeout, seed=seed, console=console)
         report = summarise(outcomes)
         print_report(report, console)

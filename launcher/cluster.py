@@ -6,25 +6,22 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from launcher import backing
-from launcher.children import Child, ChildFailedError
+from launcher.children import Child
 from launcher.folder import DataFolder
+from launcher.members import START_S, Member, backing_member, serves
+from warmserve.cluster.keys import Keys
+from warmserve.cluster.mirror import Mirror
+from warmserve.cluster.store import Store
+from warmserve.v1 import cluster_pb2
 
 HOST = "127.0.0.1"
 _WISHED_HTTP_PORT = 8000
-_START_S = 120.0
-_PROBE_S = 0.05
-_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-_STEADY_S = 60.0  # a member that lived this long is restarted without waiting for longer than the first time
 
 
 @dataclass(frozen=True)
@@ -40,32 +37,6 @@ class ClusterConfig:
     season_s: float | None = None  # None: the forecaster's own default
     max_batch: int | None = None  # None: the agents' own default
     grace_s: float = 10.0
-
-
-@dataclass
-class Member:
-    """One child that is kept running."""
-
-    name: str
-    start: Callable[[], Child]
-    answers: Callable[[], bool]  # blocks for up to a second
-    grace_s: float
-    child: Child | None = None
-
-    @property
-    def kind(self) -> str:
-        """Members of one kind stop together."""
-        return self.name.partition("-")[0]
-
-    async def wait_until_ready(self) -> None:
-        """Raises ChildFailedError where it ends instead, TimeoutError where it never answers."""
-        assert self.child is not None
-        deadline = time.monotonic() + _START_S
-        while not await asyncio.to_thread(self.answers):
-            self.child.check()
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.name} did not answer within {_START_S:.0f} s; see {self.child.log}")
-            await asyncio.sleep(_PROBE_S)
 
 
 class Cluster:
@@ -110,31 +81,35 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """Variables with which warmctl finds this cluster."""
-        return {"WARMSERVE_ETCD_ENDPOINTS": self.etcd_address, "WARMSERVE_REDIS_URL": self.redis_url}
+        return {
+            "WARMSERVE_ETCD_ENDPOINTS": self.etcd_address,
+            "WARMSERVE_REDIS_URL": self.redis_url,
+            "WARMSERVE_PREFIX": Keys().prefix,
+        }
 
     @property
     def model_roots(self) -> list[Path]:
         """Folders that checkpoints may be deployed from."""
         return [self.folder.models, *(root.expanduser().resolve() for root in self.config.model_roots)]
 
-    def processes(self) -> dict[str, int]:
-        """Process ids of what runs, by member's name."""
-        return {m.name: m.child.process.pid for m in self._members if m.child is not None and m.child.running}
-
     async def __aenter__(self) -> Cluster:
         for log in self.folder.path.glob("log/*.log"):
             log.replace(log.with_suffix(".log.1"))
+        backings, services = self._stages()
+        store = Store([self.etcd_address])
         try:
-            for stage in self._stages():
-                for member in stage:
-                    self._report(f"starting {member.name}")
-                    self._members.append(member)
-                    member.child = member.start()
-                await asyncio.gather(*(self._wait_until_ready(member) for member in stage))
+            await self._start(backings)
+            _, revision = await store.snapshot(Keys().placer_leader())
+            await self._start(services)
+            self._keepers = [
+                asyncio.create_task(m.keep(self._report), name=f"keeper of {m.name}") for m in self._members
+            ]
+            await self._wait_for_leader(store, revision)
         except BaseException:
             await self.stop()
             raise
-        self._keepers = [asyncio.create_task(self._keep(m), name=f"keeper of {m.name}") for m in self._members]
+        finally:
+            await store.close()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -147,44 +122,34 @@ class Cluster:
                 keeper.cancel()
             await asyncio.gather(*self._keepers, return_exceptions=True)
             for _, members in groupby(reversed(self._members), lambda member: member.kind):
-                await asyncio.gather(*(self._stop_member(member) for member in members))
+                await asyncio.gather(*(member.stop(self._report) for member in members))
         finally:
             for member in self._members:
                 if member.child is not None:
                     member.child.stop(0)
 
-    async def _wait_until_ready(self, member: Member) -> None:
-        await member.wait_until_ready()
-        self._report(f"{member.name} is ready")
+    async def _start(self, stage: list[Member]) -> None:
+        for member in stage:
+            self._report(f"starting {member.name}")
+            self._members.append(member)
+            member.start()
+        for member in stage:
+            await member.wait_until_ready()
+            self._report(f"{member.name} is ready")
 
-    async def _stop_member(self, member: Member) -> None:
-        if member.child is None or not member.child.running:
-            return
-        self._report(f"stopping {member.name}")
-        if not await member.child.stop_gently(member.grace_s):
-            self._report(f"{member.name} did not stop within {member.grace_s:.0f} s and was killed")
-
-    async def _keep(self, member: Member) -> None:
-        failures = 0
-        while True:
-            assert member.child is not None
-            started = time.monotonic()
-            status = await member.child.ended()
-            failures = 0 if time.monotonic() - started > _STEADY_S else failures
-            pause = _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)]
-            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            self._report(f"{member.name} {how}; starting it again in {pause:g} s (log: {member.child.log})")
-            await asyncio.sleep(pause)
-            failures += 1
-            try:
-                member.child = member.start()
-                await member.wait_until_ready()
-            except OSError as error:
-                self._report(f"{member.name} cannot be started: {error}")
-            except (ChildFailedError, TimeoutError):
-                member.child.kill()  # the next turn of the loop says that it ended
-            else:
-                self._report(f"{member.name} is back")
+    async def _wait_for_leader(self, store: Store, since: int) -> None:
+        """Waits for a placer that was elected after etcd's revision `since`: after a crash the old one's record is
+        there until its lease ends."""
+        leader = Mirror(store, Keys().placer_leader(), cluster_pb2.LeaderRecord)
+        await leader.start()
+        try:
+            await asyncio.wait_for(leader.wait_for(lambda _: leader.create_revision("") > since), START_S)
+        except TimeoutError:
+            raise TimeoutError(
+                f"no placer was elected within {START_S:.0f} s; see {self.folder.log('placer')}"
+            ) from None
+        finally:
+            await leader.close()
 
     def _stages(self) -> list[list[Member]]:
         """Members in order of start; those of one stage start together."""
@@ -225,7 +190,7 @@ class Cluster:
         ]
         router = self._service("router", "router", [f"--http-port={self.http_port}"])
         return [
-            [_backing("etcd", etcd), _backing("redis", redis)],
+            [backing_member("etcd", etcd), backing_member("redis", redis)],
             [placer, forecaster, *agents, router],
         ]
 
@@ -251,6 +216,7 @@ class Cluster:
             f"--metrics-port={metrics_port}",
             f"--etcd-endpoints={self.etcd_address}",
             f"--redis-url={self.redis_url}",
+            f"--prefix={Keys().prefix}",
             f"--window-s={self.config.window_s}",
             f"--grace-s={self.config.grace_s}",
             *(flags or []),
@@ -267,26 +233,4 @@ class Cluster:
                 keep_open=(self.folder.lock_descriptor,),
             )
 
-        return Member(name, start, lambda: _serves(address), self.config.grace_s + 5.0)
-
-
-def _backing(name: str, start: Callable[[], backing.Backing]) -> Member:
-    member: Member
-
-    def begin() -> Child:
-        started = start()
-        member.answers = started.answers
-        return started.child
-
-    member = Member(name, begin, lambda: False, 10.0)
-    return member
-
-
-def _serves(address: str) -> bool:
-    """Whether a gRPC server says that it is healthy."""
-    with grpc.insecure_channel(address) as channel:
-        try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1)
-        except grpc.RpcError:
-            return False
-    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        return Member(name, start, lambda: serves(address), self.config.grace_s + 5.0)

@@ -66,7 +66,7 @@ def _endpoints(cluster: Cluster, deployed: list[str]) -> list[str]:
     else:
         lines += [
             "No model is deployed. Deploy one (a folder with config.json, *.safetensors and tokenizer.json):",
-            f"  warmctl models deploy NAME {cluster.model_roots[-1]}/FOLDER",
+            f"  warmctl models deploy NAME --source {cluster.model_roots[-1]}/FOLDER",
             f"Checkpoints may be in {' or '.join(map(str, cluster.model_roots))}; `--model-root DIR` allows more, and",
             "`--demo-models` makes and deploys three small ones. Then:",
             f"  {curl(cluster.http_url, 'NAME')}",

@@ -45,5 +45,6 @@ async def warmctl(environment: Mapping[str, str], *arguments: str, report: Calla
 
 async def deploy(environment: Mapping[str, str], name: str, folder: Path, report: Callable[[str], None]) -> None:
     """Deploys a checkpoint. Raises WarmctlError."""
-    report(f"$ warmctl models deploy {name} {folder}")
-    await warmctl(environment, "models", "deploy", name, str(folder), report=lambda line: report(f"  {line}"))
+    report(f"$ warmctl models deploy {name} --source {folder}")
+    arguments = ("models", "deploy", name, "--source", str(folder))
+    await warmctl(environment, *arguments, report=lambda line: report(f"  {line}"))
