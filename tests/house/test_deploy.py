@@ -113,7 +113,7 @@ def test_the_services_together_deploy_a_model_and_answer(
 
     name, folder = next(iter(checkpoints.items()))
     operator = variables("warmctl")
-    deployed = image("warmctl").run(operator, "models", "deploy", name, str(folder))
+    deployed = image("warmctl").run(operator, "models", "deploy", name, "--source", str(folder))
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
 
     router = containers["router"]
