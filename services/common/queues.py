@@ -6,7 +6,7 @@ be put back.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,14 @@ class Taken:
 
     ticket: Ticket
     request: agent_pb2.QueuedRequest
+
+
+@dataclass(frozen=True)
+class QueueCounts:
+    """Entries of one model's streams."""
+
+    waiting: int = 0  # that no instance has taken
+    taken: int = 0  # that instances have taken and not said `done` for
 
 
 class RequestQueue:
@@ -141,15 +149,28 @@ class RequestQueue:
 
     async def waiting(self, model: str) -> int:
         """Entries in the model's streams that no instance has taken."""
-        waiting = 0
-        for stream in self._streams(model):
-            waiting += await self._redis.xlen(stream)
-            try:
-                waiting -= (await self._redis.xpending(stream, GROUP))["pending"]
-            except ResponseError as error:
-                if not str(error).startswith("NOGROUP"):
-                    raise
-        return max(waiting, 0)
+        return (await self.counts([model]))[model].waiting
+
+    async def counts(self, models: Iterable[str]) -> dict[str, QueueCounts]:
+        """How many entries each model's streams have, in one round trip."""
+        names = list(models)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                for stream in self._streams(name):
+                    pipe.xlen(stream)
+                    pipe.xpending(stream, GROUP)
+            answers: list[Any] = await pipe.execute(raise_on_error=False)
+        counts = {}
+        per_model = 2 * len(_PRIORITIES)
+        for position, name in enumerate(names):
+            own = answers[position * per_model : (position + 1) * per_model]
+            for answer in own:
+                if isinstance(answer, Exception) and not str(answer).startswith("NOGROUP"):
+                    raise answer
+            length = sum(own[0::2])
+            taken = sum(answer["pending"] for answer in own[1::2] if not isinstance(answer, Exception))
+            counts[name] = QueueCounts(max(length - taken, 0), taken)
+        return counts
 
     async def drop(self, model: str) -> None:
         """Deletes the streams of a model that is gone."""

@@ -1,0 +1,177 @@
+"""The working copy of a snapshot on which a plan is made, and how room is made on it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, Snapshot, State
+
+
+class Step(Enum):
+    """What has to happen to a replica before its pages are free."""
+
+    EVICT = "evict"
+    AWAIT = "await"  # it drains already
+    DRAIN = "drain"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A replica that may give pages."""
+
+    replica: Replica
+    step: Step
+    cost: float  # seconds of waiting that giving all of them costs
+    last: bool = False  # taken only where all others do not suffice
+
+
+@dataclass(frozen=True)
+class Room:
+    """What makes a group roomy enough; all of it empty where it is so already."""
+
+    evictions: tuple[tuple[Replica, int], ...] = ()  # with the pages each keeps
+    awaited: tuple[Replica, ...] = ()
+    drains: tuple[Replica, ...] = ()
+    last_resorts: int = 0
+    cost: float = 0.0
+
+    @property
+    def now(self) -> bool:
+        """Whether evictions alone do it."""
+        return not self.awaited and not self.drains
+
+
+class Board:
+    """Replicas and pages as they will be when the actions decided so far have been carried out."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self._replicas: dict[Key, Replica] = {}
+        self._by_agent: defaultdict[str, set[Key]] = defaultdict(set)
+        self._by_model: defaultdict[str, set[Key]] = defaultdict(set)
+        self._promised: defaultdict[str, int] = defaultdict(int)
+        for replica in snapshot.replicas:
+            self.put(replica)
+
+    def put(self, replica: Replica) -> None:
+        """Adds a replica, or what it has become."""
+        self._replicas[replica.key] = replica
+        self._by_model[replica.model].add(replica.key)
+        for agent_id in replica.group:
+            self._by_agent[agent_id].add(replica.key)
+
+    def remove(self, replica: Replica) -> None:
+        """A replica is cold now."""
+        del self._replicas[replica.key]
+        self._by_model[replica.model].discard(replica.key)
+        for agent_id in replica.group:
+            self._by_agent[agent_id].discard(replica.key)
+
+    def evict(self, replica: Replica, keep: int) -> None:
+        """A replica has only its first `keep` pages left."""
+        if keep:
+            self.put(replace(replica, state=State.WARM, resident=keep))
+        else:
+            self.remove(replica)
+
+    def promise(self, model: Model, group: GroupIds) -> None:
+        """Keeps room for a replica that will be placed once instances of others have drained."""
+        own = self.get(model.name, group)
+        for agent_id in group:
+            self._promised[agent_id] += self.snapshot.shard_pages(model, agent_id) - (own.pages if own else 0)
+
+    def get(self, model: str, group: GroupIds) -> Replica | None:
+        """The model's replica on exactly that group."""
+        return self._replicas.get((model, group))
+
+    def all(self) -> list[Replica]:
+        """All replicas, in order of model and group."""
+        return [self._replicas[key] for key in sorted(self._replicas)]
+
+    def of(self, model: str) -> list[Replica]:
+        """A model's replicas, in order of group."""
+        return [self._replicas[key] for key in sorted(self._by_model[model])]
+
+    def on(self, group: GroupIds) -> list[Replica]:
+        """The replicas that use any of the group's agents, in order of model and group."""
+        return [self._replicas[key] for key in sorted({key for agent in group for key in self._by_agent[agent]})]
+
+    def whole(self, replica: Replica) -> bool:
+        """Whether all agents of a replica are there."""
+        return all(agent_id in self.snapshot.agents for agent_id in replica.group)
+
+    def free(self, agent: Agent, shard_pages: int = 0) -> int:
+        """Pages that a newcomer of that many pages may have on an agent; below 0 where weights crowd KV."""
+        held = sum(self._replicas[key].pages for key in self._by_agent[agent.id]) + self._promised[agent.id]
+        return agent.pages_total - held - max(self.snapshot.kv_reserve(agent, shard_pages), agent.pages_kv)
+
+    def deficits(self, model: Model, group: GroupIds, given: Iterable[tuple[Replica, int]] = ()) -> dict[str, int]:
+        """Pages that lack on each agent for the model's replica, after others have given all but some pages."""
+        own = self.get(model.name, group)
+        kept = {replica.key: (replica, keep) for replica, keep in given}
+        lacking = {}
+        for agent_id in group:
+            agent = self.snapshot.agents[agent_id]
+            need = self.snapshot.shard_pages(model, agent_id)
+            held, kv = self._promised[agent_id], agent.pages_kv
+            for key in self._by_agent[agent_id]:
+                replica = self._replicas[key]
+                if replica is own:
+                    continue
+                if key in kept:
+                    held += kept[key][1]
+                    kv -= replica.kv_pages
+                else:
+                    held += replica.pages
+            lacking[agent_id] = held + need + max(self.snapshot.kv_reserve(agent, need), kv) - agent.pages_total
+        return lacking
+
+    def make_room(self, model: Model, group: GroupIds, sources: Collection[Source]) -> Room | None:
+        """The cheapest way to make room for the model's replica on a group, by greedy choice; None where there is none.
+
+        The last warm replica taken gives only as many pages as are needed, from its end.
+        """
+        lacking = self.deficits(model, group)
+        if _suffices(lacking):
+            return Room()
+        short = {agent_id: pages for agent_id, pages in lacking.items() if pages > 0}
+        taken: list[Source] = []
+        for source in sorted(sources, key=lambda s: (s.last, _price(s, short), s.replica.key)):
+            if any(lacking.get(agent_id, 0) > 0 for agent_id in source.replica.group):
+                taken.append(source)
+                lacking = self.deficits(model, group, [(s.replica, 0) for s in taken])
+                if _suffices(lacking):
+                    return self._trim(model, group, taken)
+        return None
+
+    def _trim(self, model: Model, group: GroupIds, taken: list[Source]) -> Room:
+        """Gives back what the greedy choice took too much, the dearest first."""
+        keeps = {source.replica.key: 0 for source in taken}
+        for source in reversed(taken):
+            rest = [(s.replica, keeps[s.replica.key]) for s in taken if s is not source]
+            if _suffices(self.deficits(model, group, rest)):
+                taken = [s for s in taken if s is not source]
+            elif source.step is Step.EVICT and source.replica.state is State.WARM:
+                lacking = self.deficits(model, group, [*rest, (source.replica, 0)])
+                slack = min(-lacking[agent_id] for agent_id in source.replica.group if agent_id in lacking)
+                keeps[source.replica.key] = min(slack, source.replica.resident)
+        return Room(
+            evictions=tuple((s.replica, keeps[s.replica.key]) for s in taken if s.step is Step.EVICT),
+            awaited=tuple(s.replica for s in taken if s.step is Step.AWAIT),
+            drains=tuple(s.replica for s in taken if s.step is Step.DRAIN),
+            last_resorts=sum(s.last for s in taken),
+            cost=sum(s.cost * (1 - keeps[s.replica.key] / max(1, s.replica.resident)) for s in taken),
+        )
+
+
+def _suffices(lacking: Mapping[str, int]) -> bool:
+    return all(pages <= 0 for pages in lacking.values())
+
+
+def _price(source: Source, short: Mapping[str, int]) -> float:
+    """Cost per page that helps."""
+    helping = sum(min(source.replica.pages, short.get(agent_id, 0)) for agent_id in source.replica.group)
+    return source.cost / helping if helping else float("inf")

@@ -1,0 +1,225 @@
+"""The published rule: foundation and burst replicas, scored, on nested groups. Pure: snapshot in, plan out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from services.placer.board import Board, Room
+from services.placer.decisions import Action, Do, Outcome, Outlook, Plan, Reason, Wake
+from services.placer.demand import Demand, demand
+from services.placer.prewarm import prewarm
+from services.placer.scores import Kind, Worth, worth, worths
+from services.placer.snapshot import Key, Model, Replica, Snapshot, State
+from services.placer.wake import Wish, choose
+from services.placer.words import count, names, share
+from warmserve.v1 import common_pb2
+
+RULE = "published"
+
+
+def plan(snapshot: Snapshot) -> Plan:
+    """What to wake, drain, warm and evict. The same snapshot gives the same plan."""
+    return _Planner(snapshot).plan()
+
+
+class _Planner:
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._board = Board(snapshot)
+        self._models = sorted(snapshot.models.values(), key=lambda model: model.name)
+        self._demands: dict[str, Demand] = {}
+        self._worths: dict[Key, Worth] = {}
+        self._actions: list[Action] = []
+        self._wakes: dict[str, Wake] = {}
+
+    def plan(self) -> Plan:
+        self._clear_away()
+        self._assess()
+        self._wake()
+        self._drain_low_load()
+        warming, obstacles = prewarm(self._board, self._demands, self._worths)
+        self._actions += warming
+        outlooks = tuple(self._outlook(model, obstacles.get(model.name, "")) for model in self._models)
+        return Plan(tuple(self._actions), outlooks, self._wakes)
+
+    # What has no place any more
+
+    def _clear_away(self) -> None:
+        for replica in self._board.all():
+            reason = self._has_to_go(replica)
+            if reason is None:
+                continue
+            if replica.state in (State.ACTIVE, State.WAKING):
+                self._drain(replica, reason)
+            elif replica.state in (State.WARM, State.WARMING):
+                self._actions.append(Action(Do.EVICT, replica.model, replica.group, reason))
+                self._board.remove(replica)
+
+    def _has_to_go(self, replica: Replica) -> Reason | None:
+        agents = self._snapshot.agents
+        if replica.model not in self._snapshot.models:
+            return Reason(common_pb2.CAUSE_UNDEPLOYED, f"{replica.model} was undeployed")
+        lost = [agent_id for agent_id in replica.group if agent_id not in agents]
+        if lost:
+            return Reason(common_pb2.CAUSE_AGENT_LOST, f"{names(replica.group)} cannot serve without {', '.join(lost)}")
+        drained = [agent_id for agent_id in replica.group if agents[agent_id].drained]
+        if drained:
+            return Reason(common_pb2.CAUSE_OPERATOR, f"an operator drains {', '.join(drained)}")
+        return None
+
+    def _drain(self, replica: Replica, reason: Reason) -> None:
+        self._actions.append(Action(Do.DRAIN, replica.model, replica.group, reason))
+        self._board.put(replace(replica, state=State.DRAINING))
+
+    def _assess(self) -> None:
+        """What models need and replicas are worth, without what was cleared away."""
+        for model in self._models:
+            replicas = self._board.of(model.name)
+            needed = demand(model, self._snapshot.now_s, len(_serving(replicas)), self._snapshot.rules)
+            self._demands[model.name] = needed
+            self._worths |= worths(model, needed, replicas)
+
+    # Instances
+
+    def _wake(self) -> None:
+        # Who has waited longest, weighted by priority, chooses first and keeps what is being freed for it.
+        for model in sorted(self._models, key=lambda m: (-m.waited_s * m.priority, -m.waiting, m.name)):
+            while (wish := self._wish(model)) is not None:
+                decision = choose(self._board, model, self._worths, wish)
+                self._wakes.setdefault(model.name, decision.wake)
+                self._make_room(model, decision.wake, decision.room)
+                if decision.wake.outcome is not Outcome.NOW:
+                    break
+                self._carry_out(model, decision.wake)
+
+    def _wish(self, model: Model) -> Wish | None:
+        """Why the model wants one more instance; None where it has enough."""
+        serving = len(_serving(self._board.of(model.name)))
+        needed = self._demands[model.name]
+        if serving >= needed.wake:
+            return None
+        if serving < model.min_replicas and not model.waiting:
+            text = f"its minimum is {count(model.min_replicas, 'active replica')}"
+            return Wish(common_pb2.CAUSE_OPERATOR, text)
+        if serving == 0:
+            waiting = count(model.waiting, "request")
+            text = f"{waiting} {'waits' if model.waiting == 1 else 'wait'} and no instance is active"
+            return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text)
+        carried = serving * model.capacity
+        text = (
+            f"{count(model.waiting + model.running, 'request')} in progress, {count(serving, 'instance')} for {carried}"
+        )
+        return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text, worth(serving, model, needed))
+
+    def _make_room(self, model: Model, wake: Wake, room: Room) -> None:
+        place = names(wake.group)
+        if wake.outcome is Outcome.NOW:
+            for replica, keep in room.evictions:
+                score = self._worth(replica).score
+                text = (
+                    f"{model.name} is woken on {place} ({wake.reason.text.partition(';')[0]}); gives "
+                    f"{replica.pages - keep} of {count(replica.pages, 'page')}, worth {score:.2f} s"
+                )
+                reason = Reason(common_pb2.CAUSE_MADE_ROOM, text, model.name, score)
+                share_left = keep / replica.shard_pages if keep else 0.0
+                self._actions.append(Action(Do.EVICT, replica.model, replica.group, reason, share_left))
+                self._board.evict(replica, keep)
+        elif wake.outcome is Outcome.AFTER_DRAIN:
+            for replica in room.drains:
+                if replica.running:
+                    limit = self._snapshot.rules.max_wait_s
+                    why = (
+                        f"{model.name} has waited {model.waited_s:.1f} s (limit {limit:g} s); "
+                        f"of what is on {place} this runs the least, {count(replica.running, 'request')}, "
+                        "and finishes it first"
+                    )
+                else:
+                    why = f"it has been idle for {replica.idle_s:.1f} s and {model.name} needs its pages on {place}"
+                self._drain(replica, Reason(common_pb2.CAUSE_MADE_ROOM, why, model.name, self._worth(replica).score))
+            self._board.promise(model, wake.group)
+
+    def _carry_out(self, model: Model, wake: Wake) -> None:
+        self._actions.append(Action(Do.WAKE, model.name, wake.group, wake.reason))
+        own = self._board.get(model.name, wake.group)
+        pages = max(self._snapshot.shard_pages(model, agent_id) for agent_id in wake.group)
+        woken = Replica(model.name, wake.group, State.WAKING, pages, own.resident if own else 0)
+        self._board.put(woken)
+        self._worths[woken.key] = worth(0, model, self._demands[model.name])
+
+    def _drain_low_load(self) -> None:
+        rules = self._snapshot.rules
+        for model in self._models:
+            needed = self._demands[model.name]
+            serving = _serving(self._board.of(model.name))
+            surplus = len(serving) - needed.keep
+            candidates = [r for r in serving if r.state is State.ACTIVE and r.in_state_s >= rules.min_stay_s]
+            if needed.keep == 0:  # the last one goes only when it has nothing to do
+                candidates = [
+                    r for r in candidates if not r.running and r.idle_s >= rules.min_stay_s and not model.waiting
+                ]
+            candidates.sort(key=lambda r: (r.running, -r.idle_s, r.group))
+            for replica in candidates[: max(0, surplus)]:
+                self._drain(replica, self._low_load(model, needed, replica, len(serving)))
+
+    def _low_load(self, model: Model, needed: Demand, replica: Replica, serving: int) -> Reason:
+        load = model.waiting + model.running
+        if load == 0:
+            text = f"idle for {replica.idle_s:.1f} s, and mean load {needed.mean:.1f} is forecast"
+        else:
+            text = f"load {load} needs {needed.keep} of {count(serving, 'instance')}"
+        return Reason(common_pb2.CAUSE_LOW_LOAD, text)
+
+    # The answer to "why is my model cold?"
+
+    def _outlook(self, model: Model, obstacle: str) -> Outlook:
+        needed = self._demands[model.name]
+        replicas = self._board.of(model.name)
+        active = sum(r.state is State.ACTIVE for r in self._snapshot.replicas if r.model == model.name)
+        warm = sum(r.state in (State.WARM, State.WARMING) for r in replicas)
+        wake = self._wakes.get(model.name)
+        if wake is not None:
+            reason = wake.reason
+        else:
+            reason = Reason(self._cause(needed, replicas, obstacle), self._sentence(model, needed, replicas, obstacle))
+        score = max((self._worth(replica).score for replica in replicas), default=0.0)
+        return Outlook(model.name, needed.foundation, needed.burst, active, warm, replace(reason, score=score))
+
+    def _cause(self, needed: Demand, replicas: list[Replica], obstacle: str) -> common_pb2.Cause.ValueType:
+        if not replicas and not self._snapshot.agents:
+            return common_pb2.CAUSE_NO_AGENT
+        if not replicas and obstacle:
+            return common_pb2.CAUSE_NO_CAPACITY
+        if needed.foundation:
+            return common_pb2.CAUSE_FOUNDATION
+        return common_pb2.CAUSE_BURST if needed.burst else common_pb2.CAUSE_NOT_NEEDED
+
+    def _sentence(self, model: Model, needed: Demand, replicas: list[Replica], obstacle: str) -> str:
+        if not model.windows:
+            need = "there is no forecast yet"
+        elif not needed.replicas:
+            need = f"mean load {needed.mean:.1f} and peak {needed.peak:.1f} need no instance"
+        else:
+            need = f"mean load {needed.mean:.1f} needs {count(needed.foundation, 'instance')}"
+            if needed.burst:
+                need += f", peak {needed.peak:.1f} needs {needed.burst} more"
+        have = ", ".join(_stands(replica) for replica in replicas) or "nothing is resident"
+        return f"{need}; {have}" + (f"; {obstacle}" if obstacle else "")
+
+    def _worth(self, replica: Replica) -> Worth:
+        return self._worths.get(replica.key, Worth(Kind.SPARE, 0.0))
+
+
+def _serving(replicas: list[Replica]) -> list[Replica]:
+    return [replica for replica in replicas if replica.state in (State.ACTIVE, State.WAKING)]
+
+
+def _stands(replica: Replica) -> str:
+    """ "1 is warm on g0"."""
+    state = replica.state.value
+    if replica.state is State.WARM and replica.residency < 1:
+        state += f" ({share(replica.residency)} resident)"
+    elif replica.state is State.ACTIVE:
+        state += f" ({replica.running} running)"
+    elif replica.state is State.WAKING:
+        state = "being woken"
+    return f"1 is {state} on {names(replica.group)}"

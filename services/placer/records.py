@@ -1,0 +1,156 @@
+"""What etcd holds, as the planner's values; and plans as etcd holds them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from services.placer.decisions import Action, Do, Outlook, Reason
+from services.placer.snapshot import Agent, GroupIds, Key, Replica, State, WindowLoad
+from warmserve.v1 import cluster_pb2, common_pb2
+
+_STATES = {
+    common_pb2.REPLICA_STATE_WARMING: State.WARMING,
+    common_pb2.REPLICA_STATE_WARM: State.WARM,
+    common_pb2.REPLICA_STATE_ACTIVE: State.ACTIVE,
+    common_pb2.REPLICA_STATE_DRAINING: State.DRAINING,
+}
+_KINDS = {
+    Do.WAKE: cluster_pb2.ACTION_KIND_WAKE,
+    Do.DRAIN: cluster_pb2.ACTION_KIND_DRAIN,
+    Do.WARM: cluster_pb2.ACTION_KIND_WARM,
+    Do.EVICT: cluster_pb2.ACTION_KIND_EVICT,
+}
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records that plans are made from, each by its key under its prefix."""
+
+    agents: Mapping[str, cluster_pb2.AgentRecord]
+    residency: Mapping[str, cluster_pb2.AgentResidency]
+    instances: Mapping[str, cluster_pb2.InstanceRecord]
+    models: Mapping[str, cluster_pb2.ModelSpec]
+    controls: Mapping[str, cluster_pb2.AgentControl]
+    forecasts: Mapping[str, cluster_pb2.Forecast]
+
+    @property
+    def shards(self) -> Iterable[cluster_pb2.ResidentShard]:
+        """All shards on agents that are registered."""
+        for agent_id, residency in self.residency.items():
+            if agent_id in self.agents:
+                yield from residency.shards
+
+
+def agents(records: Records) -> dict[str, Agent]:
+    """The agents whose residency is known."""
+    known = {}
+    for agent_id, record in records.agents.items():
+        residency = records.residency.get(agent_id)
+        if residency is None or not record.page_bytes:
+            continue
+        control = records.controls.get(agent_id, cluster_pb2.AgentControl())
+        known[agent_id] = Agent(
+            id=agent_id,
+            node=record.node,
+            device_index=record.device_index,
+            page_bytes=record.page_bytes,
+            pages_total=record.pages_total,
+            pages_kv=residency.pages_kv,
+            cordoned=control.cordoned or control.drained or record.stopping,
+            drained=control.drained and not record.stopping,  # one that stops drains itself
+        )
+    return known
+
+
+def replicas(records: Records) -> dict[Key, Replica]:
+    """The replicas that are not cold, put together from their shards."""
+    shards: defaultdict[Key, list[cluster_pb2.ResidentShard]] = defaultdict(list)
+    for shard in records.shards:
+        if shard.state in _STATES:
+            shards[shard.model, tuple(shard.group.agent_ids)].append(shard)
+    return {key: _replica(records, key, parts) for key, parts in shards.items()}
+
+
+def _replica(records: Records, key: Key, shards: list[cluster_pb2.ResidentShard]) -> Replica:
+    model, group = key
+    spec = records.models.get(model)
+    pages = max(shard.pages_total for shard in shards)
+    if spec is not None:  # an agent that has not looked at the image yet says 0
+        sizes = [records.agents[shard_agent].page_bytes for shard_agent in group if shard_agent in records.agents]
+        pages = max([pages, *(-(-spec.facts.shard_bytes // size) for size in sizes if size)])
+    instance_ids = {shard.instance_id for shard in shards} - {""}
+    slots = [r.slots for r in records.instances.values() if r.id in instance_ids]
+    return Replica(
+        model=model,
+        group=group,
+        state=_joint_state([_STATES[shard.state] for shard in shards], len(group)),
+        shard_pages=pages,
+        resident=min(shard.pages_resident for shard in shards) if len(shards) == len(group) else 0,
+        kv_pages=max(shard.pages_kv for shard in shards),
+        running=max(shard.running for shard in shards),
+        slots=max(slots, default=0),
+    )
+
+
+def _joint_state(states: list[State], size: int) -> State:
+    """The state of a replica whose shards are in these states; missing ones are cold."""
+    if State.DRAINING in states:
+        return State.DRAINING
+    if State.WARMING in states or len(set(states)) > 1:
+        return State.WARMING
+    return State.WARMING if states[0] is State.ACTIVE and len(states) < size else states[0]
+
+
+def failures(records: Records) -> dict[Key, str]:
+    """Replicas whose last transition failed, with the agent's words."""
+    return {
+        (shard.model, tuple(shard.group.agent_ids)): shard.reason.text
+        for shard in records.shards
+        if shard.reason.cause == common_pb2.CAUSE_FAILURE
+        and shard.state in (common_pb2.REPLICA_STATE_COLD, common_pb2.REPLICA_STATE_WARM)
+    }
+
+
+def windows(forecast: cluster_pb2.Forecast | None) -> tuple[WindowLoad, ...]:
+    """A forecast as the planner takes it: the median of the mean, and a peak that one window in ten exceeds."""
+    if forecast is None:
+        return ()
+    return tuple(
+        WindowLoad(w.start_unix_s, w.start_unix_s + forecast.window_s, w.mean_load.p50, w.peak_load.p90)
+        for w in forecast.windows
+    )
+
+
+def group_record(group: GroupIds, agents: Mapping[str, cluster_pb2.AgentRecord]) -> common_pb2.Group:
+    """A group as agents are told of it."""
+    node = next((agents[agent_id].node for agent_id in group if agent_id in agents), "")
+    return common_pb2.Group(agent_ids=group, node=node)
+
+
+def reason_record(reason: Reason) -> common_pb2.Reason:
+    """A reason as the protos have it."""
+    return common_pb2.Reason(cause=reason.cause, text=reason.text, by_model=reason.by_model, score=reason.score)
+
+
+def action_record(action: Action, agents: Mapping[str, cluster_pb2.AgentRecord]) -> cluster_pb2.Action:
+    """An action as etcd holds it."""
+    return cluster_pb2.Action(
+        kind=_KINDS[action.do],
+        model=action.model,
+        group=group_record(action.group, agents),
+        reason=reason_record(action.reason),
+    )
+
+
+def outlook_record(outlook: Outlook) -> cluster_pb2.ModelOutlook:
+    """An outlook as etcd holds it."""
+    return cluster_pb2.ModelOutlook(
+        model=outlook.model,
+        foundation_replicas=outlook.foundation,
+        burst_replicas=outlook.burst,
+        active_replicas=outlook.active,
+        warm_replicas=outlook.warm,
+        reason=reason_record(outlook.reason),
+    )

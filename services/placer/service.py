@@ -1,0 +1,176 @@
+"""The placer's gRPC service, and its turns at leading."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from prometheus_client import Counter, Gauge
+
+from services.common.grpc_frame import StatusError
+from services.common.process import Node
+from services.common.queues import RequestQueue
+from services.common.session import Election
+from services.common.telemetry import logger
+from services.placer.announcer import Announcer
+from services.placer.controller import Controller, DeposedError
+from services.placer.decisions import Outcome, Plan
+from services.placer.deploy import Deployer
+from services.placer.mirrors import Mirrors
+from services.placer.records import group_record, reason_record
+from services.placer.settings import PlacerSettings
+from services.placer.snapshot import Snapshot, State
+from warmserve.cluster.store import StoreUnavailableError
+from warmserve.v1 import cluster_pb2, common_pb2, placement_pb2, placement_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_log = logger(__name__)
+_LEADING = Gauge("warmserve_placer_leading", "1 while this placer leads")
+_WAKES = Counter("warmserve_placer_wake_calls", "Calls of WakeModel, by the state answered", ["state"])
+_DEPLOYS = Counter("warmserve_placer_deploy_calls", "Calls of DeployModel, by their end", ["outcome"])
+
+
+class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
+    """See placement.proto. Only the leader answers."""
+
+    def __init__(self, settings: PlacerSettings, node: Node, mirrors: Mirrors) -> None:
+        self._settings = settings
+        self._node = node
+        self._mirrors = mirrors
+        self._queue = RequestQueue(node.redis, node.keys)
+        self._announcer = Announcer(mirrors, node.events, self._queue)
+        self._deployer = Deployer(node.store, node.keys)
+        self._controller: Controller | None = None
+
+    async def lead(self, address: str) -> None:
+        """Campaigns, leads until the lease is lost or etcd names another, and campaigns again, until cancelled."""
+        record = cluster_pb2.LeaderRecord(id=self._settings.id, address=address)
+        election = Election(self._node.session, self._node.keys.placer_leader(), record)
+        while True:
+            fence = await election.campaign()
+            _log.info("leading", fence=fence)
+            await self._lead(fence)
+            _log.warning("no longer leading", fence=fence)
+
+    async def _lead(self, fence: int) -> None:
+        node = self._node
+        controller = Controller(self._settings, node.keys, node.store, self._queue, self._mirrors, fence)
+        tasks = [
+            asyncio.create_task(node.session.lost.wait(), name="lease lost"),
+            asyncio.create_task(controller.run(), name="controller"),
+            asyncio.create_task(self._announcer.lead(), name="announcer"),
+        ]
+        self._controller = controller
+        _LEADING.set(1)
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                try:
+                    task.result()
+                except DeposedError:
+                    continue
+        finally:
+            self._controller = None
+            _LEADING.set(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def DeployModel(
+        self, request: placement_pb2.DeployModelRequest, context: Context
+    ) -> AsyncIterator[placement_pb2.DeployModelResponse]:
+        """Deploys a model."""
+        self._leading()
+        try:
+            async for response in self._deployer.deploy(request.spec, self._mirrors.records()):
+                if response.HasField("spec"):
+                    self._announcer.deployed(response.spec)
+                    _log.info("deployed", model=response.spec.name, source=response.spec.source)
+                    _DEPLOYS.labels("deployed").inc()
+                yield response
+        except StatusError as error:
+            _DEPLOYS.labels(error.code.name.lower()).inc()
+            _log.info("not deployed", model=request.spec.name, status=error.code.name, error=error.message)
+            raise
+
+    async def WakeModel(
+        self, request: placement_pb2.WakeModelRequest, context: Context
+    ) -> placement_pb2.WakeModelResponse:
+        """Sees to it that an instance is active or on its way."""
+        controller = self._leading()
+        try:
+            await self._know(request.model)
+            snapshot, plan = await controller.wake(request.model, request.waiting_requests)
+        except StoreUnavailableError as error:
+            raise StatusError(grpc.StatusCode.UNAVAILABLE, str(error)) from error
+        except DeposedError as error:
+            raise self._not_leading() from error
+        response = answer(request.model, snapshot, plan)
+        response.group.CopyFrom(group_record(tuple(response.group.agent_ids), self._mirrors.agents.items))
+        if not response.group.agent_ids:
+            response.ClearField("group")
+        _WAKES.labels(common_pb2.ReplicaState.Name(response.state).removeprefix("REPLICA_STATE_").lower()).inc()
+        return response
+
+    async def _know(self, model: str) -> None:
+        """Raises StatusError NOT_FOUND, with the nearest names, where a model is not deployed."""
+        deployed = self._mirrors.models
+        if model in deployed.items:
+            return
+        if await self._node.store.get(self._node.keys.model(model), cluster_pb2.ModelSpec) is not None:
+            await deployed.wait_for(lambda items: model in items)  # deployed a moment ago
+            return
+        near = difflib.get_close_matches(model, deployed.items, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise StatusError(grpc.StatusCode.NOT_FOUND, f"no model named {model!r} is deployed{hint}")
+
+    def _leading(self) -> Controller:
+        if self._controller is None:
+            raise self._not_leading()
+        return self._controller
+
+    def _not_leading(self) -> StatusError:
+        leader = self._mirrors.leader_address
+        text = f"the leader is {leader}" if leader else "no placer leads at the moment; try again"
+        return StatusError(grpc.StatusCode.FAILED_PRECONDITION, f"not the leader; {text}")
+
+
+def answer(model: str, snapshot: Snapshot, plan: Plan) -> placement_pb2.WakeModelResponse:
+    """What a plan means to those who wait for a model. The group's node is left out."""
+    own = [replica for replica in snapshot.replicas if replica.model == model]
+    outlook = next((o for o in plan.outlooks if o.model == model), None)
+    reason = reason_record(outlook.reason) if outlook else common_pb2.Reason()
+    for replica in own:
+        if replica.state is State.ACTIVE:
+            return placement_pb2.WakeModelResponse(
+                state=common_pb2.REPLICA_STATE_ACTIVE,
+                group=common_pb2.Group(agent_ids=replica.group),
+                reason=reason,
+                estimated_ms=0,
+            )
+    for replica in own:
+        if replica.state is State.WAKING:
+            response = placement_pb2.WakeModelResponse(
+                state=common_pb2.REPLICA_STATE_WARMING, group=common_pb2.Group(agent_ids=replica.group), reason=reason
+            )
+            if snapshot.models[model].cold_load_measured:
+                response.estimated_ms = (1 - replica.residency) * snapshot.models[model].cold_load_s * 1e3
+            return response
+    wake = plan.wakes.get(model)
+    if wake is None or wake.outcome is Outcome.IMPOSSIBLE:
+        return placement_pb2.WakeModelResponse(
+            state=common_pb2.REPLICA_STATE_COLD, reason=reason_record(wake.reason) if wake else reason
+        )
+    resident = wake.outcome is Outcome.NOW and wake.found in (State.WARM, State.DRAINING)
+    response = placement_pb2.WakeModelResponse(
+        state=common_pb2.REPLICA_STATE_WARM if resident else common_pb2.REPLICA_STATE_WARMING,
+        group=common_pb2.Group(agent_ids=wake.group),
+        reason=reason_record(wake.reason),
+    )
+    if wake.estimated_s is not None:
+        response.estimated_ms = wake.estimated_s * 1e3
+    return response

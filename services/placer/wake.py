@@ -1,0 +1,181 @@
+"""Which group to wake a model on, and what has to give way: as little value as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from services.placer.board import Board, Room, Source, Step
+from services.placer.decisions import Outcome, Reason, Wake
+from services.placer.groups import groups
+from services.placer.scores import Kind, Worth
+from services.placer.snapshot import GroupIds, Key, Model, Replica, State
+from services.placer.words import count, names, share
+from warmserve.v1 import common_pb2
+
+# Seconds that getting at an instance's pages takes besides what they are worth; they decide between equals.
+_DRAIN_IDLE_S = 0.1
+_AWAIT_BUSY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Why a model wants an instance, and what may give way to it."""
+
+    cause: common_pb2.Cause.ValueType
+    text: str
+    limit: Worth | None = None  # of a further instance: only what is worth less is evicted, only long idle ones drain
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    group: GroupIds
+    own: Replica | None  # what the model has there
+    room: Room
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A wake with the room that it needs."""
+
+    wake: Wake
+    room: Room = field(default_factory=Room)
+
+
+def choose(board: Board, model: Model, worths: Mapping[Key, Worth], wish: Wish) -> Decision:
+    """Where to wake `model`, without changing the board.
+
+    Prefers, in this order: draining no busy instance; the least value destroyed together with the least left to load
+    (both in seconds); the fewest active neighbours.
+    """
+    snapshot = board.snapshot
+    if not snapshot.agents:
+        return _impossible(wish, common_pb2.CAUSE_NO_AGENT, "no agent is registered")
+    open_agents = [agent for agent in snapshot.agents.values() if not agent.cordoned and not agent.drained]
+    all_groups = groups(open_agents, model.tp)
+    if not all_groups:
+        return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _no_group(board, model, bool(open_agents)))
+    tried = [group for group in all_groups if _possible(board, model, group)]
+    usable = [group for group in tried if (model.name, group) not in snapshot.refused]
+    candidates = []
+    for group in usable:
+        room = board.make_room(model, group, _sources(board, model, group, worths, wish))
+        if room is not None:
+            candidates.append(_Candidate(group, board.get(model.name, group), room))
+    if candidates:
+        return _decide(min(candidates, key=lambda c: _rank(board, model, c)), model, wish)
+    if tried and not usable:
+        text = "; ".join(f"{names(group)}: {snapshot.refused[model.name, group]}" for group in tried)
+        return _impossible(wish, common_pb2.CAUSE_FAILURE, f"the last try failed and will be repeated soon: {text}")
+    if not usable:
+        return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, "it has a replica on every group of agents already")
+    return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _in_the_way(board, model, usable))
+
+
+def _possible(board: Board, model: Model, group: GroupIds) -> bool:
+    """Whether no agent of the group has another replica of the model, or this one as an instance."""
+    for replica in board.on(group):
+        if replica.model == model.name and (
+            replica.group != group or replica.state in (State.ACTIVE, State.WAKING) or not board.whole(replica)
+        ):
+            return False
+    return True
+
+
+def _sources(board: Board, model: Model, group: GroupIds, worths: Mapping[Key, Worth], wish: Wish) -> list[Source]:
+    sources = []
+    for replica in board.on(group):
+        worth = worths.get(replica.key, Worth(Kind.SPARE, 0.0))
+        if replica.model == model.name:
+            continue
+        if replica.state in (State.WARM, State.WARMING):
+            if wish.limit is None or worth < wish.limit:
+                sources.append(Source(replica, Step.EVICT, worth.score))
+        elif replica.state is State.DRAINING:
+            wait = _AWAIT_BUSY_S if replica.running else 0.0
+            sources.append(Source(replica, Step.AWAIT, worth.score + wait))
+        elif replica.state is State.ACTIVE and _may_go(board, replica):
+            idle = not replica.running and not board.snapshot.models[replica.model].waiting
+            if idle and (wish.limit is None or replica.idle_s >= board.snapshot.rules.max_wait_s):
+                # Of equals the one that has been idle for longest.
+                cost = worth.score + _DRAIN_IDLE_S / (1 + replica.idle_s)
+                sources.append(Source(replica, Step.DRAIN, cost))
+            elif wish.limit is None and model.waited_s >= board.snapshot.rules.max_wait_s:
+                sources.append(Source(replica, Step.DRAIN, float(replica.running), last=True))
+    return sources
+
+
+def _may_go(board: Board, replica: Replica) -> bool:
+    other = board.snapshot.models.get(replica.model)
+    if other is None or replica.in_state_s < board.snapshot.rules.min_stay_s:
+        return False
+    return sum(r.state is State.ACTIVE for r in board.of(replica.model)) > other.min_replicas
+
+
+def _rank(board: Board, model: Model, candidate: _Candidate) -> tuple[object, ...]:
+    missing = 1 - (candidate.own.residency if candidate.own else 0)
+    neighbours = sum(r.state in (State.ACTIVE, State.WAKING) for r in board.on(candidate.group))
+    first = board.snapshot.agents[candidate.group[0]]
+    cost = candidate.room.cost + missing * model.cold_load_s
+    return candidate.room.last_resorts, cost, neighbours, first.node, first.device_index, candidate.group
+
+
+def _decide(candidate: _Candidate, model: Model, wish: Wish) -> Decision:
+    own, room, place = candidate.own, candidate.room, names(candidate.group)
+    found = own.state if own else None
+    residency = own.residency if own else 0.0
+    if room.now:
+        if found is State.DRAINING:
+            text = f"its draining instance on {place} goes on"
+        elif own is None:
+            text = f"loading it on {place}, where nothing of it is resident"
+        else:
+            text = f"waking the replica on {place}, {share(residency)} resident"
+        estimate = (1 - residency) * model.cold_load_s if model.cold_load_measured or residency == 1 else None
+        return Decision(
+            Wake(Outcome.NOW, candidate.group, found, Reason(wish.cause, f"{wish.text}; {text}"), estimate), room
+        )
+    holding = [*room.drains, *room.awaited]
+    busy = ", ".join(f"{r.model} ({count(r.running, 'request')} running)" for r in holding)
+    text = f"{wish.text}; it will be woken on {place} as soon as {busy} has drained there"
+    reason = Reason(common_pb2.CAUSE_WAITING_REQUESTS if wish.limit is None else wish.cause, text)
+    return Decision(Wake(Outcome.AFTER_DRAIN, candidate.group, found, reason), room)
+
+
+def _impossible(wish: Wish, cause: common_pb2.Cause.ValueType, text: str) -> Decision:
+    return Decision(Wake(Outcome.IMPOSSIBLE, (), None, Reason(cause, f"{wish.text}; {text}")))
+
+
+def _no_group(board: Board, model: Model, any_open: bool) -> str:
+    if not any_open:
+        return f"all {count(len(board.snapshot.agents), 'agent')} are cordoned, drained or stopping"
+    return f"it needs {model.tp} agents side by side on one node, and no node has that many free to place on"
+
+
+def _in_the_way(board: Board, model: Model, usable: list[GroupIds]) -> str:
+    """What holds the pages of the group where the fewest are lacking."""
+    group = min(usable, key=lambda g: (max(board.deficits(model, g).values()), g))
+    deficits = board.deficits(model, group)
+    agent_id = max(deficits, key=lambda a: deficits[a])
+    agent = board.snapshot.agents[agent_id]
+    pages = board.snapshot.shard_pages(model, agent_id)
+    if pages >= agent.pages_total:
+        return f"it needs {pages} pages and {agent_id} has {agent.pages_total} in all, which must hold KV too"
+    reserve = board.snapshot.kv_reserve(agent, pages)
+    holders = [_holder(board, r) for r in board.on((agent_id,)) if r.model != model.name]
+    return (
+        f"it needs {count(pages, 'page')} and {reserve} for KV on {agent_id}, and {deficits[agent_id]} of "
+        f"{agent.pages_total} are lacking: " + (", ".join(holders) or "KV holds them")
+    )
+
+
+def _holder(board: Board, replica: Replica) -> str:
+    rules = board.snapshot.rules
+    text = f"{replica.model} is {replica.state.value} with {replica.pages}"
+    if replica.state in (State.ACTIVE, State.DRAINING):
+        text += f" and runs {count(replica.running, 'request')}"
+    if replica.state is State.ACTIVE and replica.in_state_s < rules.min_stay_s:
+        text += f", for {replica.in_state_s:.1f} s of at least {rules.min_stay_s:g}"
+    elif replica.state is State.ACTIVE and replica.running:
+        text += f", and may be drained after {rules.max_wait_s:g} s of waiting"
+    return text

@@ -1,0 +1,20 @@
+"""Numbers and names in plain words."""
+
+from __future__ import annotations
+
+from services.placer.snapshot import GroupIds
+
+
+def count(number: int, what: str) -> str:
+    """ "1 page", "2 pages"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def share(part: float) -> str:
+    """A share as per cent; only what is whole is 100%."""
+    return f"{min(99, round(part * 100)) if part < 1 else 100}%"
+
+
+def names(group: GroupIds) -> str:
+    """A group's agents."""
+    return "+".join(group)

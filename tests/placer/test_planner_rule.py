@@ -1,0 +1,214 @@
+"""The published rule, by example."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from services.placer.decisions import Do, Outcome
+from services.placer.planner import plan
+from services.placer.snapshot import Rules, State, WindowLoad
+from tests.placer.cluster import NOW, action, agent, done, group, model, replica, snapshot
+from warmserve.v1 import common_pb2
+
+
+def outlook(of, name):
+    return next(o for o in of.outlooks if o.model == name)
+
+
+def test_foundation_and_burst_follow_mean_and_peak() -> None:
+    made = plan(snapshot([agent(f"g{i}") for i in range(4)], [model("a", mean=9, peak=25, capacity=8)]))
+    assert (outlook(made, "a").foundation, outlook(made, "a").burst) == (2, 2)
+    assert sorted(done(made, Do.WARM)) == [("a", f"g{i}") for i in range(4)]
+    causes = {a.reason.cause for a in made.actions}
+    assert causes == {common_pb2.CAUSE_FOUNDATION, common_pb2.CAUSE_BURST}
+
+
+def test_scores_are_the_published_ones() -> None:
+    spec = model("a", mean=9, peak=20, capacity=8, cold_load_s=3.0)
+    made = plan(snapshot([agent(f"g{i}") for i in range(4)], [spec]))
+    scores = [a.reason.score for a in made.actions]
+    burstiness = (20 - 9) / 20
+    assert scores == pytest.approx([3, 3 * math.exp(-1 / 3), 3 * math.exp(-2 / 3) * burstiness])
+
+
+def test_foundation_replicas_come_before_burst_replicas() -> None:
+    # Room for one of them: the burst replica of the dear model scores higher, the foundation replica goes first.
+    dear = model("dear", mean=0, peak=9, cold_load_s=60)
+    cheap = model("cheap", mean=1, cold_load_s=1)
+    made = plan(snapshot([agent("g0", pages=24)], [dear, cheap]))
+    assert done(made, Do.WARM) == [("cheap", "g0")]
+    assert outlook(made, "dear").reason.cause == common_pb2.CAUSE_NO_CAPACITY
+    assert "nothing is resident; it is loaded as soon as" in outlook(made, "dear").reason.text
+
+
+def test_a_window_counts_once_it_is_near() -> None:
+    far = WindowLoad(NOW + 290, NOW + 590, 5, 5)
+    spec = model("a")
+    spec = type(spec)(**{**spec.__dict__, "windows": (WindowLoad(NOW - 10, NOW + 290, 0, 0), far)})
+    assert plan(snapshot([agent("g0")], [spec])).actions == ()
+    made = plan(snapshot([agent("g0")], [spec], rules=Rules(lookahead_s=300)))
+    assert done(made, Do.WARM) == [("a", "g0")]
+
+
+def test_what_is_not_needed_makes_room_for_what_is() -> None:
+    there = [replica("old", "g0", pages=40)]
+    made = plan(snapshot([agent("g0")], [model("old", 40), model("new", 16, mean=2)], there))
+    evicted = action(made, Do.EVICT, "old")
+    assert evicted.reason.by_model == "new"
+    assert round(evicted.keep * 40) == 64 - 16 - 16  # the rest of it stays: arena, less KV's quarter, less the newcomer
+    assert done(made, Do.WARM) == [("new", "g0")]
+
+
+def test_what_is_worth_as_much_is_not_evicted() -> None:
+    there = [replica("a", "g0", pages=40)]
+    made = plan(snapshot([agent("g0")], [model("a", 40, mean=1), model("b", 40, mean=1)], there))
+    assert made.actions == ()
+    assert outlook(made, "b").reason.cause == common_pb2.CAUSE_NO_CAPACITY
+
+
+def test_models_likely_to_be_woken_together_do_not_share() -> None:
+    there = [replica("busy", "g0"), replica("quiet", "g1")]
+    models = [model("busy", mean=4), model("quiet"), model("new", mean=4)]
+    made = plan(snapshot([agent("g0"), agent("g1")], models, there))
+    assert done(made, Do.WARM) == [("new", "g1")]
+
+
+def test_a_partly_resident_replica_that_is_needed_is_completed() -> None:
+    made = plan(snapshot([agent("g0")], [model("a", mean=1)], [replica("a", "g0", resident=4)]))
+    assert done(made, Do.WARM) == [("a", "g0")]
+    assert "completing" in action(made, Do.WARM, "a").reason.text
+
+
+def test_one_load_at_a_time_on_each_agent() -> None:
+    models = [model(name, 8, mean=1) for name in "abc"]
+    made = plan(snapshot([agent("g0"), agent("g1")], models))
+    assert len(done(made, Do.WARM)) == 2
+    assert {where for _, where in done(made, Do.WARM)} == {"g0", "g1"}
+
+
+def test_an_idle_instance_that_nobody_expects_is_drained() -> None:
+    made = plan(snapshot([agent("g0")], [model("a")], [replica("a", "g0", State.ACTIVE)]))
+    assert done(made, Do.DRAIN) == [("a", "g0")]
+    assert action(made, Do.DRAIN, "a").reason.cause == common_pb2.CAUSE_LOW_LOAD
+
+
+@pytest.mark.parametrize(
+    "instance",
+    [
+        replica("a", "g0", State.ACTIVE, running=1),
+        replica("a", "g0", State.ACTIVE, in_state_s=1.0),
+        replica("a", "g0", State.ACTIVE, idle_s=1.0),
+    ],
+)
+def test_an_instance_stays_while_it_is_busy_or_new(instance) -> None:
+    assert plan(snapshot([agent("g0")], [model("a")], [instance])).actions == ()
+
+
+def test_the_forecast_keeps_an_idle_instance() -> None:
+    made = plan(snapshot([agent("g0")], [model("a", mean=1)], [replica("a", "g0", State.ACTIVE)]))
+    assert made.actions == ()
+
+
+def test_scale_up_at_eight_tenths_and_down_below_half() -> None:
+    agents = [agent(f"g{i}") for i in range(3)]
+    one = [replica("a", "g0", State.ACTIVE, running=6)]
+    assert plan(snapshot(agents, [model("a", running=6)], one)).actions == ()
+    made = plan(snapshot(agents, [model("a", running=7)], one))
+    assert done(made, Do.WAKE) == [("a", "g1")]
+    two = [replica("a", "g0", State.ACTIVE, running=3), replica("a", "g1", State.ACTIVE, running=2)]
+    assert plan(snapshot(agents, [model("a", running=5)], two)).actions == ()
+    made = plan(snapshot(agents, [model("a", running=4)], two))
+    assert done(made, Do.DRAIN) == [("a", "g1")]
+
+
+def test_a_burst_wakes_as_many_as_it_needs_at_once() -> None:
+    agents = [agent(f"g{i}") for i in range(4)]
+    made = plan(snapshot(agents, [model("a", waiting=20)]))
+    assert len(done(made, Do.WAKE)) == 4  # 20 / (0.8 x 8)
+    made = plan(snapshot(agents, [model("a", waiting=20, max_replicas=2)]))
+    assert len(done(made, Do.WAKE)) == 2
+
+
+def test_minimum_replicas_are_woken_without_any_load_and_not_drained() -> None:
+    made = plan(snapshot([agent("g0"), agent("g1")], [model("a", min_replicas=2)]))
+    assert len(done(made, Do.WAKE)) == 2
+    assert {a.reason.cause for a in made.actions} == {common_pb2.CAUSE_OPERATOR}
+    there = [replica("a", "g0", State.ACTIVE), replica("a", "g1", State.ACTIVE)]
+    assert plan(snapshot([agent("g0"), agent("g1")], [model("a", min_replicas=2)], there)).actions == ()
+
+
+def test_replicas_of_undeployed_models_go() -> None:
+    there = [replica("x", "g0", State.ACTIVE, running=2), replica("y", "g0"), replica("z", "g0", State.DRAINING)]
+    made = plan(snapshot([agent("g0", pages=100)], [], there))
+    assert done(made, Do.DRAIN) == [("x", "g0")]
+    assert done(made, Do.EVICT) == [("y", "g0")]
+    assert {a.reason.cause for a in made.actions} == {common_pb2.CAUSE_UNDEPLOYED}
+
+
+def test_a_drained_agent_is_emptied_and_its_work_goes_elsewhere() -> None:
+    there = [replica("a", "g0", State.ACTIVE, running=2), replica("b", "g0")]
+    models = [model("a", running=2, waiting=3), model("b", mean=1)]
+    made = plan(snapshot([agent("g0", cordoned=True, drained=True), agent("g1")], models, there))
+    assert done(made, Do.DRAIN) == [("a", "g0")]
+    assert done(made, Do.EVICT) == [("b", "g0")]
+    assert done(made, Do.WAKE) == [("a", "g1")]
+    assert action(made, Do.DRAIN, "a").reason.cause == common_pb2.CAUSE_OPERATOR
+
+
+def test_nothing_new_on_a_cordoned_agent() -> None:
+    models = [model("a", mean=1), model("b", waiting=1)]
+    made = plan(snapshot([agent("g0", cordoned=True)], models, [replica("b", "g0")]))
+    assert made.actions == ()
+    assert made.wakes["b"].outcome is Outcome.IMPOSSIBLE
+    assert "cordoned" in made.wakes["b"].reason.text
+
+
+def test_a_group_that_lost_an_agent_is_cleared_away() -> None:
+    there = [replica("a", "g0+g1"), replica("b", "g0+g1", State.ACTIVE)]
+    made = plan(snapshot([agent("g0", pages=100)], [model("a", tp=2), model("b", tp=2)], there))
+    assert done(made, Do.EVICT) == [("a", "g0+g1")]
+    assert done(made, Do.DRAIN) == [("b", "g0+g1")]
+    assert {a.reason.cause for a in made.actions} == {common_pb2.CAUSE_AGENT_LOST}
+
+
+def test_a_failed_load_is_left_alone_for_a_while() -> None:
+    refused = {("a", group("g0")): "loading failed: the image is damaged"}
+    made = plan(snapshot([agent("g0"), agent("g1")], [model("a", mean=1)], refused=refused))
+    assert done(made, Do.WARM) == [("a", "g1")]
+    made = plan(snapshot([agent("g0")], [model("a", waiting=1)], refused=refused))
+    assert made.wakes["a"].reason.cause == common_pb2.CAUSE_FAILURE
+    assert "the image is damaged" in made.wakes["a"].reason.text
+
+
+@pytest.mark.parametrize(
+    ("agents", "spec", "replicas", "text"),
+    [
+        (["g0"], model("a", mean=3.2), [replica("a", "g0")], "mean load 3.2 needs 1 instance; 1 is warm on g0"),
+        (
+            ["g0"],
+            model("a", mean=3.2, peak=9),
+            [replica("a", "g0", State.ACTIVE, running=3)],
+            "mean load 3.2 needs 1 instance, peak 9.0 needs 1 more; 1 is active (3 running) on g0; "
+            "no further group of 1 agent can hold another replica",
+        ),
+        (["g0"], model("a"), [], "there is no forecast yet; nothing is resident"),
+        (
+            ["g0"],
+            model("a"),
+            [replica("a", "g0", resident=8)],
+            "there is no forecast yet; 1 is warm (50% resident) on g0",
+        ),
+        (
+            ["g0"],
+            model("a", waiting=2),
+            [replica("a", "g0")],
+            "2 requests wait and no instance is active; waking the replica on g0, 100% resident",
+        ),
+        ([], model("a", waiting=2), [], "2 requests wait and no instance is active; no agent is registered"),
+    ],
+)
+def test_outlooks_say_why_in_plain_words(agents, spec, replicas, text) -> None:
+    made = plan(snapshot([agent(name) for name in agents], [spec], replicas))
+    assert outlook(made, "a").reason.text == text
