@@ -19,7 +19,7 @@ def check(address: str) -> str | None:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
         except grpc.RpcError as error:
-            return f"{address}: {error.code().name}: {error.details()}"  # type: ignore[attr-defined]
+            return f"{address}: {error.code().name}: {error.details()}"
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         return f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}"
     return None

@@ -82,7 +82,8 @@ class Session:
             if not self.lost.is_set():
                 try:
                     # Waking early when a write failed, else at a third of the TTL.
-                    await asyncio.wait_for(self.lost.wait(), self._ttl_s / 3)
+                    async with asyncio.timeout(self._ttl_s / 3):
+                        await self.lost.wait()
                 except TimeoutError:
                     renewed = await self._refresh(renewed)
             if self.lost.is_set():

@@ -101,7 +101,7 @@ class Store:
             except _CONNECTION_ERRORS as error:
                 host, port = self._endpoints[self._current]
                 errors.append(f"{host}:{port}: {type(error).__name__}")
-                if client is self._client and len(self._endpoints) > 1:  # nobody else has moved on yet
+                if self._client is client and len(self._endpoints) > 1:  # nobody else has moved on yet
                     self._client = None
                     self._current = (self._current + 1) % len(self._endpoints)
                     await client.close()

@@ -1,0 +1,97 @@
+"""The GPU agent's process."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from services.common.process import Node, run
+from services.common.queues import RequestQueue
+from services.common.telemetry import logger
+from services.gpu_agent.agent import Agent
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.host import HostMemory
+from services.gpu_agent.images import Images
+from services.gpu_agent.reports import Reports
+from services.gpu_agent.service import AgentServicer
+from services.gpu_agent.settings import GpuAgentSettings
+from services.gpu_agent.weights.image import remove_unfinished
+from warmserve.cluster.mirror import Mirror
+from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2, common_pb2
+
+_log = logger(__name__)
+
+
+async def serve(settings: GpuAgentSettings, node: Node) -> None:
+    """Serves until node.stop is set, or the engine's thread has ended."""
+    page_bytes = int(settings.page_bytes)
+    arena = Arena(HostMemory(page_bytes, int(settings.arena_bytes) // page_bytes))
+    settings.image_dir.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(settings.image_dir)
+    images = Images(settings, arena.num_pages)
+    reports = Reports(settings.id, node.session, node.events, node.keys)
+    agent = Agent(settings.id, arena, images, RequestQueue(node.redis, node.keys), reports, settings.max_batch)
+    agent.start()
+    node.server.add(
+        agent_pb2_grpc.add_AgentServiceServicer_to_server,
+        AgentServicer(settings.id, agent, images),
+        agent_pb2.DESCRIPTOR.services_by_name["AgentService"],
+    )
+    address = await node.server.start()
+    record = cluster_pb2.AgentRecord(
+        id=settings.id,
+        address=address,
+        node=settings.node,
+        device_index=settings.device_index,
+        device_name=_cpu_name(),
+        backend=common_pb2.BACKEND_HOST,
+        page_bytes=page_bytes,
+        pages_total=arena.num_pages,
+        version=version("warmserve-server"),
+        started_unix_ms=int(time.time() * 1e3),
+    )
+    models = Mirror(node.store, node.keys.models(), cluster_pb2.ModelSpec)
+    forgetting: set[asyncio.Task[None]] = set()
+
+    def on_model(_: str, old: cluster_pb2.ModelSpec | None, new: cluster_pb2.ModelSpec | None) -> None:
+        if old is None or (new is not None and new.deployed_unix_ms == old.deployed_unix_ms):
+            return
+        fingerprints = {spec.facts.fingerprint for spec in models.items.values()}
+        task = asyncio.create_task(agent.forget(old.name, old.facts.fingerprint in fingerprints))
+        forgetting.add(task)
+        task.add_done_callback(forgetting.discard)
+
+    models.on_change(on_model)
+    await models.start()
+    reports.start()
+    await node.session.put(node.keys.agent(settings.id), record)
+    await node.server.set_serving(True)
+    _log.info("serving", address=address, pages=arena.num_pages, page_bytes=page_bytes, node=settings.node)
+    await node.stop.wait()
+    _log.info("stopping")
+    await node.server.set_serving(False)
+    record.stopping = True
+    await node.session.put(node.keys.agent(settings.id), record)
+    await agent.stop(settings.grace_s)
+    await models.close()
+    await reports.close()
+    await node.server.stop(1)
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def main() -> None:
+    """Entry point."""
+    run("gpu-agent", GpuAgentSettings, serve)
+
+
+if __name__ == "__main__":
+    main()

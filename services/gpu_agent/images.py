@@ -1,0 +1,107 @@
+"""From a model's spec to its image on this node: checked, prepared once, and deleted when no model needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from services.gpu_agent.engine.kv import KvSpec
+from services.gpu_agent.engine.model import UnsupportedArchitecture, inspect_model
+from services.gpu_agent.settings import GpuAgentSettings
+from services.gpu_agent.weights.checkpoint import Checkpoint
+from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
+from services.gpu_agent.weights.image import Image, delete_image, image_path, open_image, prepare_image
+from services.gpu_agent.weights.layout import ImageLayout, check_fits, plan_layout
+from warmserve.v1 import cluster_pb2, common_pb2
+
+_DTYPES = {
+    common_pb2.D_TYPE_F32: torch.float32,
+    common_pb2.D_TYPE_BF16: torch.bfloat16,
+    common_pb2.D_TYPE_F16: torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What an agent has to know of a model to hold and serve it."""
+
+    checkpoint: Checkpoint
+    layout: ImageLayout
+    kv: KvSpec
+    facts: cluster_pb2.ModelFacts
+
+
+class Images:
+    """The images of one node. Its methods read and write files: call them in a thread."""
+
+    def __init__(self, settings: GpuAgentSettings, num_pages: int) -> None:
+        self._roots = settings.model_roots
+        self._folder: Path = settings.image_dir
+        self._page_bytes = int(settings.page_bytes)
+        self._num_pages = num_pages
+
+    def inspect(self, spec: cluster_pb2.ModelSpec) -> Blueprint:
+        """Checks a checkpoint completely, writing nothing. Raises CheckpointError."""
+        if max(spec.tp, 1) > 1:
+            raise CheckpointError(
+                Problem.INVALID, f"tp is {spec.tp}, but this agent serves models on one device; deploy with tp=1"
+            )
+        checkpoint = Checkpoint.open(spec.source, self._roots)
+        dtype = _DTYPES.get(spec.dtype, checkpoint.dtype)
+        try:
+            kv = inspect_model(checkpoint.model_config, dtype)
+        except UnsupportedArchitecture as error:
+            raise CheckpointError(Problem.INVALID, f"{checkpoint.architecture} cannot be served: {error}") from error
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        layout = plan_layout(shapes, checkpoint.aliases, dtype, self._page_bytes)
+        check_fits(layout, self._num_pages)
+        try:
+            kv.slots_per_page(self._page_bytes)
+        except ValueError as error:
+            raise CheckpointError(Problem.TOO_LARGE, str(error)) from error
+        facts = cluster_pb2.ModelFacts(
+            architecture=checkpoint.architecture,
+            parameters=checkpoint.parameters,
+            shard_bytes=layout.total_bytes,
+            kv_bytes_per_token=kv.bytes_per_token,
+            context_tokens=_context_tokens(spec, checkpoint),
+            fingerprint=checkpoint.fingerprint,
+            layers=checkpoint.layers,
+        )
+        return Blueprint(checkpoint, layout, kv, facts)
+
+    def prepare(self, blueprint: Blueprint, progress: Callable[[int, int], None]) -> Path:
+        """Builds the image where it is missing. `progress(done, total)` in bytes. Raises CheckpointError."""
+        return prepare_image(blueprint.checkpoint, blueprint.layout, self._folder, progress)
+
+    def open(self, blueprint: Blueprint) -> Image:
+        """The image, built first where it is missing or damaged. Raises CheckpointError."""
+        try:
+            return open_image(image_path(self._folder, blueprint.checkpoint, blueprint.layout))
+        except (FileNotFoundError, ImageCorrupt):
+            return open_image(self.prepare(blueprint, lambda done, total: None))
+
+    def present(self, blueprint: Blueprint) -> bool:
+        """Whether the image is on this node's disk."""
+        return image_path(self._folder, blueprint.checkpoint, blueprint.layout).exists()
+
+    def discard(self, blueprint: Blueprint) -> None:
+        """Deletes the image. Nothing happens where it is gone already."""
+        delete_image(image_path(self._folder, blueprint.checkpoint, blueprint.layout))
+
+
+def _context_tokens(spec: cluster_pb2.ModelSpec, checkpoint: Checkpoint) -> int:
+    wanted, own = spec.limits.max_context_tokens, checkpoint.context_tokens
+    if own is not None and wanted > own:
+        raise CheckpointError(
+            Problem.INVALID,
+            f"limits.max_context_tokens is {wanted}, but the checkpoint was made for {own}; ask for less",
+        )
+    if not wanted and own is None:
+        raise CheckpointError(
+            Problem.INVALID, "the checkpoint does not say its context length; set limits.max_context_tokens"
+        )
+    return wanted or own or 0

@@ -1,0 +1,237 @@
+"""Serving by one instance: it takes requests from Redis, has the engine run them, and sends their tokens to routers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from prometheus_client import Counter
+from redis.exceptions import RedisError
+
+from services.common.queues import RequestQueue, Taken, Ticket
+from services.common.telemetry import logger
+from services.gpu_agent.engine.loop import EngineLoop
+from services.gpu_agent.engine.sequence import FinishReason, SamplingParams, Sequence, SequenceOutput
+from services.gpu_agent.relay import Relay
+from warmserve.v1 import agent_pb2, inference_pb2
+
+_log = logger(__name__)
+_BLOCK_MS = 1000
+_RETRY_S = 0.2
+_FINISH = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
+    FinishReason.DEADLINE: inference_pb2.FINISH_REASON_DEADLINE,
+    FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
+}
+_TOKENS = Counter("warmserve_gpu_agent_tokens_total", "Tokens generated", ["model"])
+_SEQUENCES = Counter("warmserve_gpu_agent_sequences_total", "Sequences ended", ["model", "finish"])
+
+
+@dataclass(frozen=True)
+class _Running:
+    ticket: Ticket
+    relay_address: str
+    attempt: int
+
+
+class InstanceServer:
+    """Runs on the event loop. `on_load()` is called whenever the number of running sequences turns zero or non-zero."""
+
+    def __init__(
+        self,
+        instance_id: str,
+        model: str,
+        slots: int,
+        engine: EngineLoop,
+        queue: RequestQueue,
+        relay: Relay,
+        on_load: Callable[[], None],
+    ) -> None:
+        self.instance_id = instance_id
+        self.slots = slots
+        self._model = model
+        self._engine = engine
+        self._queue = queue
+        self._relay = relay
+        self._on_load = on_load
+        self._running: dict[str, _Running] = {}
+        self._slot_freed = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._pulling: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._forgetting: set[asyncio.Task[None]] = set()
+
+    @property
+    def running(self) -> int:
+        """Sequences in progress."""
+        return len(self._running)
+
+    def start_pulling(self) -> None:
+        """Begins, or goes on, to take requests."""
+        self._stopping = False
+        if self._pulling is None:
+            self._pulling = asyncio.create_task(self._pull(), name=f"pull {self.instance_id}")
+
+    async def stop_pulling(self) -> None:
+        """Takes no more requests; what was taken but not begun goes back to the queue."""
+        self._stopping = True
+        if self._pulling is not None:
+            self._pulling.cancel()
+            await asyncio.gather(self._pulling, return_exceptions=True)
+            self._pulling = None
+        try:
+            # Cut off between Redis and us, an answer may have been lost.
+            await self._queue.release(self._model, self.instance_id, {run.ticket for run in self._running.values()})
+        except RedisError as error:
+            # The routers find those requests when this instance's record is gone.
+            _log.warning("could not give requests back", instance=self.instance_id, error=str(error))
+
+    async def until_idle(self, unless: asyncio.Event) -> bool:
+        """Waits until no sequence is in progress, and returns True; False where `unless` is set before that."""
+        waits = [asyncio.create_task(event.wait()) for event in (self._idle, unless)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return not unless.is_set()
+
+    async def flush(self) -> None:
+        """Returns once Redis has been told of every ended request."""
+        await asyncio.gather(*self._forgetting, return_exceptions=True)
+
+    def handle(self, outputs: Iterable[SequenceOutput]) -> None:
+        """Passes one engine step's news on to the routers concerned."""
+        by_router: defaultdict[str, list[agent_pb2.SequenceUpdate]] = defaultdict(list)
+        for output in outputs:
+            run = self._running.get(output.request_id)
+            if run is None or run.attempt != output.attempt:
+                continue
+            update = agent_pb2.SequenceUpdate(
+                request_id=output.request_id,
+                attempt=output.attempt,
+                instance_id=self.instance_id,
+                token_ids=output.token_ids,
+                offset=output.offset,
+                error=output.error,
+            )
+            _TOKENS.labels(self._model).inc(len(output.token_ids))
+            if output.finish_reason is not None:
+                update.finish_reason = _FINISH[output.finish_reason]
+                _SEQUENCES.labels(self._model, output.finish_reason.value).inc()
+                self._forget(output.request_id)
+            by_router[run.relay_address].append(update)
+        for address, updates in by_router.items():
+            self._relay.send(address, updates)
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Drops sequences that nobody waits for any more."""
+        for request_id in request_ids:
+            if request_id in self._running:
+                self._engine.cancel(request_id)
+
+    def cancel_router(self, address: str) -> None:
+        """Drops all sequences of a router that was lost, telling it nothing."""
+        for name in [name for name, run in self._running.items() if run.relay_address == address]:
+            self._drop(name)
+
+    def fail_all(self, error: str) -> None:
+        """Gives every sequence in progress up, so that its router puts it back and another instance goes on."""
+        self.handle(
+            [
+                SequenceOutput(name, run.attempt, [], 0, FinishReason.ERROR, error)
+                for name, run in list(self._running.items())
+            ]
+        )
+
+    async def _pull(self) -> None:
+        while not self._stopping:  # a cancellation that meets an answer of Redis is lost in its client
+            free = self.slots - self.running
+            if free <= 0:
+                self._slot_freed.clear()
+                await self._slot_freed.wait()
+                continue
+            try:
+                for taken in await self._queue.take(self._model, self.instance_id, free, _BLOCK_MS):
+                    self._begin(taken)
+            except RedisError as error:
+                _log.warning("Redis does not answer; trying again", instance=self.instance_id, error=str(error))
+                await asyncio.sleep(_RETRY_S)
+
+    def _begin(self, taken: Taken) -> None:
+        request = taken.request
+        name = request.request_id
+        before = self._running.get(name)
+        if before is not None and before.attempt >= request.attempt:
+            # The same request twice, because delivery is at least once; the first goes on.
+            self._tell_redis(taken.ticket)
+            return
+        if before is not None:
+            # Its router gave the older attempt up.
+            self._drop(name)
+        self._running[name] = _Running(taken.ticket, request.relay_address, request.attempt)
+        if self._idle.is_set():
+            self._idle.clear()
+            self._on_load()
+        started = agent_pb2.SequenceUpdate(
+            request_id=name, attempt=request.attempt, instance_id=self.instance_id, offset=request.generated
+        )
+        self._relay.send(request.relay_address, [started])
+        if request.deadline_unix_ms and request.deadline_unix_ms <= time.time() * 1e3:
+            self.handle([SequenceOutput(name, request.attempt, [], request.generated, FinishReason.DEADLINE)])
+            return
+        try:
+            sequence = _sequence(request)
+        except ValueError as error:
+            self.handle([SequenceOutput(name, request.attempt, [], request.generated, FinishReason.ERROR, str(error))])
+            return
+        self._engine.submit(self.instance_id, sequence)
+
+    def _drop(self, request_id: str) -> None:
+        self._engine.cancel(request_id)
+        self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        run = self._running.pop(request_id)
+        self._tell_redis(run.ticket)
+        self._slot_freed.set()
+        if not self._running:
+            self._idle.set()
+            self._on_load()
+
+    def _tell_redis(self, ticket: Ticket) -> None:
+        task = asyncio.create_task(self._done(ticket))
+        self._forgetting.add(task)
+        task.add_done_callback(self._forgetting.discard)
+
+    async def _done(self, ticket: Ticket) -> None:
+        while True:
+            try:
+                return await self._queue.done(ticket)
+            except RedisError:
+                await asyncio.sleep(_RETRY_S)
+
+
+def _sequence(request: agent_pb2.QueuedRequest) -> Sequence:
+    sampling = request.sampling
+    return Sequence(
+        request_id=request.request_id,
+        attempt=request.attempt,
+        token_ids=list(request.token_ids),
+        num_generated=request.generated,
+        sampling=SamplingParams(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
+            top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+            top_k=sampling.top_k,
+            seed=sampling.seed,
+            ignore_eos=sampling.ignore_eos,
+        ),
+        deadline=request.deadline_unix_ms / 1e3 if request.deadline_unix_ms else None,
+    )

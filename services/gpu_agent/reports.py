@@ -1,0 +1,123 @@
+"""What the agent tells the cluster: residency and instances in etcd, events in Redis, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from prometheus_client import Gauge, Histogram
+from redis.exceptions import RedisError
+
+from services.common.session import Session
+from services.common.telemetry import logger
+from warmserve.cluster.events import EventStream
+from warmserve.cluster.keys import Keys
+from warmserve.v1 import cluster_pb2, common_pb2
+
+_log = logger(__name__)
+_LOOK_S = 1.0
+_PAGES = Gauge("warmserve_gpu_agent_pages", "Pages of the arena", ["use"])
+_TRANSITION_SECONDS = Histogram(
+    "warmserve_gpu_agent_transition_seconds",
+    "Time a transition took",
+    ["event"],
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
+)
+_RESIDENT = Gauge(
+    "warmserve_gpu_agent_residency", "Share of a model's weight pages that is resident", ["model", "state"]
+)
+
+
+class Reports:
+    """Collects news without waiting and writes it in order, the newest residency only once where several came."""
+
+    def __init__(self, agent_id: str, session: Session, events: EventStream, keys: Keys) -> None:
+        self._agent_id = agent_id
+        self._session = session
+        self._events = events
+        self._keys = keys
+        self._records: dict[str, cluster_pb2.InstanceRecord | None] = {}  # by key; None: delete
+        self._news: list[cluster_pb2.Event] = []
+        self._written = cluster_pb2.AgentResidency()
+        self._dirty = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.describe: Callable[[], cluster_pb2.AgentResidency] = cluster_pb2.AgentResidency
+
+    def start(self) -> None:
+        """Begins to write."""
+        self._task = asyncio.create_task(self._write_all(), name="reports")
+        self.changed()
+
+    def changed(self) -> None:
+        """Something about the shards has changed."""
+        self._dirty.set()
+
+    def instance(self, record: cluster_pb2.InstanceRecord) -> None:
+        """An instance is there, or has another state."""
+        self._records[self._keys.instance(record.model, record.id)] = record
+        self._dirty.set()
+
+    def instance_gone(self, model: str, instance_id: str) -> None:
+        """An instance is no more."""
+        self._records[self._keys.instance(model, instance_id)] = None
+        self._dirty.set()
+
+    def event(self, event: cluster_pb2.Event) -> None:
+        """Something happened."""
+        _TRANSITION_SECONDS.labels(cluster_pb2.EventKind.Name(event.kind)).observe(event.duration_ms / 1e3)
+        self._news.append(event)
+        self._dirty.set()
+
+    async def close(self) -> None:
+        """Writes what is left."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._write()
+
+    async def _write_all(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(_LOOK_S):
+                    await self._dirty.wait()
+            except TimeoutError:
+                # KV pages come and go without a word.
+                if self._pages(self.describe()) == self._pages(self._written):
+                    continue
+            self._dirty.clear()
+            await self._write()
+
+    @staticmethod
+    def _pages(residency: cluster_pb2.AgentResidency) -> tuple[int, int, int]:
+        return residency.pages_free, residency.pages_kv, residency.pages_weights
+
+    async def _write(self) -> None:
+        # Instances first: a router that sees one may send, and one that sees none wakes.
+        records, self._records = self._records, {}
+        for key, record in records.items():
+            if record is None:
+                await self._session.delete(key)
+            else:
+                await self._session.put(key, record)
+        residency = self.describe()
+        self._measure(residency)
+        self._written = residency
+        await self._session.put(self._keys.residency(self._agent_id), residency)
+        news, self._news = self._news, []
+        for event in news:
+            try:
+                await self._events.append(event)
+            except RedisError as error:
+                _log.warning("event lost", kind=cluster_pb2.EventKind.Name(event.kind), error=str(error))
+
+    def _measure(self, residency: cluster_pb2.AgentResidency) -> None:
+        for use, pages in (
+            ("free", residency.pages_free),
+            ("kv", residency.pages_kv),
+            ("weights", residency.pages_weights),
+        ):
+            _PAGES.labels(use).set(pages)
+        _RESIDENT.clear()
+        for shard in residency.shards:
+            state = common_pb2.ReplicaState.Name(shard.state).removeprefix("REPLICA_STATE_").lower()
+            _RESIDENT.labels(shard.model, state).set(shard.residency)

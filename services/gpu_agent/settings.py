@@ -1,0 +1,38 @@
+"""Settings of a GPU agent."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import ByteSize, Field, field_validator
+from pydantic_settings import NoDecode
+
+from services.common.settings import ServiceSettings
+
+
+class GpuAgentSettings(ServiceSettings):
+    """A GPU agent: owns one arena, keeps models' weights in it, and serves those that are active."""
+
+    node: str = Field(default_factory=socket.gethostname, description="name of the machine; agents of one share images")
+    device_index: int = Field(0, ge=0, description="index of the GPU, or of the slice of host memory, on the node")
+    arena_bytes: ByteSize = Field(ByteSize(1 << 30), gt=0, description="size of the arena, for example 8GiB")
+    page_bytes: ByteSize = Field(ByteSize(1 << 20), gt=0, description="size of a page of the arena, for example 1MiB")
+    model_roots: Annotated[list[Path], NoDecode] = Field(
+        [Path("/models")], description="folders that checkpoints may be in, separated by commas"
+    )
+    image_dir: Path = Field(Path("/var/lib/warmserve/images"), description="folder for images, one per node")
+    max_batch: int = Field(8, ge=1, le=1024, description="most sequences an instance runs where a model does not say")
+
+    @field_validator("model_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: object) -> object:
+        return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+    @field_validator("page_bytes")
+    @classmethod
+    def _whole_system_pages(cls, value: ByteSize) -> ByteSize:
+        if value % 4096:
+            raise ValueError("must be a multiple of 4096")
+        return value

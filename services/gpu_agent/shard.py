@@ -1,0 +1,89 @@
+"""One model's shard on this agent."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from services.gpu_agent.arena.arena import ArenaUsage, WeightRange
+from services.gpu_agent.copy_lane import CopyTurn
+from services.gpu_agent.images import Blueprint
+from services.gpu_agent.instance_server import InstanceServer
+from warmserve.v1 import cluster_pb2, common_pb2
+
+
+@dataclass(eq=False)
+class Shard:
+    """A shard's state and all that belongs to it. Changed on the event loop only.
+
+    The weight range and the module bound to it are made once and kept through evictions.
+    """
+
+    spec: cluster_pb2.ModelSpec
+    group: common_pb2.Group
+    state: common_pb2.ReplicaState.ValueType = common_pb2.REPLICA_STATE_COLD
+    reason: common_pb2.Reason = field(default_factory=common_pb2.Reason)
+    since: float = field(default_factory=time.time)  # Unix seconds
+    blueprint: Blueprint | None = None
+    weights: WeightRange | None = None
+    module: object | None = None  # transformers' class over the weight range
+    tier: common_pb2.Tier.ValueType = common_pb2.TIER_REMOTE
+    wanted_active: bool = False  # what a load in progress leads to
+    abandoned: bool = False  # an eviction has cut the load in progress short
+    mended: bool = False  # the load in progress has had the image built anew
+    turn: CopyTurn | None = None  # of the load in progress
+    task: asyncio.Task[None] | None = None  # the transition in progress
+    server: InstanceServer | None = None  # while active or draining
+    rewoken: asyncio.Event = field(default_factory=asyncio.Event)  # a wake came while draining
+    retiring: bool = False  # drained, and about to be warm
+    bytes_per_s: float = 0.0
+    cold_load_ms: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.spec.name
+
+    @property
+    def pages_resident(self) -> int:
+        """Weight pages that hold their data."""
+        return self.weights.resident_pages if self.weights else 0
+
+    @property
+    def pages_total(self) -> int:
+        """Weight pages in all; 0 while the checkpoint has not been looked at."""
+        return self.weights.num_pages if self.weights else 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every weight page is resident."""
+        return self.weights is not None and self.weights.resident_pages == self.weights.num_pages
+
+    def enter(self, state: common_pb2.ReplicaState.ValueType, reason: common_pb2.Reason) -> float:
+        """Changes state; returns how long the last one lasted, in milliseconds."""
+        now = time.time()
+        lasted = (now - self.since) * 1e3
+        self.state, self.reason, self.since = state, reason, now
+        return lasted
+
+    def to_proto(self, usage: ArenaUsage) -> cluster_pb2.ResidentShard:
+        """The shard as etcd shows it."""
+        instance_id = self.server.instance_id if self.server else ""
+        return cluster_pb2.ResidentShard(
+            model=self.name,
+            shard=0,
+            group=self.group,
+            state=self.state,
+            residency=self.pages_resident / self.pages_total if self.pages_total else 0.0,
+            pages_resident=self.pages_resident,
+            pages_total=self.pages_total,
+            tier=common_pb2.TIER_GPU if self.complete else self.tier,
+            reason=self.reason,
+            since_unix_ms=int(self.since * 1e3),
+            instance_id=instance_id,
+            pages_kv=usage.kv_by_instance.get(instance_id, 0),
+            bytes_per_s=self.bytes_per_s,
+            cold_load_ms=self.cold_load_ms,
+            running=self.server.running if self.server else 0,
+        )

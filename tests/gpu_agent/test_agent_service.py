@@ -1,0 +1,285 @@
+"""A whole agent over real gRPC, etcd and Redis: its orders, its states, and the tokens it sends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from launcher.backing import Backing
+from tests.gpu_agent import checkpoints
+from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent, status_of
+from warmserve.cluster.keys import Keys
+from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2, inference_pb2
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+@pytest.fixture
+async def agent(etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path) -> AsyncIterator[RunningAgent]:
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
+        yield agent
+
+
+def expected(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    """What transformers generates greedily."""
+    output = model.generate(
+        torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+async def test_prepare_tells_facts_and_progress(agent: RunningAgent, tmp_path: Path) -> None:
+    model = checkpoints.llama(tmp_path / "m")
+    spec = cluster_pb2.ModelSpec(name="m", source=str(tmp_path / "m"))
+    answers = [a async for a in agent.stub.PrepareModel(agent_pb2.PrepareModelRequest(spec=spec))]
+    assert answers[0].stage == "checking the checkpoint"
+    facts = answers[-1].facts
+    assert facts.architecture == "LlamaForCausalLM"
+    assert facts.parameters == sum(p.numel() for p in model.parameters())
+    assert facts.context_tokens == 256
+    assert answers[-1].bytes_done == answers[-1].bytes_total == facts.shard_bytes
+    assert list((tmp_path / "images").glob("*.image"))
+
+
+async def test_a_request_is_served_and_forgotten(agent: RunningAgent, tmp_path: Path) -> None:
+    model = checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    await agent.submit("m", "r0", PROMPT, 12)
+    instance = await agent.wake(spec)
+    end = await agent.relay.finished("r0")
+    assert end.finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    assert agent.relay.tokens("r0") == expected(model, PROMPT, 12)
+    first = agent.relay.updates["r0"][0]
+    assert (first.instance_id, list(first.token_ids)) == (instance, [])
+    assert agent.relay.streams == 1
+    await agent.until("m", common_pb2.REPLICA_STATE_ACTIVE)
+    while await agent.queue.held("m", [instance]):
+        await asyncio.sleep(0.01)
+    assert await agent.queue.waiting("m") == 0
+
+
+async def test_cold_warm_active_draining_warm_cold(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    await agent.warm(spec)
+    shard = agent.shard("m")
+    assert shard is not None
+    assert shard.residency == 1
+    assert shard.tier == common_pb2.TIER_GPU
+    assert shard.cold_load_ms > 0
+    # Repeated orders change nothing.
+    answer = await agent.stub.WarmReplica(agent_pb2.WarmReplicaRequest(spec=spec, group=agent.group, reason=REASON))
+    assert answer.state == common_pb2.REPLICA_STATE_WARM
+    instance = await agent.wake(spec)
+    assert await agent.wake(spec) == instance
+    code, message = await status_of(agent.stub.EvictReplica(agent_pb2.EvictReplicaRequest(model="m", reason=REASON)))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "drain it first" in message
+    await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model="m", reason=REASON))
+    await agent.until("m", common_pb2.REPLICA_STATE_WARM)
+    await agent.instances.wait_for(lambda items: not items)
+    half = await agent.stub.EvictReplica(agent_pb2.EvictReplicaRequest(model="m", keep_residency=0.5, reason=REASON))
+    assert half.state == common_pb2.REPLICA_STATE_WARM
+    assert half.pages_freed == shard.pages_total // 2
+    rest = await agent.stub.EvictReplica(agent_pb2.EvictReplicaRequest(model="m", reason=REASON))
+    assert rest.state == common_pb2.REPLICA_STATE_COLD
+    assert rest.pages_freed == shard.pages_total - half.pages_freed
+    await agent.residency.wait_for(lambda items: items["g0"].pages_weights == 0)
+    following = agent.node.events.follow(after="0")
+    assert [(await anext(following))[1].kind for _ in range(7)] == [
+        cluster_pb2.EVENT_KIND_WARMING,
+        cluster_pb2.EVENT_KIND_WARMED,
+        cluster_pb2.EVENT_KIND_WOKEN,
+        cluster_pb2.EVENT_KIND_DRAINING,
+        cluster_pb2.EVENT_KIND_DRAINED,
+        cluster_pb2.EVENT_KIND_EVICTED,
+        cluster_pb2.EVENT_KIND_EVICTED,
+    ]
+    await following.aclose()
+
+
+async def test_output_is_the_same_after_eviction_and_another_models_use_of_the_pages(
+    agent: RunningAgent, tmp_path: Path
+) -> None:
+    first, second = checkpoints.llama(tmp_path / "a"), checkpoints.qwen3(tmp_path / "b")
+    specs = [await agent.prepare(name, tmp_path / name) for name in ("a", "b")]
+    for turn, (spec, model) in enumerate([(specs[0], first), (specs[1], second), (specs[0], first)]):
+        await agent.wake(spec)
+        await agent.submit(spec.name, f"r{turn}", PROMPT, 8)
+        await agent.relay.finished(f"r{turn}")
+        assert agent.relay.tokens(f"r{turn}") == expected(model, PROMPT, 8)
+        await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model=spec.name, reason=REASON))
+        await agent.until(spec.name, common_pb2.REPLICA_STATE_WARM)
+        await agent.stub.EvictReplica(agent_pb2.EvictReplicaRequest(model=spec.name, reason=REASON))
+
+
+async def test_draining_finishes_what_runs_and_leaves_what_waits(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    await agent.wake(spec)
+    await agent.submit("m", "r0", PROMPT, 200)
+    await agent.relay.some_tokens("r0", 1)
+    await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model="m", reason=REASON))
+    await agent.submit("m", "r1", PROMPT, 4)
+    await agent.until("m", common_pb2.REPLICA_STATE_WARM)
+    assert len(agent.relay.tokens("r0")) == 200
+    assert await agent.queue.waiting("m") == 1
+    assert "r1" not in agent.relay.updates
+    await agent.wake(spec)
+    await agent.relay.finished("r1")
+
+
+async def test_a_wake_while_draining_goes_on_serving(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    instance = await agent.wake(spec)
+    await agent.submit("m", "r0", PROMPT, 240)
+    await agent.relay.some_tokens("r0", 1)
+    await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model="m", reason=REASON))
+    assert await agent.wake(spec) == instance
+    await agent.submit("m", "r1", PROMPT, 4)
+    await agent.relay.finished("r1")
+    await agent.relay.finished("r0")
+
+
+async def test_no_room_is_refused_with_numbers(etcd, redis_server, keys, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "a")
+    checkpoints.llama(tmp_path / "b", seed=7)
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, arena="768KiB") as agent:
+        specs = [await agent.prepare(name, tmp_path / name) for name in ("a", "b")]
+        await agent.warm(specs[0])
+        request = agent_pb2.WarmReplicaRequest(spec=specs[1], group=agent.group, reason=REASON)
+        code, message = await status_of(agent.stub.WarmReplica(request))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "more pages on g0" in message
+
+
+async def test_an_eviction_cuts_warming_short(agent: RunningAgent, tmp_path: Path, monkeypatch) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    for _ in range(20):
+        await agent.stub.WarmReplica(agent_pb2.WarmReplicaRequest(spec=spec, group=agent.group, reason=REASON))
+        answer = await agent.stub.EvictReplica(agent_pb2.EvictReplicaRequest(model="m", reason=REASON))
+        assert answer.state == common_pb2.REPLICA_STATE_COLD
+    await agent.residency.wait_for(lambda items: items["g0"].pages_free == agent.settings.arena_bytes // 65536)
+
+
+async def test_an_older_leaders_orders_are_refused(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    order = agent_pb2.WarmReplicaRequest(spec=spec, group=agent.group, reason=REASON, fence=7)
+    await agent.stub.WarmReplica(order)
+    order.fence = 6
+    code, message = await status_of(agent.stub.WarmReplica(order))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "another placer leads" in message
+
+
+async def test_a_router_cancels_a_sequence(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    await agent.wake(spec)
+    await agent.submit("m", "r0", PROMPT, 250)
+    await agent.relay.some_tokens("r0", 1)
+    await agent.relay.cancels.put("r0")
+    end = await agent.relay.finished("r0")
+    assert end.finish_reason == inference_pb2.FINISH_REASON_CANCELLED
+    assert len(agent.relay.tokens("r0")) < 250
+
+
+async def test_a_lost_routers_sequences_end(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    instance = await agent.wake(spec)
+    await agent.submit("m", "r0", PROMPT, 250)
+    await agent.relay.some_tokens("r0", 1)
+    await agent.relay_server.stop(0)
+    while await agent.queue.held("m", [instance]):
+        await asyncio.sleep(0.01)
+    await agent.residency.wait_for(lambda items: items["g0"].pages_kv == 0)
+
+
+async def test_a_resumed_request_goes_on_at_its_offset(agent: RunningAgent, tmp_path: Path) -> None:
+    model = checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    whole = expected(model, PROMPT, 10)
+    await agent.wake(spec)
+    await agent.submit("m", "r0", PROMPT + whole[:4], 10, attempt=1, generated=4)
+    await agent.relay.finished("r0", attempt=1)
+    updates = [u for u in agent.relay.updates["r0"] if u.token_ids]
+    assert updates[0].offset == 4
+    assert [t for u in updates for t in u.token_ids] == whole[4:]
+
+
+async def test_stopping_hands_running_requests_over(etcd, redis_server, keys, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
+        object.__setattr__(agent.settings, "grace_s", 0.0)
+        spec = await agent.prepare("m", tmp_path / "m")
+        await agent.wake(spec)
+        for name in ("r0", "r1"):
+            await agent.submit("m", name, PROMPT, 250)
+            await agent.relay.some_tokens(name, 1)
+        agent.node.stop.set()
+        for name in ("r0", "r1"):
+            end = await agent.relay.finished(name)
+            assert end.finish_reason == inference_pb2.FINISH_REASON_ERROR
+            assert "stopped" in end.error
+
+
+async def test_undeploying_gives_everything_back(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    await agent.node.store.put(agent.node.keys.model("m"), spec)
+    await agent.wake(spec)
+    await agent.node.store.delete(agent.node.keys.model("m"))
+    await agent.residency.wait_for(lambda items: not items["g0"].shards and items["g0"].pages_weights == 0)
+    while list((tmp_path / "images").glob("*")):
+        await asyncio.sleep(0.01)
+
+
+async def test_a_damaged_image_is_found_and_said(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    [image] = (tmp_path / "images").glob("*.image")
+    with image.open("r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)
+        file.seek(1000)
+        file.write(bytes([byte[0] ^ 1]))
+    await agent.stub.WakeReplica(agent_pb2.WakeReplicaRequest(spec=spec, group=agent.group, reason=REASON))
+    # The image is built anew from the checkpoint, and the model is served all the same.
+    await agent.until("m", common_pb2.REPLICA_STATE_ACTIVE)
+
+
+@pytest.mark.parametrize(
+    ("source", "tp", "code", "message"),
+    [
+        ("missing", 1, grpc.StatusCode.NOT_FOUND, "missing"),
+        ("/etc", 1, grpc.StatusCode.PERMISSION_DENIED, "outside the allowed model folders"),
+        ("m", 2, grpc.StatusCode.INVALID_ARGUMENT, "tp=1"),
+    ],
+)
+async def test_what_cannot_be_prepared(
+    agent: RunningAgent, tmp_path: Path, source: str, tp: int, code: grpc.StatusCode, message: str
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = cluster_pb2.ModelSpec(name="m", source=str(tmp_path / source), tp=tp)
+    got = await status_of(agent.stub.PrepareModel(agent_pb2.PrepareModelRequest(spec=spec)))
+    assert got[0] == code
+    assert message in got[1]
+    assert not list((tmp_path / "images").glob("*"))
+
+
+async def test_a_model_larger_than_the_arena(etcd, redis_server, keys, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, arena="256KiB") as agent:
+        spec = cluster_pb2.ModelSpec(name="m", source=str(tmp_path / "m"))
+        code, message = await status_of(agent.stub.PrepareModel(agent_pb2.PrepareModelRequest(spec=spec)))
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "the arena has 4" in message
