@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
 import grpc
+from google.protobuf.descriptor import EnumDescriptor
 
 from warmserve.errors import (
     DeadlineExceededError,
@@ -247,10 +248,10 @@ class Answer:
             model=self.call.request.model,
             text=self.text,
             token_ids=tuple(self._token_ids),
-            finish_reason=enum_word(inference_pb2.FinishReason, finished.reason),
+            finish_reason=enum_word(inference_pb2.FinishReason.DESCRIPTOR, finished.reason),
             usage=Usage(finished.usage.prompt_tokens, finished.usage.completion_tokens),
             timing=Timing(
-                found_state=enum_word(common_pb2.ReplicaState, timing.found_state),
+                found_state=enum_word(common_pb2.ReplicaState.DESCRIPTOR, timing.found_state),
                 queue_ms=timing.queue_ms,
                 prefill_ms=timing.prefill_ms,
                 ttft_ms=timing.ttft_ms,
@@ -262,8 +263,8 @@ class Answer:
 
 def _progress(message: inference_pb2.Progress) -> Progress:
     return Progress(
-        state=enum_word(inference_pb2.ProgressState, message.state),
-        cause=enum_word(common_pb2.Cause, message.reason.cause),
+        state=enum_word(inference_pb2.ProgressState.DESCRIPTOR, message.state),
+        cause=enum_word(common_pb2.Cause.DESCRIPTOR, message.reason.cause),
         reason=message.reason.text,
         estimated_wait_ms=message.estimated_wait_ms if message.HasField("estimated_wait_ms") else None,
         requests_in_progress=message.requests_in_progress,
@@ -275,7 +276,7 @@ def models(response: inference_pb2.ListModelsResponse) -> list[ModelInfo]:
     return [
         ModelInfo(
             name=model.name,
-            state=enum_word(common_pb2.ReplicaState, model.state),
+            state=enum_word(common_pb2.ReplicaState.DESCRIPTOR, model.state),
             context_tokens=model.context_tokens,
             deployed_at=datetime.fromtimestamp(model.deployed_unix_ms / 1000, UTC),
         )
@@ -283,12 +284,13 @@ def models(response: inference_pb2.ListModelsResponse) -> list[ModelInfo]:
     ]
 
 
-def enum_word(enum: Any, value: int) -> str:
+def enum_word(enum: EnumDescriptor, value: int) -> str:
     """An enum's value as a lower-case word: REPLICA_STATE_WARM is "warm". A newer version's is its number."""
-    if value not in enum.values():
+    known = enum.values_by_number.get(value)
+    if known is None:
         return str(value)
-    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.DESCRIPTOR.name).upper() + "_"
-    return str(enum.Name(value)).removeprefix(prefix).lower()
+    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.name).upper() + "_"
+    return known.name.removeprefix(prefix).lower()
 
 
 def error_of(

@@ -35,12 +35,16 @@ REQUEST_ID = "x-request-id"
 
 
 class StatusError(Exception):
-    """An error to answer a caller with. Raised anywhere under a handler, it ends the call with this status."""
+    """An error to answer a caller with. Raised anywhere under a handler, it ends the call with this status.
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+    `trailing` is metadata that goes with it, for programs: keys in lower case, values in ASCII.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str, trailing: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
+        self.trailing = trailing
 
 
 class _Errors(grpc.aio.ServerInterceptor):
@@ -96,7 +100,7 @@ class _Errors(grpc.aio.ServerInterceptor):
 
 async def _abort(context: Any, method: str, error: Exception) -> None:
     if isinstance(error, StatusError):
-        await context.abort(error.code, error.message)
+        await context.abort(error.code, error.message, tuple(error.trailing))
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if isinstance(error, NotImplementedError):  # the generated base class's answer

@@ -12,11 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import warmserve
+from services.common.grpc_frame import GrpcServer, StatusError
+from services.common.settings import ServiceSettings
 from tests.sdk.inference_server import PIECES, InferenceServer, unused_address
 from warmserve import AsyncClient, Client, Completion, Progress, TextDelta
+from warmserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 TEXT = "".join(PIECES)
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
@@ -90,16 +94,10 @@ def test_chat_sends_the_conversation_and_every_option(server: InferenceServer, c
     ]
     sampling = request.sampling
     assert (sampling.top_p, sampling.top_k, sampling.seed, sampling.ignore_eos) == (0.5, 3, 2**63, True)
-    assert request.priority == warmserve_priority("LOW")
+    assert request.priority == common_pb2.PRIORITY_LOW
     assert request.request_id == "mine"
     assert server.metadata[0]["x-request-id"] == "mine"
-    assert 0 < (server.remaining_s[0] or 0) <= 20
-
-
-def warmserve_priority(name: str) -> int:
-    from warmserve.v1 import common_pb2
-
-    return common_pb2.Priority.Value(f"PRIORITY_{name}")
+    assert 10 < (server.remaining_s[0] or 0) < 25  # grpc sends timeouts rounded
 
 
 def test_token_ids_are_a_prompt(server: InferenceServer, call: Call) -> None:
@@ -378,6 +376,27 @@ def test_both_clients_offer_the_same() -> None:
 
     assert public(Client) == public(AsyncClient)
     assert public(warmserve.CompletionStream) == public(warmserve.AsyncCompletionStream)
+
+
+async def test_what_a_service_of_ours_sends_with_an_error_reaches_the_client() -> None:
+    class Refusing(inference_pb2_grpc.InferenceServiceServicer):
+        async def Generate(self, request: Any, context: Any) -> None:
+            if request.model == "llama":
+                near = [("warmserve-suggestion", "llama-a"), ("warmserve-suggestion", "llama-b")]
+                raise StatusError(grpc.StatusCode.NOT_FOUND, "no such model", near)
+            raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", [("warmserve-retry-after-ms", "2000")])
+
+    server = GrpcServer(ServiceSettings())
+    service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+    server.add(inference_pb2_grpc.add_InferenceServiceServicer_to_server, Refusing(), service)
+    async with AsyncClient(await server.start()) as client:
+        with pytest.raises(warmserve.ModelNotFoundError, match="no such model") as unknown:
+            await client.generate("llama", "Hi")
+        with pytest.raises(warmserve.QueueFullError) as full:
+            await client.generate("other", "Hi")
+    await server.stop(0)
+    assert unknown.value.suggestions == ("llama-a", "llama-b")
+    assert full.value.retry_after_s == 2
 
 
 def test_importing_the_client_needs_only_grpcio_and_protobuf() -> None:

@@ -1,0 +1,85 @@
+"""`warmctl agents`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from warmserve.admin import render, units, views
+from warmserve.admin.arguments import AgentId, OutputOption, target_of
+from warmserve.admin.state import ClusterState, read_state
+from warmserve.admin.target import CommandError, run, show
+from warmserve.cluster.store import Store
+from warmserve.v1 import cluster_pb2
+
+app = typer.Typer(help="Look at GPU agents, and drain them.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_command(ctx: typer.Context, output: OutputOption = None) -> None:
+    """List the agents: what their memory holds, and whether they are cordoned, draining or drained.
+
+    Examples:
+
+      warmctl agents list
+
+      warmctl -o json agents list
+    """
+    target = target_of(ctx, output)
+    found = views.agent_summaries(run(target, lambda store: read_state(store, target.keys)))
+    show(target, found, lambda: render.agents(found, units.now_ms()))
+
+
+@app.command("drain")
+def drain_command(
+    ctx: typer.Context,
+    agent: AgentId,
+    undo: Annotated[bool, typer.Option("--undo", help="Take the wish back: place on it again.")] = False,
+    output: OutputOption = None,
+) -> None:
+    """Drain an agent: place nothing new on it, finish its requests, move away what it holds.
+
+    The wish stays until --undo, also when the agent restarts. Repeat the command to see how far it is.
+
+    Examples:
+
+      warmctl agents drain node1-gpu0
+
+      warmctl agents drain node1-gpu0 --undo
+    """
+    target = target_of(ctx, output)
+    key = target.keys.control(agent)
+
+    async def action(store: Store) -> views.AgentSummary:
+        state = await read_state(store, target.keys)
+        if not any(summary.id == agent for summary in views.agent_summaries(state)):
+            raise CommandError(f"no agent {agent!r}: {views.nearest(agent, state.agents)}")
+        if undo:
+            if not await store.delete(key):
+                raise CommandError(f"{agent} is not being drained")
+        elif not _drained(state, agent):
+            control = cluster_pb2.AgentControl(cordoned=True, drained=True, set_unix_ms=units.now_ms())
+            await store.put(key, control)
+        state = await read_state(store, target.keys)
+        # An agent that is not registered is forgotten with the wish about it.
+        known = {summary.id: summary for summary in views.agent_summaries(state)}
+        return known.get(agent) or views.agent_summary(state, cluster_pb2.AgentRecord(id=agent))
+
+    summary = run(target, action)
+    show(target, summary, lambda: _sentence(summary))
+
+
+def _drained(state: ClusterState, agent: str) -> bool:
+    return agent in state.controls and state.controls[agent].drained
+
+
+def _sentence(summary: views.AgentSummary) -> str:
+    if not summary.control:
+        return f"{summary.id} takes replicas again."
+    if summary.control == "drained":
+        return f"{summary.id} is drained: nothing is left on it."
+    return (
+        f"{summary.id} is draining: {summary.instances} instance(s) and weights of "
+        f"{len(summary.models)} model(s) ({', '.join(summary.models)}) are still on it."
+    )

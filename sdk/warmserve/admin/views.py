@@ -1,0 +1,362 @@
+"""What the cluster's state means to an operator: models, replicas, agents, and why a model is warm or cold. Pure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from warmserve._protocol import enum_word
+from warmserve.admin.plain import Plain, plain
+from warmserve.admin.state import ClusterState
+from warmserve.v1 import cluster_pb2, common_pb2
+
+# Least ready first: the state of a replica is that of its least ready shard, of a model that of its readiest replica.
+_READINESS = (
+    common_pb2.REPLICA_STATE_COLD,
+    common_pb2.REPLICA_STATE_WARMING,
+    common_pb2.REPLICA_STATE_DRAINING,
+    common_pb2.REPLICA_STATE_WARM,
+    common_pb2.REPLICA_STATE_ACTIVE,
+)
+STATES = tuple(enum_word(common_pb2.ReplicaState.DESCRIPTOR, state) for state in reversed(_READINESS))
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One copy of a model's weights on a group of agents."""
+
+    model: str
+    agents: list[str]
+    node: str
+    state: str
+    residency: float
+    """Share of the weight pages of all shards that is resident, 0 to 1."""
+    weight_bytes: int
+    """Bytes of weights resident, on all agents."""
+    kv_bytes: int
+    tier: str
+    """Where missing pages would come from."""
+    reason: Plain
+    since_unix_ms: int
+    instance_id: str
+    bytes_per_s: float
+    """Of the copy in progress; 0 where none is."""
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """One deployed model in a list."""
+
+    name: str
+    state: str
+    replicas: dict[str, int]
+    """How many are in each state."""
+    architecture: str
+    parameters: int
+    shard_bytes: int
+    tp: int
+    context_tokens: int
+    min_replicas: int
+    max_replicas: int
+    source: str
+    deployed_unix_ms: int
+
+
+@dataclass(frozen=True)
+class AgentSummary:
+    """One agent in a list. What an agent that is not registered would say is empty."""
+
+    id: str
+    registered: bool
+    control: str
+    """"", cordoned, draining or drained: what an operator asked for, and how far it is."""
+    stopping: bool
+    node: str
+    device_index: int
+    device_name: str
+    backend: str
+    address: str
+    version: str
+    page_bytes: int
+    pages_total: int
+    pages_weights: int
+    pages_kv: int
+    pages_free: int
+    models: list[str]
+    """Models with a shard here."""
+    instances: int
+    """Active or draining replicas with a shard here."""
+    started_unix_ms: int
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """All about one deployed model."""
+
+    name: str
+    state: str
+    spec: Plain
+    replicas: list[Replica]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a model is warm or cold."""
+
+    model: str
+    state: str
+    why: str
+    """The deciding sentence of the newest plan, or why there is none."""
+    notes: list[str]
+    """What stands in the way of anything better."""
+    outlook: Plain | None
+    """What the newest plan holds of it: replicas needed and had, and the reason."""
+    plan_made_unix_ms: int
+    planner: str
+    actions: list[Plain]
+    """What the newest plan does about it, in order."""
+    forecast: Plain | None
+    """The forecast of the current window."""
+    replicas: list[Replica]
+    events: list[Plain] | None
+    """The newest events, oldest first; None where Redis was not asked or did not answer."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """The cluster on one screen."""
+
+    etcd_version: str
+    leader: Plain | None
+    plan_made_unix_ms: int
+    """0 where no plan was made."""
+    planner: str
+    plan_actions: int
+    forecast_made_unix_ms: int
+    """The newest forecast; 0 where none was made."""
+    predictor: str
+    routers: list[Plain]
+    agents: list[AgentSummary]
+    models: dict[str, list[str]]
+    """Names of deployed models by state, readiest first."""
+    notes: list[str]
+
+
+def replicas(state: ClusterState) -> list[Replica]:
+    """All replicas that are not cold, in order of model and agents."""
+    shards: dict[tuple[str, tuple[str, ...]], dict[str, cluster_pb2.ResidentShard]] = {}
+    for agent_id, residency in state.residency.items():
+        for shard in residency.shards:
+            group = tuple(shard.group.agent_ids) or (agent_id,)
+            shards.setdefault((shard.model, group), {})[agent_id] = shard
+    return [_replica(state, model, group, found) for (model, group), found in sorted(shards.items())]
+
+
+def _replica(
+    state: ClusterState, model: str, group: tuple[str, ...], shards: dict[str, cluster_pb2.ResidentShard]
+) -> Replica:
+    # A shard that its agent does not report is cold.
+    ranks = [_rank(shards[agent].state) if agent in shards else 0 for agent in group]
+    least = min(shards.values(), key=lambda shard: _rank(shard.state))
+    pages = max(shard.pages_total for shard in shards.values()) * len(group)
+
+    def total(attribute: str) -> int:
+        return sum(
+            getattr(shard, attribute) * state.agents[agent].page_bytes
+            for agent, shard in shards.items()
+            if agent in state.agents
+        )
+
+    return Replica(
+        model=model,
+        agents=list(group),
+        node=least.group.node,
+        state=enum_word(common_pb2.ReplicaState.DESCRIPTOR, _READINESS[min(ranks)]),
+        residency=sum(shard.pages_resident for shard in shards.values()) / pages if pages else 0.0,
+        weight_bytes=total("pages_resident"),
+        kv_bytes=total("pages_kv"),
+        tier=enum_word(common_pb2.Tier.DESCRIPTOR, least.tier),
+        reason=plain(least.reason),
+        since_unix_ms=least.since_unix_ms,
+        instance_id=least.instance_id,
+        bytes_per_s=sum(shard.bytes_per_s for shard in shards.values()),
+    )
+
+
+def _rank(state: int) -> int:
+    return _READINESS.index(state) if state in _READINESS else 0
+
+
+def best_state(of: Iterable[Replica]) -> str:
+    """The readiest state among replicas; cold where there is none."""
+    present = {replica.state for replica in of}
+    return next((state for state in STATES if state in present), "cold")
+
+
+def model_summaries(state: ClusterState) -> list[ModelSummary]:
+    """The deployed models, in order of name."""
+    all_replicas = replicas(state)
+    return [
+        _summary(spec, [replica for replica in all_replicas if replica.model == name])
+        for name, spec in state.models.items()
+    ]
+
+
+def _summary(spec: cluster_pb2.ModelSpec, own: list[Replica]) -> ModelSummary:
+    return ModelSummary(
+        name=spec.name,
+        state=best_state(own),
+        replicas={state: sum(replica.state == state for replica in own) for state in STATES},
+        architecture=spec.facts.architecture,
+        parameters=spec.facts.parameters,
+        shard_bytes=spec.facts.shard_bytes,
+        tp=spec.tp or 1,
+        context_tokens=spec.facts.context_tokens,
+        min_replicas=spec.min_replicas,
+        max_replicas=spec.max_replicas,
+        source=spec.source,
+        deployed_unix_ms=spec.deployed_unix_ms,
+    )
+
+
+def describe(state: ClusterState, model: str) -> ModelDescription:
+    """All about a model. Raises KeyError where it is not deployed."""
+    spec = state.models[model]
+    own = [replica for replica in replicas(state) if replica.model == model]
+    return ModelDescription(model, best_state(own), plain(spec), own)
+
+
+def agent_summaries(state: ClusterState) -> list[AgentSummary]:
+    """Registered agents in order of node and device, then those that only an operator's wish remembers."""
+    ordered = sorted(state.agents.values(), key=lambda agent: (agent.node, agent.device_index, agent.id))
+    absent = [
+        cluster_pb2.AgentRecord(id=agent_id)
+        for agent_id in {**state.controls, **state.residency}
+        if agent_id not in state.agents
+    ]
+    return [agent_summary(state, record) for record in ordered + absent]
+
+
+def agent_summary(state: ClusterState, record: cluster_pb2.AgentRecord) -> AgentSummary:
+    """One agent; `record` has nothing but the id where it is not registered."""
+    residency = state.residency.get(record.id, cluster_pb2.AgentResidency())
+    serving = [shard for shard in residency.shards if shard.instance_id]
+    control = state.controls.get(record.id, cluster_pb2.AgentControl())
+    wish = ("draining" if residency.shards else "drained") if control.drained else "cordoned"
+    return AgentSummary(
+        id=record.id,
+        registered=record.id in state.agents,
+        control=wish if control.drained or control.cordoned else "",
+        stopping=record.stopping,
+        node=record.node,
+        device_index=record.device_index,
+        device_name=record.device_name,
+        backend=enum_word(common_pb2.Backend.DESCRIPTOR, record.backend),
+        address=record.address,
+        version=record.version,
+        page_bytes=record.page_bytes,
+        pages_total=record.pages_total,
+        pages_weights=residency.pages_weights,
+        pages_kv=residency.pages_kv,
+        pages_free=residency.pages_free,
+        models=sorted({shard.model for shard in residency.shards}),
+        instances=len(serving),
+        started_unix_ms=record.started_unix_ms,
+    )
+
+
+def explain(state: ClusterState, model: str, events: list[cluster_pb2.Event] | None, now_ms: int) -> Explanation:
+    """Why a model is warm or cold. Raises KeyError where it is not deployed."""
+    spec = state.models[model]
+    own = [replica for replica in replicas(state) if replica.model == model]
+    plan = state.plan or cluster_pb2.Plan()
+    outlook = next((outlook for outlook in plan.outlooks if outlook.model == model), None)
+    if outlook is not None:
+        why = outlook.reason.text or enum_word(common_pb2.Cause.DESCRIPTOR, outlook.reason.cause).replace("_", " ")
+    elif state.plan is None:
+        why = "no plan has been made yet"
+    elif spec.deployed_unix_ms > plan.made_unix_ms:
+        why = "it was deployed after the newest plan was made; the next one will consider it"
+    else:
+        why = "the newest plan does not mention it"
+    forecast = state.forecasts.get(model)
+    return Explanation(
+        model=model,
+        state=best_state(own),
+        why=why,
+        notes=obstacles(state),
+        outlook=plain(outlook) if outlook is not None else None,
+        plan_made_unix_ms=plan.made_unix_ms,
+        planner=plan.planner,
+        actions=[plain(action) for action in plan.actions if action.model == model],
+        forecast=_current_window(forecast, now_ms) if forecast is not None else None,
+        replicas=own,
+        events=None if events is None else [plain(event) for event in events],
+    )
+
+
+def _current_window(forecast: cluster_pb2.Forecast, now_ms: int) -> Plain | None:
+    for window in forecast.windows:
+        if window.start_unix_s <= now_ms / 1000 < window.start_unix_s + forecast.window_s:
+            return {
+                "made_unix_ms": forecast.made_unix_ms,
+                "window_s": forecast.window_s,
+                "predictor": forecast.predictor,
+                **plain(window),
+            }
+    return None
+
+
+def status(state: ClusterState, etcd_version: str) -> Status:
+    """The cluster on one screen."""
+    plan = state.plan or cluster_pb2.Plan()
+    newest = max(state.forecasts.values(), key=lambda forecast: forecast.made_unix_ms, default=cluster_pb2.Forecast())
+    summaries = model_summaries(state)
+    by_state = {name: [model.name for model in summaries if model.state == name] for name in STATES}
+    return Status(
+        etcd_version=etcd_version,
+        leader=plain(state.leader) if state.leader is not None else None,
+        plan_made_unix_ms=plan.made_unix_ms,
+        planner=plan.planner,
+        plan_actions=len(plan.actions),
+        forecast_made_unix_ms=newest.made_unix_ms,
+        predictor=newest.predictor,
+        routers=[plain(router) for router in state.routers.values()],
+        agents=agent_summaries(state),
+        models={name: models for name, models in by_state.items() if models},
+        notes=obstacles(state),
+    )
+
+
+def obstacles(state: ClusterState) -> list[str]:
+    """What keeps the cluster as a whole from serving or from placing anything anew."""
+    notes = []
+    if state.leader is None:
+        notes.append("no placer leads: nothing is placed anew until one does")
+    usable = [
+        agent for agent in agent_summaries(state) if agent.registered and not agent.control and not agent.stopping
+    ]
+    if not state.agents:
+        notes.append("no agent is registered: nothing can be warmed or served")
+    elif not usable:
+        notes.append("every agent is cordoned, draining or stopping: nothing is placed anew")
+    if not state.routers:
+        notes.append("no router is registered: no requests come in")
+    return notes + [f"unreadable: {what}" for what in state.unreadable]
+
+
+def not_deployed(model: str, state: ClusterState) -> str:
+    """What to say of a model that is not there."""
+    return f"no model {model!r} is deployed: {nearest(model, state.models)}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint after "no such ...": the nearest names, or all there are where they are few."""
+    known = sorted(names)
+    near = difflib.get_close_matches(name, known, 3)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    if not known:
+        return "there is none"
+    return f"there are {', '.join(known)}" if len(known) <= 8 else f"there are {len(known)}"
