@@ -10,6 +10,7 @@ import time
 
 from google.protobuf.message import Message
 
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from warmserve.cluster.store import Change, Store, StoreUnavailableError
 
@@ -63,9 +64,7 @@ class Session:
 
     async def close(self) -> None:
         """Ends the lease, and with it all records."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end_tasks([self._task])
         try:
             await self.store.revoke_lease(self._lease)
         except StoreUnavailableError:

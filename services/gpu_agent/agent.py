@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from services.common.queues import RequestQueue
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
@@ -36,6 +37,9 @@ WARMING = common_pb2.REPLICA_STATE_WARMING
 WARM = common_pb2.REPLICA_STATE_WARM
 ACTIVE = common_pb2.REPLICA_STATE_ACTIVE
 DRAINING = common_pb2.REPLICA_STATE_DRAINING
+
+
+_KV_RESERVE_SHARE = 16  # of the arena's pages an instance reserves at most one in so many
 
 
 class NoRoomError(Exception):
@@ -106,7 +110,10 @@ class Agent:
         """Begins to make a shard an instance. Raises NoRoomError, BusyError."""
         shard = self._shard(spec, group)
         if shard.state == WARM and shard.complete:
-            self._activate(shard, reason)
+            try:
+                self._activate(shard, reason)
+            except OutOfPages as error:
+                raise NoRoomError(f"{shard.name} is warm on {self._id}, but has no room to serve: {error}") from error
         elif shard.state in (COLD, WARM):
             self._begin_load(shard, reason, active=True)
         elif shard.state == WARMING and not shard.wanted_active:
@@ -196,9 +203,7 @@ class Agent:
             if shard.server is not None:
                 shard.server.fail_all(f"agent {self._id} stopped")
                 await shard.server.flush()
-        for task in drains:
-            task.cancel()
-        await asyncio.gather(*drains, return_exceptions=True)
+        await end_tasks(drains)
         await self._relay.close()
         await asyncio.to_thread(self._engine.stop)
 
@@ -213,7 +218,7 @@ class Agent:
         return shard
 
     def _begin_load(self, shard: Shard, reason: common_pb2.Reason, active: bool) -> None:
-        needed = self._pages_missing(shard) + (1 if active else 0)  # an instance needs KV too
+        needed = self._pages_missing(shard) + (self._kv_reserve(shard) if active else 0)
         free = self._arena.free_pages
         if needed > free:
             raise NoRoomError(
@@ -229,6 +234,12 @@ class Agent:
         total = shard.pages_total or math.ceil(shard.spec.facts.shard_bytes / self._arena.page_bytes)
         return total - shard.pages_resident
 
+    def _kv_reserve(self, shard: Shard) -> int:
+        """KV pages an instance holds from its first moment: one full sequence, but no more than its share."""
+        facts = shard.spec.facts
+        full = math.ceil(facts.kv_bytes_per_token * facts.context_tokens / self._arena.page_bytes)
+        return max(1, min(full, self._arena.num_pages // _KV_RESERVE_SHARE))
+
     async def _load(self, shard: Shard) -> None:
         began = time.monotonic()
         cold = shard.pages_resident == 0
@@ -243,7 +254,7 @@ class Agent:
                     if not shard.abandoned:
                         image = await self._copy(shard, image, shard.turn)
         except (CheckpointError, ImageCorrupt, OutOfPages, OSError) as error:
-            self._load_failed(shard, error)
+            self._not_ready(shard, error)
             return
         finally:
             if image is not None:
@@ -261,7 +272,10 @@ class Agent:
         self._enter(shard, WARM, shard.reason, None)
         self._event(shard, cluster_pb2.EVENT_KIND_WARMED, took_ms, copied)
         if shard.wanted_active:
-            self._activate(shard, shard.reason, lasted_ms=took_ms)
+            try:
+                self._activate(shard, shard.reason, lasted_ms=took_ms)
+            except OutOfPages as error:
+                self._not_ready(shard, error)
 
     async def _bind(self, shard: Shard) -> Image:
         """The image, and on the first load the module over the weight range."""
@@ -304,9 +318,9 @@ class Agent:
             self._reports.changed()
         return image
 
-    def _load_failed(self, shard: Shard, error: Exception) -> None:
-        _log.error("load failed", model=shard.name, error=str(error))
-        reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=f"loading failed: {error}")
+    def _not_ready(self, shard: Shard, error: Exception) -> None:
+        _log.error("did not become ready", model=shard.name, error=str(error))
+        reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=f"did not become ready: {error}")
         self._enter(shard, WARM if shard.pages_resident else COLD, reason, cluster_pb2.EVENT_KIND_FAILED)
 
     async def _abandon_load(self, shard: Shard) -> None:
@@ -325,12 +339,15 @@ class Agent:
         assert isinstance(module, BoundModel)
         began = time.monotonic()
         instance_id = f"{self._id}.{uuid.uuid4().hex[:8]}"
+        kv = KvCache(self._arena, instance_id, blueprint.kv)
+        # So that prewarming beside it can never leave an instance without memory to go on.
+        kv.reserve(self._kv_reserve(shard))
         slots = shard.spec.limits.max_batch or self._max_batch
         instance = Instance(
             instance_id,
             shard.name,
             module,
-            KvCache(self._arena, instance_id, blueprint.kv),
+            kv,
             eos_ids=blueprint.checkpoint.eos_token_ids,
             context_tokens=shard.spec.facts.context_tokens or blueprint.facts.context_tokens,
             max_batch=slots,
@@ -361,7 +378,10 @@ class Agent:
         shard.retiring = False
         self._retire(shard, reason, cluster_pb2.EVENT_KIND_DRAINED)
         if shard.rewoken.is_set():
-            self._activate(shard, reason)
+            try:
+                self._activate(shard, reason)
+            except OutOfPages as error:
+                self._not_ready(shard, error)
 
     def _retire(self, shard: Shard, reason: common_pb2.Reason, kind: cluster_pb2.EventKind.ValueType) -> None:
         """Active or draining becomes warm, once the engine has let go."""

@@ -12,6 +12,7 @@ from prometheus_client import Counter
 from redis.exceptions import RedisError
 
 from services.common.queues import RequestQueue, Taken, Ticket
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sequence import FinishReason, SamplingParams, Sequence, SequenceOutput
@@ -64,7 +65,6 @@ class InstanceServer:
         self._idle = asyncio.Event()
         self._idle.set()
         self._pulling: asyncio.Task[None] | None = None
-        self._stopping = False
         self._forgetting: set[asyncio.Task[None]] = set()
 
     @property
@@ -74,17 +74,13 @@ class InstanceServer:
 
     def start_pulling(self) -> None:
         """Begins, or goes on, to take requests."""
-        self._stopping = False
         if self._pulling is None:
             self._pulling = asyncio.create_task(self._pull(), name=f"pull {self.instance_id}")
 
     async def stop_pulling(self) -> None:
         """Takes no more requests; what was taken but not begun goes back to the queue."""
-        self._stopping = True
-        if self._pulling is not None:
-            self._pulling.cancel()
-            await asyncio.gather(self._pulling, return_exceptions=True)
-            self._pulling = None
+        await end_tasks([self._pulling])
+        self._pulling = None
         try:
             # Cut off between Redis and us, an answer may have been lost.
             await self._queue.release(self._model, self.instance_id, {run.ticket for run in self._running.values()})
@@ -151,7 +147,7 @@ class InstanceServer:
         )
 
     async def _pull(self) -> None:
-        while not self._stopping:  # a cancellation that meets an answer of Redis is lost in its client
+        while True:
             free = self.slots - self.running
             if free <= 0:
                 self._slot_freed.clear()

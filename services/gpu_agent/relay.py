@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import grpc
 
 from services.common.grpc_frame import channel
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from warmserve.v1 import agent_pb2, agent_pb2_grpc
 
@@ -44,9 +45,7 @@ class Relay:
         tasks = [stream.task for stream in streams if stream.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=5)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
 
     async def _run(self, address: str, stream: _Stream) -> None:
         try:

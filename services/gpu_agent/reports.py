@@ -9,6 +9,7 @@ from prometheus_client import Gauge, Histogram
 from redis.exceptions import RedisError
 
 from services.common.session import Session
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from warmserve.cluster.events import EventStream
 from warmserve.cluster.keys import Keys
@@ -70,9 +71,7 @@ class Reports:
 
     async def close(self) -> None:
         """Writes what is left."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end_tasks([self._task])
         await self._write()
 
     async def _write_all(self) -> None:

@@ -81,7 +81,7 @@ class Store:
             raise ValueError("at least one etcd endpoint is needed")
         self._endpoints = [_split_endpoint(endpoint) for endpoint in endpoints]
         self._current = 0
-        self._client: aetcd.Client | None = None
+        self._client: Any = None  # aetcd has no types
 
     async def _connected(self) -> aetcd.Client:
         client = self._client

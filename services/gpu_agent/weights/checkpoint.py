@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -191,7 +192,11 @@ def _build(config: Any, stored_tensors: int) -> torch.nn.Module:
             Problem.INVALID, f"config.json says {layers} layers, but the weight files hold {stored_tensors} tensors"
         )
     try:
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        # With a dtype transformers would change torch's default for the whole process while it builds; it also writes
+        # to the config it is given.
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=None, trust_remote_code=False
+        )
     except Exception as error:  # as above
         raise _bad_config(error) from error
     return model
