@@ -196,12 +196,15 @@ async def test_a_lost_routers_sequences_end(agent: RunningAgent, tmp_path: Path)
     checkpoints.llama(tmp_path / "m")
     spec = await agent.prepare("m", tmp_path / "m")
     instance = await agent.wake(spec)
+    reserved = agent.residency.items["g0"].pages_kv
     await agent.submit("m", "r0", PROMPT, 250)
     await agent.relay.some_tokens("r0", 1)
     await agent.relay_server.stop(0)
     while await agent.queue.held("m", [instance]):
         await asyncio.sleep(0.01)
-    await agent.residency.wait_for(lambda items: items["g0"].pages_kv == 0)
+    await agent.residency.wait_for(
+        lambda items: items["g0"].pages_kv == reserved and not items["g0"].shards[0].running
+    )
 
 
 async def test_a_resumed_request_goes_on_at_its_offset(agent: RunningAgent, tmp_path: Path) -> None:
