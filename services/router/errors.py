@@ -1,0 +1,31 @@
+"""The one error that either door answers a request with."""
+
+from __future__ import annotations
+
+import grpc
+
+from services.common.grpc_frame import StatusError
+
+
+class RequestError(StatusError):
+    """A request refused or failed. gRPC answers `code` and `message`; the HTTP door has a table from one to the other.
+
+    `param` names the parameter that is wrong; `retry_after_s` says when trying again makes sense.
+    """
+
+    def __init__(
+        self, code: grpc.StatusCode, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(code, message)
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+def invalid(param: str, problem: str) -> RequestError:
+    """The caller's mistake in one parameter."""
+    return RequestError(grpc.StatusCode.INVALID_ARGUMENT, f"{param}: {problem}", param=param)
+
+
+def unavailable(message: str, retry_after_s: float) -> RequestError:
+    """This router cannot go on with the request; another one, or a later try, may."""
+    return RequestError(grpc.StatusCode.UNAVAILABLE, message, retry_after_s=retry_after_s)

@@ -1,0 +1,232 @@
+"""Bodies of the OpenAI-compatible door, and how they become calls. What is not served is refused by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import from_json
+
+from services.router.errors import RequestError, invalid
+from services.router.validation import Call, Conversation, Input, check_number
+from warmserve.v1 import inference_pb2
+
+_MOST = 2**31 - 1
+_COMPLETION_TOKENS = 16  # what OpenAI's completions generate when max_tokens is left out
+
+# OpenAI's parameters that this version does not serve, with the values that ask for nothing beyond what is done anyway.
+_NOT_SERVED: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+}
+_CHAT_NOT_SERVED: dict[str, tuple[object, ...]] = _NOT_SERVED | {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "moderation": (),
+    "prompt_cache_retention": (),
+}
+_COMPLETION_NOT_SERVED: dict[str, tuple[object, ...]] = _NOT_SERVED | {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+
+
+def _one_or_many(value: object) -> object:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def _content(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("give a text, or a list of parts of type 'text'")  # noqa: TRY004, pydantic wants ValueError
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str) or set(part) != {"type", "text"}:
+            raise ValueError(f"only parts {{'type': 'text', 'text': ...}} are served, not {str(kind or part)[:64]!r}")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _prompt(value: object) -> str | list[int]:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]  # a batch of one
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str | list) for item in value):
+        raise ValueError(f"{len(value)} prompts given; this version takes one a request")
+    raise ValueError("give a text or a list of token ids")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(_Strict):
+    """What a stream has beside the text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding against traffic analysis: never sent
+
+
+class ChatMessage(_Strict):
+    """One message; the fields of an assistant's earlier answer may come back as long as they are empty."""
+
+    role: str
+    content: Annotated[str, PlainValidator(_content)]
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[None, BeforeValidator(lambda value: value or None)] = None
+    annotations: Annotated[None, BeforeValidator(lambda value: value or None)] = None
+
+
+class Body(_Strict):
+    """What both endpoints take."""
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: Annotated[list[str], BeforeValidator(_one_or_many)] = Field(default_factory=list)
+    # Beyond OpenAI's, as in our gRPC contract.
+    top_k: int | None = None
+    ignore_eos: bool | None = None
+    # Taken and not used: they are for the provider's own records.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, max_tokens: int | None) -> inference_pb2.SamplingParams:
+        """The sampling parameters. Raises RequestError where a number does not fit."""
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "only a request with stream=true takes it")
+        sampling = inference_pb2.SamplingParams(
+            temperature=self.temperature, top_p=self.top_p, stop=self.stop, ignore_eos=bool(self.ignore_eos)
+        )
+        if max_tokens is not None:
+            sampling.max_tokens = _count("max_tokens", max_tokens, least=1)
+        if self.top_k is not None:
+            sampling.top_k = _count("top_k", self.top_k, least=0)
+        if self.seed is not None:
+            check_number("seed", self.seed, -(2**63), 2**64 - 1)
+            sampling.seed = self.seed % 2**64
+        return sampling
+
+
+class ChatBody(Body):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+
+    def call(self, timeout_s: float, request_id: str) -> Call:
+        """The body as a call. Raises RequestError."""
+        most = self.max_completion_tokens
+        if most is None:
+            most = self.max_tokens
+        elif self.max_tokens not in (None, most):
+            raise invalid("max_tokens", "it differs from max_completion_tokens; give one of them")
+        return Call(self.model, self._conversation(), "messages", self.sampling(most), timeout_s, request_id)
+
+    def _conversation(self) -> Conversation:
+        return Conversation(
+            [
+                # OpenAI's newer name for the same role.
+                {"role": "system" if item.role == "developer" else item.role, "content": item.content}
+                for item in self.messages
+            ]
+        )
+
+
+class CompletionBody(Body):
+    """POST /v1/completions."""
+
+    prompt: Annotated[Any, PlainValidator(_prompt)]
+
+    def call(self, timeout_s: float, request_id: str) -> Call:
+        """The body as a call. Raises RequestError."""
+        most = _COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        given: Input = self.prompt
+        return Call(self.model, given, "prompt", self.sampling(most), timeout_s, request_id)
+
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(kind: type[B], data: bytes) -> B:
+    """A body from JSON. Raises RequestError that names the parameter that is wrong."""
+    try:
+        fields = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise invalid("body", f"it is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise invalid("body", "it must be a JSON object")
+    not_served = _CHAT_NOT_SERVED if kind is ChatBody else _COMPLETION_NOT_SERVED
+    for name in not_served.keys() & fields.keys():
+        value = fields.pop(name)
+        if value is not None and not any(_same(value, neutral) for neutral in not_served[name]):
+            raise invalid(name, "this version does not serve it; leave it out")
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _refusal(kind, error) from error
+
+
+def _same(value: object, neutral: object) -> bool:
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _count(name: str, value: int, least: int) -> int:
+    if not least <= value <= _MOST:
+        raise invalid(name, f"{str(value)[:32]} is not between {least} and {_MOST:,}")
+    return value
+
+
+def _refusal(kind: type[Body], error: ValidationError) -> RequestError:
+    first = error.errors()[0]
+    where = ""
+    for part in first["loc"]:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
+    where = where[:256]
+    match first["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(where, kind.model_fields, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            return invalid(where, f"there is no such parameter{hint}")
+        case "missing":
+            return invalid(where, "it is missing")
+        case "none_required":
+            return invalid(where, "this version does not serve it; leave it out")
+    return invalid(where, first["msg"].removeprefix("Value error, "))

@@ -1,0 +1,148 @@
+"""What is lost is put back: agents, instances and Redis may go at any time, requests may not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+
+from redis.asyncio import Redis
+
+from services.common.queues import RequestQueue
+from services.common.telemetry import logger
+from services.router.dispatch import REDIS_ERRORS, Dispatcher
+from services.router.relay import RelayStream
+from services.router.request import Request
+from services.router.tasks import end_tasks
+from services.router.view import ClusterView
+from warmserve.v1 import cluster_pb2, common_pb2
+
+_log = logger(__name__)
+_REDIS_S = 5.0
+_REMEMBER_S = 60.0  # a cut-off instance's last read from Redis may still be answered this long after its record ended
+
+
+class Recovery:
+    """Watches for losses and puts requests back.
+
+    Running requests move when their agent's record ends or its token stream breaks. Waiting ones are put back when
+    the instance that took their entry is gone, or when their entry is (Redis came back without it).
+    """
+
+    def __init__(
+        self, dispatcher: Dispatcher, queue: RequestQueue, redis: Redis, view: ClusterView, check_s: float
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._queue = queue
+        self._redis = redis
+        self._view = view
+        self._check_s = check_s
+        self._gone: dict[str, dict[str, float]] = defaultdict(dict)  # model -> instance -> when it went
+        self._redis_run = ""  # changes when Redis is restarted or another one takes over
+        self._task: asyncio.Task[None] | None = None
+        view.agents.on_change(self._agent_changed)
+        view.instances.on_change(self._instance_changed)
+        dispatcher.on_stream_lost = self._stream_lost
+
+    def start(self) -> None:
+        """Begins the periodic check."""
+        self._task = asyncio.create_task(self._check_for_ever(), name="recovery")
+
+    async def close(self) -> None:
+        """Ends it."""
+        await end_tasks([self._task])
+
+    def _agent_changed(
+        self, agent_id: str, _: cluster_pb2.AgentRecord | None, new: cluster_pb2.AgentRecord | None
+    ) -> None:
+        if new is not None:
+            return
+        reason = common_pb2.Reason(cause=common_pb2.CAUSE_AGENT_LOST, text=f"agent {agent_id} is gone")
+        for request in self._dispatcher.all():
+            if agent_id in request.agent_ids and not request.ended:
+                self._dispatcher.put_back(request, reason)
+
+    def _instance_changed(
+        self, _: str, old: cluster_pb2.InstanceRecord | None, new: cluster_pb2.InstanceRecord | None
+    ) -> None:
+        if new is not None:
+            self._gone[new.model].pop(new.id, None)
+        elif old is not None:
+            self._gone[old.model][old.id] = asyncio.get_running_loop().time()
+            self._dispatcher.spawn(self._check_entries(old.model, [old.id], exist=False))
+
+    def _stream_lost(self, stream: RelayStream) -> None:
+        # What the agent had taken but not yet reported, it has dropped as well.
+        for model in self._dispatcher.models():
+            ids = [item.id for item in self._view.instances_of(model) if stream.agent_id in item.group.agent_ids]
+            if ids:
+                self._dispatcher.spawn(self._check_entries(model, ids, exist=True))
+
+    async def _check_entries(self, model: str, instance_ids: Collection[str], exist: bool) -> None:
+        try:
+            await self._put_back_lost(model, instance_ids, exist)
+        except REDIS_ERRORS as error:
+            self._dispatcher.queue_failed(error)  # all are checked when it is back
+
+    async def _put_back_lost(self, model: str, instance_ids: Collection[str], exist: bool) -> None:
+        """Puts back waiting requests that these instances hold, and with `exist` those whose entry is gone."""
+        candidates = [(request, request.ticket) for request in self._dispatcher.waiting_of(model) if request.ticket]
+        if not candidates:
+            return
+        async with asyncio.timeout(_REDIS_S):
+            held = set(await self._queue.held(model, instance_ids))
+        for request, ticket in candidates:
+            missing = False
+            if exist and ticket not in held:
+                async with asyncio.timeout(_REDIS_S):
+                    missing = not await self._queue.exists(ticket)
+            if not request.waiting or request.ticket is not ticket:
+                continue  # taken, ended or put back meanwhile
+            if ticket in held:
+                text = "the instance that had taken it is gone"
+                reason = common_pb2.Reason(cause=common_pb2.CAUSE_AGENT_LOST, text=text)
+                self._dispatcher.put_back(request, reason)
+            elif missing:
+                text = "its queue entry is gone"
+                self._dispatcher.put_back(request, common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=text))
+
+    async def _check_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._check_s)
+            self._forget_old()
+            models = [model for model in self._dispatcher.models() if self._dispatcher.waiting_of(model)]
+            if not models:
+                continue
+            try:
+                await self._check(models)
+            except REDIS_ERRORS as error:
+                self._dispatcher.queue_failed(error)
+
+    async def _check(self, models: Iterable[str]) -> None:
+        async with asyncio.timeout(_REDIS_S):
+            run = str((await self._redis.info("server")).get("run_id"))
+        restarted = run != self._redis_run or bool(self._dispatcher.queue_error)
+        for model in models:
+            if restarted or self._gone.get(model):
+                await self._put_back_lost(model, list(self._gone.get(model, ())), exist=restarted)
+            for request in self._dispatcher.waiting_of(model):
+                if request.ticket is None and not request.queueing:
+                    await self._enqueue(request)
+        if self._dispatcher.queue_error:
+            _log.info("the queue answers again; waiting requests are in it")
+        self._dispatcher.queue_error = ""
+        self._redis_run = run
+
+    async def _enqueue(self, request: Request) -> None:
+        await self._dispatcher.enqueue(request)
+        if request.ticket is None and request.waiting:
+            raise ConnectionError(self._dispatcher.queue_error)
+
+    def _forget_old(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for model, instances in list(self._gone.items()):
+            for instance_id, since in list(instances.items()):
+                if now - since > _REMEMBER_S:
+                    del instances[instance_id]
+            if not instances:
+                del self._gone[model]
