@@ -7,6 +7,7 @@ trained on this program's own source) and a chat template.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,12 +29,17 @@ _CHAT_TEMPLATE = (
 )
 
 
+def checkpoint_folders(folder: Path) -> dict[str, Path]:
+    """Where in `folder` the checkpoints are or will be, by model name."""
+    return {name: folder / name for name in _MAKERS}
+
+
 def make_checkpoints(folder: Path, report: Callable[[str], None]) -> dict[str, Path]:
     """Makes the checkpoints that are not yet in `folder`; returns folders by model name.
 
     Deterministic for one version of this program. `report` is told what is being done, in words.
     """
-    made = {name: folder / name for name in _MAKERS}
+    made = checkpoint_folders(folder)
     missing = [name for name in made if not made[name].is_dir()]
     if not missing:
         return made
@@ -166,3 +172,12 @@ _MAKERS: dict[str, Callable[..., PreTrainedModel]] = {
     "tiny-qwen3": _qwen3,
     "tiny-mistral": _mistral,
 }
+
+
+def main() -> None:
+    """`python -m launcher.checkpoints FOLDER` says what it does, a line a step."""
+    make_checkpoints(Path(sys.argv[1]), lambda step: print(step, flush=True))
+
+
+if __name__ == "__main__":
+    main()

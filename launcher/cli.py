@@ -21,11 +21,11 @@ from launcher.cluster import ClusterConfig
 from launcher.demo import DemoConfig, demo
 from launcher.folder import DataFolder, FolderInUseError, default_data_folder, ports_of
 from launcher.ports import PortTakenError
+from launcher.programs import ProgramError
 from launcher.progress import replay_with_progress
 from launcher.report import print_report, summarise
 from launcher.traces import Arrival, Rotation, Scale, TraceError, generate, read_azure
 from launcher.up import up
-from launcher.warmctl import WarmctlError
 from warmserve import AsyncClient, WarmServeError
 from warmserve.cluster.store import StoreUnavailableError
 
@@ -63,11 +63,11 @@ def _readable_errors() -> Iterator[None]:
         FolderInUseError,
         PermissionError,
         PortTakenError,
+        ProgramError,
         StoreUnavailableError,
         TimeoutError,
         TraceError,
         WarmServeError,
-        WarmctlError,
     )
     try:
         yield

@@ -10,14 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from launcher.backing import version
-from launcher.checkpoints import make_checkpoints
 from launcher.cluster import Cluster, ClusterConfig
 from launcher.folder import DataFolder
+from launcher.programs import deploy, make_checkpoints, warmctl
 from launcher.progress import replay_with_progress
 from launcher.report import Report, print_report, summarise
 from launcher.traces import Arrival, Rotation, Scale, generate, read_azure
 from launcher.up import deployed_models
-from launcher.warmctl import deploy, warmctl
 
 # An arena holds one of the three models with room for its KV cache, or two without; so models make room for others.
 _ARENA_BYTES = 144 << 20
@@ -56,7 +55,7 @@ async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tupl
 
     say(f"data folder: {folder.path}")
     say(f"etcd: {version('etcd')}; Redis: {version('redis-server')}")
-    checkpoints = make_checkpoints(folder.models, say)
+    checkpoints = await make_checkpoints(folder.models, say)
     arrivals = traffic(config.trace, config.duration_s, list(checkpoints))
     cluster_config = ClusterConfig(
         agents=config.agents, arena_bytes=_ARENA_BYTES, window_s=_WINDOW_S, season_s=_PERIOD_S, grace_s=5.0
@@ -76,11 +75,10 @@ async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tupl
         report = summarise(outcomes)
         console.print()
         print_report(report, console)
-        for name in checkpoints:
-            console.print(f"\n$ warmctl explain {name}", markup=False, highlight=False)
-            console.print(
-                await warmctl(cluster.environment, "explain", name), markup=False, highlight=False, soft_wrap=True
-            )
+        name = next(iter(checkpoints))
+        console.print(f"\n$ warmctl explain {name}", markup=False, highlight=False)
+        explained = await warmctl(cluster.environment, "explain", name)
+        console.print(explained, markup=False, highlight=False, soft_wrap=True)
         console.print()
     return report, shortcomings(report)
 

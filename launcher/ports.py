@@ -43,29 +43,32 @@ class Ports:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._ports = read_ports(file)
-        self._taken: set[int] = set()  # handed out by this object
+        self._taken: dict[str, int] = {}  # handed out by this object
 
     def take(self, name: str, wish: int = 0) -> int:
         """The port for `name`: the one it had before where that is free, else `wish` where that is, else any."""
+        if name in self._taken:
+            return self._taken[name]
         for port in (self._ports.get(name, 0), wish):
-            if port and port not in self._taken and is_free(port):
+            if port and self._is_free(port):
                 return self._keep(name, port)
-        while True:
-            port = free_port()
-            if port not in self._taken:
-                return self._keep(name, port)
+        while not self._is_free(port := free_port()):
+            pass
+        return self._keep(name, port)
 
     def insist(self, name: str, port: int) -> int:
         """The given port for `name`. Raises PortTakenError where it is in use."""
-        if port in self._taken or not is_free(port):
+        if not self._is_free(port):
             raise PortTakenError(
                 f"port {port} of 127.0.0.1 is in use: choose another, or leave it out to get a free one"
             )
         return self._keep(name, port)
 
+    def _is_free(self, port: int) -> bool:
+        return port not in self._taken.values() and is_free(port)
+
     def _keep(self, name: str, port: int) -> int:
-        self._taken.add(port)
-        self._ports[name] = port
+        self._taken[name] = self._ports[name] = port
         new = self._file.with_suffix(".new")
         new.write_text(json.dumps(self._ports, indent=2, sort_keys=True) + "\n")
         new.replace(self._file)

@@ -21,8 +21,14 @@ async def replay_with_progress(
     running: Counter[str] = Counter()
     found: Counter[str] = Counter()
     ended = 0
-    columns = (TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[state]}"), console=console) as progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("answered", total=len(arrivals), state="")
 
         def state() -> str:
@@ -40,7 +46,7 @@ async def replay_with_progress(
             running[outcome.model] -= 1
             found["lost" if outcome.lost else outcome.found_state] += 1
             progress.update(bar, advance=1, state=state())
-            if not console.is_terminal and ended % _PLAIN_EVERY == 0:
+            if not console.is_terminal and (ended % _PLAIN_EVERY == 0 or ended == len(arrivals)):
                 console.print(f"answered {ended}/{len(arrivals)}; {state()}", highlight=False, soft_wrap=True)
 
         return await replay(target, arrivals, timeout_s=timeout_s, seed=seed, on_sent=on_sent, on_outcome=on_outcome)

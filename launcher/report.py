@@ -93,7 +93,8 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 def print_report(report: Report, console: Console) -> None:
     """The table for people."""
-    table = Table(title="Time to the first token, by the state a request found its model in", title_justify="left")
+    console.print("Time to the first token, by the state in which a request found its model:", soft_wrap=True)
+    table = Table()
     table.add_column("found")
     for heading in ("requests", "p50", "p95", "p99"):
         table.add_column(heading, justify="right")
@@ -117,4 +118,4 @@ def print_report(report: Report, console: Console) -> None:
         figures_table.add_row(name, text)
     console.print(figures_table)
     for error, count in report.errors.items():
-        console.print(f"  lost {count}: {error}", style="red", markup=False)
+        console.print(f"  lost {count}: {error}", style="red", markup=False, soft_wrap=True)

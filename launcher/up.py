@@ -7,10 +7,9 @@ import json
 from collections.abc import Callable
 
 from launcher.backing import version
-from launcher.checkpoints import make_checkpoints
 from launcher.cluster import Cluster, ClusterConfig
 from launcher.folder import DataFolder
-from launcher.warmctl import deploy
+from launcher.programs import deploy, make_checkpoints
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
 
@@ -18,11 +17,11 @@ Say = Callable[[str], None]
 
 
 async def up(folder: DataFolder, config: ClusterConfig, demo_models: bool, say: Say) -> None:
-    """Runs the system in `folder` until cancelled. Raises what Cluster raises, and WarmctlError."""
+    """Runs the system in `folder` until cancelled. Raises what Cluster raises, and ProgramError."""
     say(f"data folder: {folder.path}")
     say(f"etcd:  {version('etcd')}")
     say(f"Redis: {version('redis-server')}")
-    checkpoints = make_checkpoints(folder.models, say) if demo_models else {}
+    checkpoints = await make_checkpoints(folder.models, say) if demo_models else {}
     async with Cluster(folder, config, say) as cluster:
         deployed = await deployed_models(cluster)
         for name, checkpoint in checkpoints.items():

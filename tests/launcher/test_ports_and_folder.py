@@ -30,6 +30,7 @@ def test_ports_are_remembered_while_free(tmp_path: Path) -> None:
     first = Ports(file)
     chosen = {name: first.take(name) for name in ("etcd", "redis", "router")}
     assert len(set(chosen.values())) == 3
+    assert first.take("router") == chosen["router"], "asked twice, the same"
     with listen(chosen["redis"]):
         again = Ports(file)
         assert again.take("etcd") == chosen["etcd"]
