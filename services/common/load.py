@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from warmserve.cluster.keys import Keys
 
-_KEEP_S = 2 * 86_400  # long enough for a forecaster to be away over a weekend's outage
+KEEP_S = 2 * 86_400  # seconds that counters stay in Redis: a forecaster may be away for as long
 
 
 def window_start(unix_s: float, window_s: float) -> int:
@@ -48,7 +48,7 @@ class LoadCounters:
         async with self._redis.pipeline(transaction=True) as pipe:
             reporters = self._keys.load_reporters(start_s)
             pipe.sadd(reporters, router_id)
-            pipe.expire(reporters, _KEEP_S)
+            pipe.expire(reporters, KEEP_S)
             for model, count in counts.items():
                 key = self._keys.load(model, start_s)
                 pipe.hincrby(key, "arrivals", count.arrivals)
@@ -56,7 +56,7 @@ class LoadCounters:
                 pipe.hincrby(key, "output_tokens", count.output_tokens)
                 pipe.hincrbyfloat(key, "load_seconds", count.load_seconds)
                 pipe.hset(key, f"peak:{router_id}", count.peak)
-                pipe.expire(key, _KEEP_S)
+                pipe.expire(key, KEEP_S)
             await pipe.execute()
 
     async def read(self, models: Iterable[str], start_s: int) -> dict[str, LoadCounts] | None:
