@@ -21,7 +21,8 @@ from warmserve.v1 import agent_pb2, common_pb2
 
 _log = logger(__name__)
 _REDIS_S = 5.0  # a Redis that takes longer is taken for lost
-_FAILED_ATTEMPTS = 3  # attempts that instances report as failed before the client is told
+_REDIS_CALLS = 32  # at a time; the client opens a connection for each, and refuses more than a hundred
+_FAILED_ATTEMPTS = 3  # attempts that fail without a new token before the client is told
 _MAX_ATTEMPTS = 16  # a request that loses this many instances is likelier the cause than a victim
 REDIS_ERRORS = (RedisError, OSError, TimeoutError)
 
@@ -45,6 +46,7 @@ class Dispatcher:
         self._requests: dict[str, Request] = {}
         self._by_model: dict[str, dict[str, Request]] = defaultdict(dict)  # in order of arrival
         self._background: set[asyncio.Task[None]] = set()
+        self._redis_calls = asyncio.Semaphore(_REDIS_CALLS)
 
     def requests_of(self, model: str) -> list[Request]:
         """The model's requests in progress, oldest first."""
@@ -105,7 +107,7 @@ class Dispatcher:
         attempt = request.attempt
         request.queueing = True
         try:
-            async with asyncio.timeout(_REDIS_S):
+            async with self._redis_calls, asyncio.timeout(_REDIS_S):
                 ticket = await self._queue.put(request.queued(self._router_id, self.relay_address))
         except REDIS_ERRORS as error:
             self.queue_failed(error)
@@ -127,7 +129,7 @@ class Dispatcher:
 
     async def _forget(self, ticket: Ticket) -> None:
         try:
-            async with asyncio.timeout(_REDIS_S):
+            async with self._redis_calls, asyncio.timeout(_REDIS_S):
                 await self._queue.done(ticket)
         except REDIS_ERRORS as error:
             # Whoever takes it will be told that nobody waits for it.

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass, field
 
 from services.common.load import LoadCounters, LoadCounts
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.router.dispatch import REDIS_ERRORS
-from services.router.tasks import end_tasks
 
 _log = logger(__name__)
 _FLUSHES_PER_WINDOW = 10

@@ -16,13 +16,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.router.core import Core
 from services.router.errors import RequestError, invalid
 from services.router.openai_models import ChatBody, CompletionBody, parse
 from services.router.openai_replies import Json, Replies, error_body, error_of, model, status_of
 from services.router.settings import RouterSettings
-from services.router.tasks import end_tasks
 from services.router.validation import Call
 from warmserve.v1 import inference_pb2
 

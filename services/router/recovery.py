@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from redis.asyncio import Redis
 
 from services.common.queues import RequestQueue
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.router.dispatch import REDIS_ERRORS, Dispatcher
 from services.router.relay import RelayStream
 from services.router.request import Request
-from services.router.tasks import end_tasks
 from services.router.view import ClusterView
 from warmserve.v1 import cluster_pb2, common_pb2
 
@@ -30,12 +30,20 @@ class Recovery:
     """
 
     def __init__(
-        self, dispatcher: Dispatcher, queue: RequestQueue, redis: Redis, view: ClusterView, check_s: float
+        self,
+        dispatcher: Dispatcher,
+        queue: RequestQueue,
+        redis: Redis,
+        view: ClusterView,
+        need: Callable[[str], None],
+        check_s: float,
     ) -> None:
+        """`need(model)` has a model woken, where that is necessary; it is called for all that requests wait for."""
         self._dispatcher = dispatcher
         self._queue = queue
         self._redis = redis
         self._view = view
+        self._need = need
         self._check_s = check_s
         self._gone: dict[str, dict[str, float]] = defaultdict(dict)  # model -> instance -> when it went
         self._redis_run = ""  # changes when Redis is restarted or another one takes over
@@ -107,20 +115,25 @@ class Recovery:
                 self._dispatcher.put_back(request, common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=text))
 
     async def _check_for_ever(self) -> None:
+        try:
+            self._redis_run = await self._run_of_redis()
+        except REDIS_ERRORS as error:
+            self._dispatcher.queue_failed(error)
         while True:
             await asyncio.sleep(self._check_s)
             self._forget_old()
             models = [model for model in self._dispatcher.models() if self._dispatcher.waiting_of(model)]
             if not models:
                 continue
+            for model in models:
+                self._need(model)  # changes of the view have said so already, unless something went wrong
             try:
                 await self._check(models)
             except REDIS_ERRORS as error:
                 self._dispatcher.queue_failed(error)
 
     async def _check(self, models: Iterable[str]) -> None:
-        async with asyncio.timeout(_REDIS_S):
-            run = str((await self._redis.info("server")).get("run_id"))
+        run = await self._run_of_redis()
         restarted = run != self._redis_run or bool(self._dispatcher.queue_error)
         for model in models:
             if restarted or self._gone.get(model):
@@ -132,6 +145,10 @@ class Recovery:
             _log.info("the queue answers again; waiting requests are in it")
         self._dispatcher.queue_error = ""
         self._redis_run = run
+
+    async def _run_of_redis(self) -> str:
+        async with asyncio.timeout(_REDIS_S):
+            return str((await self._redis.info("server")).get("run_id"))
 
     async def _enqueue(self, request: Request) -> None:
         await self._dispatcher.enqueue(request)

@@ -58,7 +58,7 @@ class Request:
     first_token: float = 0.0
     resumed: int = 0
     released: bool = False  # neither a queue nor an instance has it any more
-    failures: int = 0  # attempts that instances reported as failed
+    failures: int = 0  # attempts in a row that instances reported as failed, without a new token
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -112,6 +112,7 @@ class Request:
             if fresh:
                 self.first_token = self.first_token or now
                 self.tokens.extend(fresh)
+                self.failures = 0
                 self.changed.set()
         match update.finish_reason:
             case inference_pb2.FINISH_REASON_STOP | inference_pb2.FINISH_REASON_LENGTH:

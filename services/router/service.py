@@ -45,7 +45,7 @@ async def serve(settings: RouterSettings, node: Node) -> None:
     waker = Waker(view, lambda model: len(dispatcher.waiting_of(model)), tell_waiting, settings.wake_retry_s)
     dispatcher.on_waiting = lambda request: waker.need(request.spec.name)
     dispatcher.on_resumed = _resumed_event(node.events, dispatcher)
-    recovery = Recovery(dispatcher, queue, node.redis, view, settings.check_s)
+    recovery = Recovery(dispatcher, queue, node.redis, view, waker.need, settings.check_s)
     recorder = LoadRecorder(settings.window_s, time.time())
     reporter = LoadReporter(settings.id, recorder, LoadCounters(node.redis, node.keys), settings.window_s)
     core = Core(settings, view, tokenizers, dispatcher, ProgressTeller(dispatcher, view, waker), recorder)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import grpc
 
 from services.common.grpc_frame import channel
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.router import metrics
-from services.router.tasks import end_tasks
 from services.router.view import ClusterView
 from warmserve.v1 import cluster_pb2, common_pb2, inference_pb2, placement_pb2, placement_pb2_grpc
 
@@ -50,6 +50,7 @@ class Waker:
         self._statuses: dict[str, WakeStatus] = {}
         self._channel: grpc.aio.Channel | None = None
         self._address = ""
+        self._closing: set[asyncio.Task[None]] = set()
         view.instances.on_change(self._instance_changed)
         view.leaders.on_change(self._leader_changed)
 
@@ -112,7 +113,7 @@ class Waker:
         address = self._view.leader_address()
         if not address:
             return self._blocked(model, "no_placer", common_pb2.CAUSE_NO_PLACER, "no placer leads at the moment")
-        stub = placement_pb2_grpc.PlacementServiceStub(await self._channel_to(address))
+        stub = placement_pb2_grpc.PlacementServiceStub(self._channel_to(address))
         request = placement_pb2.WakeModelRequest(model=model, waiting_requests=self._waiting(model))
         try:
             answer = await stub.WakeModel(request, timeout=_CALL_S)
@@ -132,15 +133,17 @@ class Waker:
         metrics.WAKES.labels(model, outcome).inc()
         return WakeStatus(inference_pb2.PROGRESS_STATE_BLOCKED, common_pb2.Reason(cause=cause, text=text))
 
-    async def _channel_to(self, address: str) -> grpc.aio.Channel:
+    def _channel_to(self, address: str) -> grpc.aio.Channel:
         if self._channel is None or self._address != address:
             old, self._channel, self._address = self._channel, channel(address), address
-            if old is not None:
-                await old.close(_CALL_S)
+            if old is not None:  # calls to the old leader end first: closing would cancel whoever waits for them
+                task = asyncio.create_task(old.close(2 * _CALL_S))
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
         return self._channel
 
     async def close(self) -> None:
         """Ends all wakes."""
-        await end_tasks(list(self._tasks.values()))
+        await end_tasks([*self._tasks.values(), *self._closing])
         if self._channel is not None:
             await self._channel.close(None)

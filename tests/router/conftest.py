@@ -108,6 +108,7 @@ class Cluster:
             try:
                 await serve(configuration, node)
             finally:
+                await node.server.server.stop(0)
                 await node.session.close()
                 await node.redis.aclose()
                 await node.store.close()

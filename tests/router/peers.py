@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from services.common.grpc_frame import channel
 from services.common.queues import RequestQueue, Taken
 from services.common.session import Session
-from services.router.tasks import end_tasks
+from services.common.tasks import end_tasks
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
 from warmserve.v1 import (
@@ -226,6 +226,10 @@ class PeerAgent:
             await link.close()
         if lease_ends:
             await self._session.close()
+
+    async def unregister(self) -> None:
+        """Its lease ends, but it lives."""
+        await self._session.close()
 
     async def close(self) -> None:
         await self.die()

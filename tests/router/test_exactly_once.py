@@ -93,3 +93,12 @@ def test_time_to_first_token_is_queue_and_prefill_of_the_attempt_that_gave_it() 
     subject.apply(update(1, 1, [1]), stream, 4.0)
     timing = subject.timing(5.0)
     assert (timing.queue_ms, timing.prefill_ms, timing.ttft_ms, timing.total_ms) == (3000, 500, 3500, 5000)
+
+
+def test_failures_count_in_a_row_only() -> None:
+    subject, stream = request(), RelayStream("a")
+    for attempt in range(4):
+        subject.failures += 1
+        subject.apply(update(attempt, attempt, [attempt]), stream, 1.0)
+        assert subject.failures == 0
+        subject.detach()

@@ -22,7 +22,7 @@ from warmserve.cluster.store import Store
 from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2, inference_pb2
 
 
-@pytest.mark.parametrize("how", ["stream breaks", "killed", "killed, lease first"])
+@pytest.mark.parametrize("how", ["its stream breaks", "it is killed", "its record ends"])
 async def test_streams_go_on_at_another_agent_where_they_stopped(cluster: Cluster, how: str) -> None:
     await cluster.deploy()
     first = await cluster.agent("a0")
@@ -38,11 +38,14 @@ async def test_streams_go_on_at_another_agent_where_they_stopped(cluster: Cluste
     streamed = ""
     while not streamed:
         streamed += (await anext(chunks)).choices[0].delta.content or ""
-    if how == "stream breaks":
-        await first.stop_pulling()
-        await first.break_streams()
-    else:
-        await first.die(lease_ends=how != "killed")
+    await first.stop_pulling()
+    match how:
+        case "its stream breaks":
+            await first.break_streams()
+        case "it is killed":
+            await first.die(lease_ends=False)  # the stream tells long before the lease
+        case "its record ends":
+            await first.unregister()  # as when it hangs, or etcd cannot be reached from it
     second = await cluster.agent("a1")
     await second.activate("m")
     for answer, tokens, finished, progress in await asyncio.gather(*calls):
@@ -54,12 +57,14 @@ async def test_streams_go_on_at_another_agent_where_they_stopped(cluster: Cluste
     async for chunk in chunks:
         streamed += chunk.choices[0].delta.content or ""
     assert streamed == ANSWER
-    prompt = cluster.tokenizer.encode("The quick").ids
-    for request in second.taken[:5]:
+    for request in second.taken:
         assert request.attempt == 1
-        assert request.generated == 7
-        assert list(request.token_ids[-7:]) == cluster.answer[:7]
-    assert list(prompt) == list(second.taken[0].token_ids[:-7])
+        assert request.generated <= 7
+        prompt = len(request.token_ids) - request.generated
+        assert list(request.token_ids[prompt:]) == cluster.answer[: request.generated]
+    assert any(request.generated for request in second.taken)
+    if how == "its record ends":
+        await until(lambda: first.running == 0, "the agent is told to drop what has moved")
     await until(cluster.queue_is_empty, "nothing is left in the queue")
     events = await EventStream(cluster.redis, cluster.keys).newest(10)
     assert [event.kind for _, event in events] == [cluster_pb2.EVENT_KIND_REQUEST_RESUMED] * 6

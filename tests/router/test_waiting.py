@@ -46,6 +46,19 @@ async def test_twenty_waiters_wake_a_model_once_and_are_all_served(cluster: Clus
     assert {item.reason.text for item in told} == {"requests wait"}
 
 
+async def test_a_burst_is_queued_without_a_fault(cluster: Cluster) -> None:
+    await cluster.deploy()
+    agent = await cluster.agent(answer=cluster.answer[:2])
+    await agent.activate("m")
+    router = await cluster.router()
+    answers = await asyncio.gather(*(gathered(router.generate()) for _ in range(300)))
+    assert all(tokens == cluster.answer[:2] for _, tokens, *_ in answers)
+    assert {request.attempt for request in agent.taken} == {0}
+    states = {item.state for _, _, _, progress in answers for item in progress}
+    assert inference_pb2.PROGRESS_STATE_BLOCKED not in states
+    await until(cluster.queue_is_empty, "nothing is left in the queue")
+
+
 async def test_a_blocked_wake_is_told_with_its_reason_and_tried_again(cluster: Cluster) -> None:
     await cluster.deploy()
     placer = await cluster.placer()
