@@ -19,7 +19,7 @@ from launcher import interrupts
 from launcher.children import ChildFailedError
 from launcher.cluster import ClusterConfig
 from launcher.demo import DemoConfig, demo
-from launcher.folder import DataFolder, FolderInUseError, default_data_folder, ports_of
+from launcher.folder import DataFolder, FolderError, default_data_folder, ports_of
 from launcher.ports import PortTakenError
 from launcher.programs import ProgramError
 from launcher.progress import replay_with_progress
@@ -60,8 +60,7 @@ def _readable_errors() -> Iterator[None]:
     expected = (
         ChildFailedError,
         FileNotFoundError,
-        FolderInUseError,
-        PermissionError,
+        FolderError,
         PortTakenError,
         ProgramError,
         StoreUnavailableError,

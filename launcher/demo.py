@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launcher.backing import version
+from launcher.checkpoints import checkpoint_folders
 from launcher.cluster import Cluster, ClusterConfig
 from launcher.folder import DataFolder
 from launcher.programs import deploy, make_checkpoints, warmctl
@@ -41,7 +42,7 @@ def traffic(trace: Path | None, duration_s: float, models: Sequence[str]) -> lis
     Raises TraceError where the trace cannot be read.
     """
     arrivals = generate(duration_s, 3.2, _SEED) if trace is None else read_azure(trace)
-    scale = Scale(duration_s, tokens=0.1, max_prompt_tokens=200, max_output_tokens=40)
+    scale = Scale(duration_s, tokens=0.08, max_prompt_tokens=160, max_output_tokens=24)
     return Rotation(models, _PERIOD_S).apply(scale.apply(arrivals))
 
 
@@ -53,29 +54,28 @@ async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tupl
         console.print(f"[dim]{time.monotonic() - begin:6.1f} s[/dim]  ", end="")
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    models = checkpoint_folders(folder.models)
+    arrivals = traffic(config.trace, config.duration_s, list(models))
     say(f"data folder: {folder.path}")
     say(f"etcd: {version('etcd')}; Redis: {version('redis-server')}")
-    checkpoints = await make_checkpoints(folder.models, say)
-    arrivals = traffic(config.trace, config.duration_s, list(checkpoints))
+    await make_checkpoints(folder.models, say)
     cluster_config = ClusterConfig(
         agents=config.agents, arena_bytes=_ARENA_BYTES, window_s=_WINDOW_S, season_s=_PERIOD_S, grace_s=5.0
     )
     async with Cluster(folder, cluster_config, say) as cluster:
         deployed = await deployed_models(cluster)
-        for name, checkpoint in checkpoints.items():
+        for name, checkpoint in models.items():
             if name not in deployed:
                 await deploy(cluster.environment, name, checkpoint, say)
         source = f"{config.trace}" if config.trace else "the built-in generator"
-        say(
-            f"replaying {len(arrivals)} requests from {source} for {config.duration_s:.0f} s; {len(checkpoints)} models"
-        )
+        say(f"replaying {len(arrivals)} requests from {source} for {config.duration_s:.0f} s; {len(models)} models")
         outcomes = await replay_with_progress(
             cluster.router_address, arrivals, timeout_s=_TIMEOUT_S, seed=_SEED, console=console
         )
         report = summarise(outcomes)
         console.print()
         print_report(report, console)
-        name = next(iter(checkpoints))
+        name = next(iter(models))
         console.print(f"\n$ warmctl explain {name}", markup=False, highlight=False)
         explained = await warmctl(cluster.environment, "explain", name)
         console.print(explained, markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,11 @@ from launcher.ports import Ports, read_ports
 _LEFTOVERS_S = 30.0
 
 
-class FolderInUseError(RuntimeError):
+class FolderError(RuntimeError):
+    """A data folder cannot be used."""
+
+
+class FolderInUseError(FolderError):
     """Another launcher, or what is left of one, holds the folder."""
 
 
@@ -29,13 +33,19 @@ def ports_of(folder: Path) -> dict[str, int]:
 
 
 class DataFolder:
-    """The folder, locked. The lock (flock) is the open file's, which children inherit: so it is held until the last of
-    them has ended, even when the launcher was killed, and no second Redis can open the same data."""
+    """The folder, locked. Made where it is not there; raises FolderError where it cannot be had.
+
+    The lock (flock) belongs to the open file, which children inherit: so it is held until the last of them has ended,
+    even when the launcher was killed, and no second Redis can open the same data.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser().resolve()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / "lock").open("a+")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("a+")
+        except OSError as error:
+            raise FolderError(f"{self.path} cannot be the data folder: {error.strerror or error}") from error
         try:
             self._take_lock()
         except BaseException:

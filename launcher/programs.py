@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from launcher.checkpoints import checkpoint_folders
-
 
 class ProgramError(RuntimeError):
     """A program ended with an error; the message has its output."""
@@ -67,10 +65,9 @@ async def deploy(environment: Mapping[str, str], name: str, folder: Path, report
     await warmctl(environment, *arguments, report=lambda line: report(f"  {line}"))
 
 
-async def make_checkpoints(folder: Path, report: Report) -> dict[str, Path]:
-    """Makes the demo's checkpoints in `folder` where they are not there yet; returns folders by model name.
+async def make_checkpoints(folder: Path, report: Report) -> None:
+    """Makes the demo's checkpoints in `folder` where they are not there yet. Raises ProgramError.
 
-    In a process of its own, so that the launcher needs no torch. Raises ProgramError.
+    In a process of its own, so that the launcher needs no torch.
     """
     await run_module("launcher.checkpoints", [str(folder)], report=report)
-    return checkpoint_folders(folder)

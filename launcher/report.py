@@ -93,7 +93,6 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 def print_report(report: Report, console: Console) -> None:
     """The table for people."""
-    console.print("Time to the first token, by the state in which a request found its model:", soft_wrap=True)
     table = Table()
     table.add_column("found")
     for heading in ("requests", "p50", "p95", "p99"):
@@ -101,7 +100,9 @@ def print_report(report: Report, console: Console) -> None:
     for state, latency in report.by_state.items():
         figures = (latency.p50_s, latency.p95_s, latency.p99_s)
         table.add_row(state, str(latency.requests), *(f"{1000 * figure:,.0f} ms" for figure in figures))
-    console.print(table)
+    if report.by_state:
+        console.print("Time to the first token, by the state in which a request found its model:", soft_wrap=True)
+        console.print(table)
     rate = report.prewarm_hit_rate
     lines = {
         "requests": f"{report.requests} in {report.duration_s:.1f} s",
@@ -109,7 +110,7 @@ def print_report(report: Report, console: Console) -> None:
         "requests resumed": str(report.resumed),
         "tokens per second": f"{report.output_tokens_per_s:.1f} generated ({report.output_tokens} in all, "
         f"{report.prompt_tokens} of prompts)",
-        "prewarm hit rate": "no request found its model inactive"
+        "prewarm hit rate": "none: no answered request had found its model inactive"
         if rate is None
         else f"{100 * rate:.0f} % (warm / (warm + warming + cold))",
     }

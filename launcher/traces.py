@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -36,13 +37,17 @@ def read_azure(path: Path) -> list[Arrival]:
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise TraceError(f"{path}: {error}") from error
+    except OSError as error:
+        raise TraceError(f"the trace {path} cannot be read: {error.strerror or error}") from error
+    except (EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise TraceError(f"{path} is damaged, or no trace: {error}") from error
     rows = csv.reader(io.StringIO(text, newline=""))
     header = next(rows, [])
     if [name.strip() for name in header] != _COLUMNS:
-        raise TraceError(f"{path}: the first line must be {','.join(_COLUMNS)}, not {','.join(header)!r}")
-    read = [(*_parse(path, rows.line_num, row),) for row in rows if row]
+        raise TraceError(
+            f"{path} is not in Azure's format: the first line must be {','.join(_COLUMNS)}, not {','.join(header)!r}"
+        )
+    read = [_parse(path, rows.line_num, row) for row in rows if row]
     if not read:
         raise TraceError(f"{path}: there are no requests in it")
     read.sort()

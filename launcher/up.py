@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 
 from launcher.backing import version
+from launcher.checkpoints import checkpoint_folders
 from launcher.cluster import Cluster, ClusterConfig
 from launcher.folder import DataFolder
 from launcher.programs import deploy, make_checkpoints
@@ -21,11 +22,12 @@ async def up(folder: DataFolder, config: ClusterConfig, demo_models: bool, say: 
     say(f"data folder: {folder.path}")
     say(f"etcd:  {version('etcd')}")
     say(f"Redis: {version('redis-server')}")
-    checkpoints = await make_checkpoints(folder.models, say) if demo_models else {}
+    if demo_models:
+        await make_checkpoints(folder.models, say)
     async with Cluster(folder, config, say) as cluster:
         deployed = await deployed_models(cluster)
-        for name, checkpoint in checkpoints.items():
-            if name not in deployed:
+        for name, checkpoint in checkpoint_folders(folder.models).items():
+            if demo_models and name not in deployed:
                 await deploy(cluster.environment, name, checkpoint, say)
         deployed = await deployed_models(cluster)
         say("\n".join(_endpoints(cluster, deployed)))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.children import Child
-from launcher.folder import DataFolder, FolderInUseError, ports_of
+from launcher.folder import DataFolder, FolderError, FolderInUseError, ports_of
 from launcher.ports import Ports, PortTakenError, is_free
 
 
@@ -74,6 +74,12 @@ def test_a_folder_has_one_launcher(tmp_path: Path) -> None:
             pass
     with DataFolder(tmp_path / "data"):
         pass
+
+
+def test_what_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FolderError, match="file cannot be the data folder: File exists"):
+        DataFolder(tmp_path / "file")
 
 
 def test_what_a_killed_launcher_left_is_waited_for(tmp_path: Path) -> None:
