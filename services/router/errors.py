@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grpc
 
 from services.common.grpc_frame import StatusError
@@ -10,13 +12,23 @@ from services.common.grpc_frame import StatusError
 class RequestError(StatusError):
     """A request refused or failed. gRPC answers `code` and `message`; the HTTP door has a table from one to the other.
 
-    `param` names the parameter that is wrong; `retry_after_s` says when trying again makes sense.
+    `param` names the parameter that is wrong; `retry_after_s` says when trying again makes sense; `suggestions` are
+    names that may have been meant. The last two go to gRPC callers as trailing metadata (see inference.proto).
     """
 
     def __init__(
-        self, code: grpc.StatusCode, message: str, *, param: str | None = None, retry_after_s: float | None = None
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        suggestions: Sequence[str] = (),
     ) -> None:
-        super().__init__(code, message)
+        trailing = [("warmserve-suggestion", name) for name in suggestions]
+        if retry_after_s is not None:
+            trailing.append(("warmserve-retry-after-ms", str(round(retry_after_s * 1000))))
+        super().__init__(code, message, trailing)
         self.param = param
         self.retry_after_s = retry_after_s
 

@@ -55,7 +55,8 @@ def unknown_model(name: str, deployed: Iterable[str]) -> RequestError:
         hint = "deployed are " + ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     else:
         hint = "no model is deployed"
-    return RequestError(grpc.StatusCode.NOT_FOUND, f"model {name[:256]!r} is not deployed; {hint}", param="model")
+    text = f"model {name[:256]!r} is not deployed; {hint}"
+    return RequestError(grpc.StatusCode.NOT_FOUND, text, param="model", suggestions=near)
 
 
 def check_call(call: Call, max_prompt_chars: int) -> None:

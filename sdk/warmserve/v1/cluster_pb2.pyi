@@ -260,7 +260,9 @@ class ModelFacts(_message.Message):
     context_tokens: _builtins.int
     """The context length used: the limit if one is set, else the checkpoint's."""
     fingerprint: _builtins.str
-    """Hash over config and weight files' headers and sizes; tells one version of a checkpoint from another."""
+    """Hash over the config, the weight files' headers and sizes, and the begin of each tensor; tells one version of a
+    checkpoint from another.
+    """
     layers: _builtins.int
     """Decoder layers."""
     def __init__(

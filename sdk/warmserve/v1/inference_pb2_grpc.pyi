@@ -37,7 +37,8 @@ class InferenceServiceStub:
     """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
     ends with exactly one `finished`. Cancelling the call cancels the request; the call's deadline is the request's.
     Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
-    RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping).
+    RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
+    programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """The deployed models and how ready each is."""
@@ -51,7 +52,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
     ends with exactly one `finished`. Cancelling the call cancels the request; the call's deadline is the request's.
     Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
-    RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping).
+    RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
+    programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The deployed models and how ready each is."""
@@ -68,7 +70,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
         ends with exactly one `finished`. Cancelling the call cancels the request; the call's deadline is the request's.
         Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
-        RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping).
+        RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
+        programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.
         """
 
     @_abc_1.abstractmethod
