@@ -35,18 +35,19 @@ def update(attempt: int, offset: int, tokens: list[int], instance: str = "i", fi
 
 @given(
     st.lists(
-        st.tuples(st.integers(0, 2), st.sampled_from(["a", "b"]), st.integers(0, 20), st.integers(0, 6)), max_size=40
+        st.tuples(st.sampled_from([0, 0, 0, -1, 1]), st.sampled_from("aab"), st.integers(-4, 1), st.integers(0, 6)),
+        max_size=40,
     )
 )
 def test_tokens_are_a_gapless_prefix_whatever_comes(news: list[tuple[int, str, int, int]]) -> None:
-    """The right token at offset n is n; any sender that makes it up sends just that."""
+    """The right token at offset n is n, and any sender sends just that; news come late, twice, or with a gap."""
     subject = request()
-    streams = {name: RelayStream(name) for name in ("a", "b")}
-    for attempt, sender, offset, count in news:
+    streams = {name: RelayStream(name) for name in "ab"}
+    for age, sender, ahead, count in news:
         before = list(subject.tokens)
-        outcome = subject.apply(
-            update(attempt, offset, list(range(offset, offset + count)), sender), streams[sender], 1.0
-        )
+        offset = max(0, len(before) + ahead)
+        sent = update(max(0, subject.attempt + age), offset, list(range(offset, offset + count)), sender)
+        outcome = subject.apply(sent, streams[sender], 1.0)
         assert subject.tokens == list(range(len(subject.tokens)))
         assert subject.tokens[: len(before)] == before
         if outcome is Outcome.PUT_BACK:
