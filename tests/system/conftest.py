@@ -12,7 +12,7 @@ import pytest
 from launcher.checkpoints import make_checkpoints
 from launcher.cluster import Cluster, ClusterConfig
 from launcher.folder import DataFolder
-from launcher.warmctl import warmctl
+from launcher.programs import warmctl
 from warmserve import AsyncClient
 
 
