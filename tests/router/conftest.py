@@ -179,9 +179,15 @@ async def gathered(call: Any) -> tuple[str, list[int], inference_pb2.Finished, l
     return text, tokens, finished, progress
 
 
-async def status_of(call: Any) -> tuple[grpc.StatusCode, str]:
+async def error_of(call: Any) -> grpc.aio.AioRpcError:
     """The error that a call ends with."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in call:
             pass
-    return caught.value.code(), caught.value.details()
+    return caught.value
+
+
+async def status_of(call: Any) -> tuple[grpc.StatusCode, str]:
+    """Code and message of the error that a call ends with."""
+    error = await error_of(call)
+    return error.code(), error.details() or ""

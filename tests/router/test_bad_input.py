@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.router.conftest import Cluster, RunningRouter, status_of
+from tests.router.conftest import Cluster, RunningRouter, error_of, status_of
 from tests.router.peers import make_tokenizer, until
 from warmserve.v1 import inference_pb2
 
@@ -193,9 +193,10 @@ async def test_an_unknown_model_is_answered_with_the_nearest_names(router: Runni
     assert "did you mean 'llama-small'" in str(caught.value)
     with pytest.raises(openai.NotFoundError, match="'llama-small'"):
         await router.openai.models.retrieve("llama_small")
-    code, message = await status_of(router.generate("lama-small"))
-    assert code is grpc.StatusCode.NOT_FOUND
-    assert "did you mean 'llama-small'" in message
+    error = await error_of(router.generate("lama-small"))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert "did you mean 'llama-small'" in (error.details() or "")
+    assert ("warmserve-suggestion", "llama-small") in [tuple(item) for item in error.trailing_metadata()]
     _, message = await status_of(router.generate("zzz"))
     assert "deployed are llama-small, qwen-small" in message
 

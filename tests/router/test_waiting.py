@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.router.conftest import ANSWER, Cluster, gathered, status_of
+from tests.router.conftest import ANSWER, Cluster, error_of, gathered, status_of
 from tests.router.peers import until
 from warmserve.v1 import common_pb2, inference_pb2
 
@@ -225,9 +225,10 @@ async def test_a_full_router_refuses_with_retry_after(cluster: Cluster) -> None:
     await cluster.deploy("o")
     router = await cluster.router(max_requests_per_model=1, max_requests=2)
     await first_progress(first := router.generate("m"))
-    code, message = await status_of(router.generate("m"))
-    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert "1 requests of model 'm'" in message
+    error = await error_of(router.generate("m"))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "1 requests of model 'm'" in (error.details() or "")
+    assert ("warmserve-retry-after-ms", "1000") in [tuple(item) for item in error.trailing_metadata()]
     with pytest.raises(openai.RateLimitError) as caught:
         await router.openai.completions.create(model="m", prompt="x")
     assert int(caught.value.response.headers["retry-after"]) >= 1
