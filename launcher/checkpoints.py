@@ -122,7 +122,7 @@ def _llama(**common: Any) -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
             hidden_size=384,
-            intermediate_size=1024,
+            intermediate_size=1280,
             num_hidden_layers=8,
             num_attention_heads=6,
             num_key_value_heads=2,
@@ -138,10 +138,10 @@ def _qwen3(**common: Any) -> PreTrainedModel:
     return Qwen3ForCausalLM(
         Qwen3Config(
             hidden_size=384,
-            intermediate_size=1152,
+            intermediate_size=1264,
             num_hidden_layers=9,
             num_attention_heads=6,
-            num_key_value_heads=3,
+            num_key_value_heads=2,
             head_dim=64,
             tie_word_embeddings=True,
             **common,

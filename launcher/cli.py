@@ -180,7 +180,9 @@ def replay_command(
 
     def requests(models: list[str]) -> list[Arrival]:
         arrivals = generate(duration / time, rate * time, seed) if trace is None else read_azure(trace)
-        return Rotation(models, period).apply(Scale(duration, time, tokens, max_prompt, max_output).apply(arrivals))
+        return Rotation(models, period).apply(
+            Scale(duration, 0.0, time, tokens, max_prompt, max_output).apply(arrivals)
+        )
 
     async def run() -> bool:
         async with AsyncClient(target) as client:

@@ -35,6 +35,7 @@ class ClusterConfig:
     model_roots: tuple[Path, ...] = ()  # besides the data folder's own
     window_s: float = 300.0
     season_s: float | None = None  # None: the forecaster's own default
+    lookahead_s: float | None = None  # None: the placer's own default
     max_batch: int | None = None  # None: the agents' own default
     grace_s: float = 10.0
 
@@ -165,10 +166,11 @@ class Cluster:
             return backing.redis(self.folder.path / "redis", log("redis"), redis_port, keep_open)
 
         forecast = [] if config.season_s is None else [f"--season-s={config.season_s}"]
+        ahead = [] if config.lookahead_s is None else [f"--lookahead-s={config.lookahead_s}"]
         batch = [] if config.max_batch is None else [f"--max-batch={config.max_batch}"]
         for root in (self.folder.models, self.folder.path / "images", self.folder.path / "forecaster"):
             root.mkdir(parents=True, exist_ok=True)
-        placer = self._service("placer", "placer")
+        placer = self._service("placer", "placer", ahead)
         forecaster = self._service(
             "forecaster", "forecaster", [f"--data-dir={self.folder.path / 'forecaster'}", *forecast]
         )

@@ -20,9 +20,11 @@ from launcher.traces import Arrival, Rotation, Scale, generate, read_azure
 from launcher.up import deployed_models
 
 # An arena holds one of the three models with room for its KV cache, or two without; so models make room for others.
-_ARENA_BYTES = 144 << 20
+_ARENA_BYTES = 94 << 20
 _WINDOW_S = 2.0
 _PERIOD_S = 18.0
+_LOOKAHEAD_S = 4.0
+_TRACE_START_S = 60.0  # Azure's begins with a quiet minute
 _TIMEOUT_S = 60.0
 _SEED = 7
 
@@ -41,8 +43,8 @@ def traffic(trace: Path | None, duration_s: float, models: Sequence[str]) -> lis
 
     Raises TraceError where the trace cannot be read.
     """
-    arrivals = generate(duration_s, 3.2, _SEED) if trace is None else read_azure(trace)
-    scale = Scale(duration_s, tokens=0.08, max_prompt_tokens=160, max_output_tokens=24)
+    arrivals = generate(_TRACE_START_S + duration_s, 5.0, _SEED) if trace is None else read_azure(trace)
+    scale = Scale(duration_s, start_s=_TRACE_START_S, time=2.0, tokens=0.1, max_prompt_tokens=160, max_output_tokens=30)
     return Rotation(models, _PERIOD_S).apply(scale.apply(arrivals))
 
 
@@ -60,7 +62,12 @@ async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tupl
     say(f"etcd: {version('etcd')}; Redis: {version('redis-server')}")
     await make_checkpoints(folder.models, say)
     cluster_config = ClusterConfig(
-        agents=config.agents, arena_bytes=_ARENA_BYTES, window_s=_WINDOW_S, season_s=_PERIOD_S, grace_s=5.0
+        agents=config.agents,
+        arena_bytes=_ARENA_BYTES,
+        window_s=_WINDOW_S,
+        season_s=_PERIOD_S,
+        lookahead_s=_LOOKAHEAD_S,
+        grace_s=5.0,
     )
     async with Cluster(folder, cluster_config, say) as cluster:
         deployed = await deployed_models(cluster)

@@ -88,6 +88,7 @@ class Scale:
     """How to fit a trace to the machine at hand."""
 
     duration_s: float  # of the replay
+    start_s: float = 0.0  # of the trace: what comes before is left out
     time: float = 1.0  # seconds of replay per second of trace
     tokens: float = 1.0  # tokens of replay per token of trace
     max_prompt_tokens: int = 1 << 30
@@ -98,12 +99,12 @@ class Scale:
         return [
             replace(
                 arrival,
-                at_s=arrival.at_s * self.time,
+                at_s=(arrival.at_s - self.start_s) * self.time,
                 prompt_tokens=_within(arrival.prompt_tokens * self.tokens, self.max_prompt_tokens),
                 output_tokens=_within(arrival.output_tokens * self.tokens, self.max_output_tokens),
             )
             for arrival in trace
-            if arrival.at_s * self.time < self.duration_s
+            if 0 <= (arrival.at_s - self.start_s) * self.time < self.duration_s
         ]
 
 

@@ -77,6 +77,7 @@ def test_scaling_fits_a_trace_to_time_and_tokens() -> None:
     trace = [Arrival(0, 1000, 3), Arrival(10, 50, 800), Arrival(29.9, 1, 1), Arrival(30, 1, 1)]
     scaled = Scale(60, time=2, tokens=0.1, max_prompt_tokens=64, max_output_tokens=32).apply(trace)
     assert scaled == [Arrival(0, 64, 1), Arrival(20, 5, 32), Arrival(59.8, 1, 1)]
+    assert Scale(25, start_s=10).apply(trace) == [Arrival(0, 50, 800), Arrival(19.9, 1, 1), Arrival(20, 1, 1)]
 
 
 @given(st.lists(st.floats(0, 1e5), max_size=50), st.integers(1, 5), st.floats(0.5, 1e3))
