@@ -94,3 +94,9 @@ def test_routers_and_agents_see_the_models_at_one_path_and_agents_share_images()
     assert mounts["gpu-agent-0"][images] == mounts["gpu-agent-1"][images] in read_compose()["volumes"]
     assert environment(SERVICES["gpu-agent-1"])["WARMSERVE_NODE"] == told["WARMSERVE_NODE"]
     assert environment(SERVICES["gpu-agent-1"])["WARMSERVE_DEVICE_INDEX"] != told["WARMSERVE_DEVICE_INDEX"]
+
+
+def test_what_must_outlive_a_container_is_on_a_volume() -> None:
+    for name, variable in (("gpu-agent-0", "WARMSERVE_IMAGE_DIR"), ("forecaster", "WARMSERVE_DATA_DIR")):
+        volumes = {mount.split(":")[1]: mount.split(":")[0] for mount in SERVICES[name]["volumes"]}
+        assert volumes[environment(SERVICES[name])[variable]] in read_compose()["volumes"]

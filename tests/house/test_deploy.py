@@ -55,7 +55,11 @@ def prefix() -> str:
 @pytest.fixture
 def variables(etcd: Backing, redis_server: Backing, tmp_path: Path, prefix: str) -> Callable[[str], dict[str, str]]:
     """A container's variables, with addresses and mounted folders that exist here in place of the compose file's."""
-    folders = {"WARMSERVE_MODEL_ROOTS": tmp_path / "models", "WARMSERVE_IMAGE_DIR": tmp_path / "images"}
+    folders = {
+        "WARMSERVE_MODEL_ROOTS": tmp_path / "models",
+        "WARMSERVE_IMAGE_DIR": tmp_path / "images",
+        "WARMSERVE_DATA_DIR": tmp_path / "history",
+    }
     for folder in folders.values():
         folder.mkdir()
 
