@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -73,15 +74,18 @@ class _Errors(grpc.aio.ServerInterceptor):
             except Exception as error:
                 await _abort(context, method, error)
 
-        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        async def stream(request: Any, context: Any) -> None:
             begin()
             try:
                 responses = behaviour(request, context)
-                if hasattr(responses, "__aiter__"):
-                    async for response in responses:
-                        yield response
-                else:
+                if not hasattr(responses, "__aiter__"):
                     await responses  # a handler that writes to the context itself
+                    return
+                # Written rather than yielded: a call that is cancelled then ends the handler's generator at once, and
+                # not when it is garbage.
+                async with contextlib.aclosing(responses):
+                    async for response in responses:
+                        await context.write(response)
             except Exception as error:
                 await _abort(context, method, error)
 

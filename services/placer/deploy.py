@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import grpc
 
 from services.common.grpc_frame import StatusError, channel
+from services.common.tasks import end_tasks
 from services.placer.groups import groups, is_power_of_two
 from services.placer.records import Records
 from services.placer.snapshot import Agent
@@ -166,9 +167,7 @@ async def _prepare(
                 standing[node].newest = item
                 yield standing
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
 
 
 def _progress(preparations: Mapping[str, _Preparation]) -> placement_pb2.DeployModelResponse:
