@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from services.common.process import Node, run
 from services.common.telemetry import logger
 from services.placer.mirrors import Mirrors
@@ -25,22 +23,16 @@ async def serve(settings: PlacerSettings, node: Node) -> None:
         placement_pb2.DESCRIPTOR.services_by_name["PlacementService"],
     )
     address = await node.server.start()
-    leading = asyncio.create_task(servicer.lead(address), name="leadership")
-    stopped = asyncio.create_task(node.stop.wait())
     await node.server.set_serving(True)
     _log.info("serving", address=address)
-    await asyncio.wait({leading, stopped}, return_when=asyncio.FIRST_COMPLETED)
-    _log.info("stopping")
-    await node.server.set_serving(False)
-    # Before the calls in progress end: a standby leads as soon as the lease is given back.
-    leading.cancel()
-    await asyncio.wait({leading})
-    await node.session.close()
-    await node.server.stop(settings.grace_s)
-    await mirrors.close()
-    stopped.cancel()
-    if not leading.cancelled():
-        leading.result()  # raises what ended it
+    try:
+        await servicer.lead(address)
+    finally:
+        _log.info("stopping")
+        await node.server.set_serving(False)
+        await node.session.close()  # a standby leads at once, while calls in progress end here
+        await node.server.stop(settings.grace_s)
+        await mirrors.close()
 
 
 def main() -> None:

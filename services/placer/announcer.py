@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 
 from redis.exceptions import RedisError
 
@@ -15,6 +16,7 @@ from warmserve.v1 import cluster_pb2, common_pb2
 
 _log = logger(__name__)
 _RETRY_S = 0.5
+_MOST_UNWRITTEN = 10_000  # while Redis is away; older ones are dropped
 
 
 class Announcer:
@@ -28,7 +30,8 @@ class Announcer:
         self._events = events
         self._queue = queue
         self._gone: set[str] = set()  # models whose queues are still there
-        self._outbox: asyncio.Queue[cluster_pb2.Event] = asyncio.Queue()
+        self._outbox: deque[cluster_pb2.Event] = deque(maxlen=_MOST_UNWRITTEN)
+        self._unwritten = asyncio.Event()
         self._news = asyncio.Event()
         self.leading = False
         mirrors.models.on_change(self._model_changed)
@@ -40,28 +43,21 @@ class Announcer:
         text = f"{spec.name} was deployed from {spec.source}"
         self._put(cluster_pb2.EVENT_KIND_DEPLOYED, spec.name, [], common_pb2.CAUSE_DEPLOYED, text)
 
-    async def lead(self) -> None:
-        """Writes and drops until cancelled."""
-        self.leading = True
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._write())
-                tasks.create_task(self._drop_queues())
-        finally:
-            self.leading = False
-
-    async def _write(self) -> None:
+    async def write(self) -> None:
+        """Writes events until cancelled; those left then are written by the next call."""
         while True:
-            event = await self._outbox.get()
-            while True:
+            while self._outbox:
                 try:
-                    await self._events.append(event)
-                    break
+                    await self._events.append(self._outbox[0])
+                    self._outbox.popleft()
                 except (RedisError, OSError) as error:
                     _log.warning("event waits for Redis", error=str(error))
                     await asyncio.sleep(_RETRY_S)
+            self._unwritten.clear()
+            await self._unwritten.wait()
 
-    async def _drop_queues(self) -> None:
+    async def drop_queues(self) -> None:
+        """Deletes the queues of undeployed models once no instance reads them, until cancelled."""
         while True:
             self._news.clear()
             serving = {record.model for record in self._mirrors.instances.items.values()}
@@ -75,7 +71,8 @@ class Announcer:
                 else:
                     self._gone.discard(model)
             try:
-                await asyncio.wait_for(self._news.wait(), again)
+                async with asyncio.timeout(again):
+                    await self._news.wait()
             except TimeoutError:
                 continue
 
@@ -109,7 +106,7 @@ class Announcer:
     ) -> None:
         if not self.leading:
             return
-        self._outbox.put_nowait(
+        self._outbox.append(
             cluster_pb2.Event(
                 unix_ms=int(time.time() * 1e3),
                 kind=kind,
@@ -118,3 +115,4 @@ class Announcer:
                 reason=common_pb2.Reason(cause=cause, text=text),
             )
         )
+        self._unwritten.set()

@@ -56,26 +56,28 @@ class Controller:
         self._kick = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._published: cluster_pb2.Plan | None = None
+        self._unsubscribe = mirrors.on_any_change(self._changed)
 
     async def run(self) -> None:
         """Decides and acts until cancelled. Raises DeposedError where etcd says that another leads."""
-        unsubscribe = self._mirrors.on_any_change(self._changed)
-        try:
-            while True:
-                self._kick.clear()
-                await self._round()
-                try:
-                    await asyncio.wait_for(self._kick.wait(), self._settings.tick_s)
-                except TimeoutError:
-                    continue
-        finally:
-            unsubscribe()
-            if self._timer is not None:
-                self._timer.cancel()
-            for asker in self._askers:
-                if not asker.done():
-                    asker.set_exception(DeposedError())
-            await self._orders.close()
+        while True:
+            self._kick.clear()
+            await self._round()
+            try:
+                async with asyncio.timeout(self._settings.tick_s):
+                    await self._kick.wait()
+            except TimeoutError:
+                continue
+
+    async def close(self) -> None:
+        """Drops what is on its way, once `run` has ended."""
+        self._unsubscribe()
+        if self._timer is not None:
+            self._timer.cancel()
+        for asker in self._askers:
+            if not asker.done():
+                asker.set_exception(DeposedError())
+        await self._orders.close()
 
     async def wake(self, model: str, waiting: int) -> tuple[Snapshot, Plan]:
         """Has a decision made that knows of the model's waiting requests. One decision answers all who ask meanwhile.

@@ -12,6 +12,7 @@ import grpc
 from prometheus_client import Counter
 
 from services.common.grpc_frame import channel
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.placer.decisions import Action, Do
 from services.placer.memory import Memory
@@ -124,9 +125,7 @@ class Orders:
 
     async def close(self) -> None:
         """Drops all orders; what agents have taken they carry out."""
-        for order in self._orders.values():
-            order.task.cancel()
-        await asyncio.gather(*(order.task for order in self._orders.values()), return_exceptions=True)
+        await end_tasks(order.task for order in self._orders.values())
         self._orders.clear()
         for open_channel in self._channels.values():
             await open_channel.close()

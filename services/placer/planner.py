@@ -177,9 +177,10 @@ class _Planner:
         active = sum(r.state is State.ACTIVE for r in self._snapshot.replicas if r.model == model.name)
         warm = sum(r.state in (State.WARM, State.WARMING) for r in replicas)
         wake = self._wakes.get(model.name)
-        if wake is not None:
+        if wake is not None and (wake.outcome is Outcome.NOW or not _serving(replicas)):
             reason = wake.reason
         else:
+            obstacle = wake.reason.text if wake is not None else obstacle  # of a further instance
             reason = Reason(self._cause(needed, replicas, obstacle), self._sentence(model, needed, replicas, obstacle))
         score = max((self._worth(replica).score for replica in replicas), default=0.0)
         return Outlook(model.name, needed.foundation, needed.burst, active, warm, replace(reason, score=score))
@@ -189,6 +190,8 @@ class _Planner:
             return common_pb2.CAUSE_NO_AGENT
         if not replicas and obstacle:
             return common_pb2.CAUSE_NO_CAPACITY
+        if any(replica.state is State.WAKING for replica in replicas):
+            return common_pb2.CAUSE_WAITING_REQUESTS
         if needed.foundation:
             return common_pb2.CAUSE_FOUNDATION
         return common_pb2.CAUSE_BURST if needed.burst else common_pb2.CAUSE_NOT_NEEDED

@@ -14,6 +14,7 @@ from services.common.grpc_frame import StatusError
 from services.common.process import Node
 from services.common.queues import RequestQueue
 from services.common.session import Election
+from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.placer.announcer import Announcer
 from services.placer.controller import Controller, DeposedError
@@ -47,38 +48,42 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         self._controller: Controller | None = None
 
     async def lead(self, address: str) -> None:
-        """Campaigns, leads until the lease is lost or etcd names another, and campaigns again, until cancelled."""
+        """Campaigns, leads until the lease or the election is lost, and campaigns again, until node.stop is set."""
         record = cluster_pb2.LeaderRecord(id=self._settings.id, address=address)
         election = Election(self._node.session, self._node.keys.placer_leader(), record)
-        while True:
-            fence = await election.campaign()
-            _log.info("leading", fence=fence)
-            await self._lead(fence)
-            _log.warning("no longer leading", fence=fence)
+        stopped = asyncio.create_task(self._node.stop.wait(), name="placer stops")
+        while not stopped.done():
+            campaign = asyncio.create_task(election.campaign(), name="campaign")
+            await asyncio.wait({campaign, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not stopped.done():
+                await self._lead(campaign.result(), stopped)
+            await end_tasks([campaign])
 
-    async def _lead(self, fence: int) -> None:
+    async def _lead(self, fence: int, stopped: asyncio.Task[bool]) -> None:
         node = self._node
+        _log.info("leading", fence=fence)
         controller = Controller(self._settings, node.keys, node.store, self._queue, self._mirrors, fence)
-        tasks = [
+        work = [
             asyncio.create_task(node.session.lost.wait(), name="lease lost"),
             asyncio.create_task(controller.run(), name="controller"),
-            asyncio.create_task(self._announcer.lead(), name="announcer"),
+            asyncio.create_task(self._announcer.write(), name="announcer"),
+            asyncio.create_task(self._announcer.drop_queues(), name="queues of undeployed models"),
         ]
         self._controller = controller
+        self._announcer.leading = True
         _LEADING.set(1)
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                try:
-                    task.result()
-                except DeposedError:
-                    continue
+            done, _ = await asyncio.wait([*work, stopped], return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._controller = None
+            self._announcer.leading = False
             _LEADING.set(0)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(work)
+            await controller.close()
+        _log.info("no longer leading", fence=fence)
+        for task in done:
+            if not isinstance(task.exception(), DeposedError):
+                task.result()  # raises what went wrong
 
     async def DeployModel(
         self, request: placement_pb2.DeployModelRequest, context: Context

@@ -1,0 +1,337 @@
+"""The leader over real etcd, Redis and gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+from redis.asyncio import Redis
+
+from services.common.queues import RequestQueue
+from tests.placer.peers import ACTIVE, DRAINING, PAGE, WARM, WARMING, Cluster, Peers, Watch, running_placer
+from warmserve.cluster.events import EventStream
+from warmserve.cluster.keys import Keys
+from warmserve.cluster.store import Store
+from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2, placement_pb2
+
+COLD = common_pb2.REPLICA_STATE_COLD
+
+
+def spec(name: str, pages: int = 16, **more) -> cluster_pb2.ModelSpec:
+    return cluster_pb2.ModelSpec(
+        name=name, source=f"/m/{name}-{pages}", tp=1, facts=cluster_pb2.ModelFacts(shard_bytes=pages * PAGE), **more
+    )
+
+
+def forecast(name: str, mean: float, peak: float = 0.0) -> cluster_pb2.Forecast:
+    window = cluster_pb2.WindowForecast(
+        start_unix_s=0,
+        mean_load=cluster_pb2.Quantiles(p50=mean),
+        peak_load=cluster_pb2.Quantiles(p50=mean, p90=max(mean, peak)),
+    )
+    return cluster_pb2.Forecast(model=name, window_s=1e10, windows=[window])
+
+
+async def queue_requests(redis: Redis, keys: Keys, model: str, count: int) -> None:
+    queue = RequestQueue(redis, keys)
+    for i in range(count):
+        await queue.put(agent_pb2.QueuedRequest(request_id=f"{model}-{i}", model=model, token_ids=[1]))
+
+
+async def until(condition) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def wake(placer, model: str, waiting: int = 1):
+    return placer.stub.WakeModel(placement_pb2.WakeModelRequest(model=model, waiting_requests=waiting))
+
+
+async def status(call) -> grpc.StatusCode:
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
+
+
+async def test_a_cold_model_is_woken_once_however_many_ask(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    await store.put(cluster.keys.model("a"), spec("a"))
+    agent.loads.clear()
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        answers = await asyncio.gather(*(wake(placer, "a", i) for i in range(20)))
+        assert {a.state for a in answers} == {WARMING}
+        assert list(answers[0].group.agent_ids) == ["g0"]
+        assert answers[0].group.node == "n0"
+        assert any("nothing of it is resident" in a.reason.text for a in answers)
+        await until(lambda: agent.orders)
+        answer = await wake(placer, "a")
+        assert answer.state == WARMING
+        assert "being woken on g0" in answer.reason.text
+        agent.loads.set()
+        await watch.active("a")
+        while (answer := await wake(placer, "a")).state != ACTIVE:
+            await asyncio.sleep(0.01)
+        assert answer.estimated_ms == 0
+        assert agent.orders == [("wake", "a")]
+
+
+async def test_requests_in_redis_alone_wake_their_model(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store, redis: Redis
+) -> None:
+    await peers.add("g0")
+    await store.put(cluster.keys.model("a"), spec("a"))
+    async with running_placer(cluster):
+        await queue_requests(redis, cluster.keys, "a", 3)
+        await watch.active("a")
+        await watch.outlook("a", lambda o: o.active_replicas == 1)
+
+
+async def test_an_idle_instance_gives_way_and_its_model_comes_back(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    for name in ("a", "b"):
+        await store.put(cluster.keys.model(name), spec(name, 40))
+        await store.put(cluster.keys.forecast(name), forecast(name, 1.0))  # keeps an idle instance active
+    async with running_placer(cluster, min_stay_s=0.2) as placer:
+        await watch.led_by("p0")
+        for name in ("a", "b", "a"):
+            while (await wake(placer, name)).state != ACTIVE:
+                await asyncio.sleep(0.02)
+            await watch.active(name)
+    kinds = [order for order in agent.orders if order[0] != "warm"]
+    before_b = kinds[: kinds.index(("wake", "b"))]
+    assert ("drain", "a") in before_b
+    assert ("evict", "a") in before_b
+    assert kinds[-1] == ("wake", "a")
+
+
+async def test_a_busy_instance_finishes_first_after_the_wait_limit(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store, redis: Redis
+) -> None:
+    agent = await peers.add("g0")
+    for name in ("a", "b"):
+        await store.put(cluster.keys.model(name), spec(name, 40))
+    async with running_placer(cluster, min_stay_s=0.0, max_wait_s=1.0) as placer:
+        await watch.led_by("p0")
+        await wake(placer, "a")
+        await watch.active("a")
+        await agent.runs("a", 2)
+        await queue_requests(redis, cluster.keys, "b", 1)
+        await watch.outlook("b", lambda o: "may be drained after 1 s of waiting" in o.reason.text)
+        assert (await wake(placer, "b")).state == COLD
+        assert agent.shards["a"].state == ACTIVE
+        await until(lambda: agent.shards["a"].state == DRAINING)
+        answer = await wake(placer, "b")
+        assert (answer.state, list(answer.group.agent_ids)) == (WARMING, ["g0"])
+        assert "as soon as a (2 requests running) has drained" in answer.reason.text
+        assert ("evict", "a") not in agent.orders
+        await agent.runs("a", 0)
+        await watch.active("b")
+
+
+async def test_the_forecast_warms_and_the_plan_says_why(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    await store.put(cluster.keys.model("a"), spec("a"))
+    await store.put(cluster.keys.forecast("a"), forecast("a", 3.2))
+    async with running_placer(cluster):
+        await watch.outlook("a", lambda o: o.reason.text == "mean load 3.2 needs 1 instance; 1 is warm on g0")
+        assert agent.shards["a"].state == WARM
+        assert agent.shards["a"].reason.cause == common_pb2.CAUSE_FOUNDATION
+        plan = watch.plan.items[""]
+        assert (plan.planner, plan.placer_id) == ("published", "p0")
+        assert plan.fence > 0
+        assert plan.made_unix_ms > 0
+
+
+async def test_a_load_that_fails_is_not_repeated_at_once_and_the_cause_is_told(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    agent.load_fails = "loading failed: page 3 is damaged"
+    await store.put(cluster.keys.model("a"), spec("a"))
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        while (answer := await wake(placer, "a")).reason.cause != common_pb2.CAUSE_FAILURE:
+            await asyncio.sleep(0.01)
+        assert answer.state == COLD
+        assert "page 3 is damaged" in answer.reason.text
+        agent.load_fails = ""
+        while (await wake(placer, "a")).state != ACTIVE:
+            await asyncio.sleep(0.05)
+        assert agent.orders.count(("wake", "a")) < 8
+
+
+async def test_an_undeployed_model_is_evicted_and_its_queue_dropped(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store, redis: Redis
+) -> None:
+    agent = await peers.add("g0")
+    await store.put(cluster.keys.model("a"), spec("a"))
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        await wake(placer, "a")
+        await watch.active("a")
+        await agent.runs("a", 1)
+        await queue_requests(redis, cluster.keys, "a", 2)
+        await store.delete(cluster.keys.model("a"))
+        await until(lambda: agent.shards["a"].state == DRAINING)
+        assert await redis.exists(cluster.keys.queue("a", "normal"))
+        await agent.runs("a", 0)
+        await until(lambda: "a" not in agent.shards)
+        while await redis.exists(cluster.keys.queue("a", "normal")):
+            await asyncio.sleep(0.01)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await wake(placer, "a")
+        assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+    events = [event for _, event in await EventStream(redis, cluster.keys).newest(10)]
+    assert [(e.kind, e.model) for e in events] == [(cluster_pb2.EVENT_KIND_UNDEPLOYED, "a")]
+
+
+async def test_a_drained_agent_is_emptied_and_the_model_moves(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store, redis: Redis
+) -> None:
+    first = await peers.add("g0")
+    await store.put(cluster.keys.model("a"), spec("a"))
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        await wake(placer, "a")
+        await watch.active("a")
+        second = await peers.add("g1")
+        await store.put(cluster.keys.control("g0"), cluster_pb2.AgentControl(drained=True))
+        await until(lambda: not first.shards)
+        await queue_requests(redis, cluster.keys, "a", 1)
+        await watch.active("a")
+        assert second.shards["a"].state == ACTIVE
+
+
+async def test_a_lost_agents_model_is_woken_elsewhere_and_the_timeline_tells(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store, redis: Redis
+) -> None:
+    await peers.add("g0")
+    await store.put(cluster.keys.model("a"), spec("a"))
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        await wake(placer, "a")
+        await watch.active("a")
+        second = await peers.add("g1")
+        await peers.lose("g0")
+        await queue_requests(redis, cluster.keys, "a", 1)
+        await until(lambda: "a" in second.shards and second.shards["a"].state == ACTIVE)
+        stream = EventStream(redis, cluster.keys)
+        while len(events := await stream.newest(10)) < 2:
+            await asyncio.sleep(0.01)
+    assert [(e.kind, list(e.agent_ids)) for _, e in events] == [
+        (cluster_pb2.EVENT_KIND_AGENT_JOINED, ["g1"]),
+        (cluster_pb2.EVENT_KIND_AGENT_LEFT, ["g0"]),
+    ]
+    assert events[1][1].reason.cause == common_pb2.CAUSE_AGENT_LOST
+
+
+async def test_tensor_parallel_replicas_are_ordered_on_every_agent_of_the_group(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agents = [await peers.add(name) for name in ("g0", "g1")]
+    wide = spec("a")
+    wide.tp = 2
+    await store.put(cluster.keys.model("a"), wide)
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        assert list((await wake(placer, "a")).group.agent_ids) == ["g0", "g1"]
+        await until(lambda: all("a" in a.shards and a.shards["a"].state == ACTIVE for a in agents))
+        assert [a.shards["a"].shard for a in agents] == [0, 1]
+
+
+async def test_a_standby_names_the_leader_and_takes_over_with_a_higher_fence(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    for name in ("a", "b"):
+        await store.put(cluster.keys.model(name), spec(name))
+    async with running_placer(cluster, "p1") as standby:
+        await watch.led_by("p1")
+        async with running_placer(cluster, "p2") as second:
+            address = standby.node.server.address
+            for call in (
+                wake(second, "a"),
+                second.stub.DeployModel(placement_pb2.DeployModelRequest(spec=spec("c"))).read(),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await call
+                assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+                assert refused.value.details() == f"not the leader; the leader is {address}"
+            await wake(standby, "a")
+            await watch.active("a")
+            standby.node.stop.set()
+            await watch.led_by("p2")
+            await until(lambda: standby.task.done())
+            await wake(second, "b")
+            await until(lambda: "b" in agent.shards and agent.shards["b"].state == ACTIVE)
+            assert agent.fences == sorted(agent.fences)
+            assert agent.fences[-1] > agent.fences[0]
+
+
+async def test_a_leader_that_lost_its_lease_leads_again_with_a_new_fence(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    for name in ("a", "b"):
+        await store.put(cluster.keys.model(name), spec(name))
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        await wake(placer, "a")
+        await watch.active("a")
+        await store.revoke_lease(placer.node.session.lease)  # as after a long pause of the process
+        await watch.leader.wait_for(lambda items: not items)
+        await watch.led_by("p0")
+        while await status(wake(placer, "b")) == grpc.StatusCode.FAILED_PRECONDITION:
+            await asyncio.sleep(0.01)
+        await until(lambda: "b" in agent.shards and agent.shards["b"].state == ACTIVE)
+        assert len(set(agent.fences)) == 2
+
+
+async def test_orders_of_an_old_leader_are_refused_and_it_steps_down(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    await store.put(cluster.keys.model("a"), spec("a"))
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        agent.fences.append(1 << 60)  # a newer leader has spoken
+        answer = await wake(placer, "a")
+        while "another placer leads" not in answer.reason.text:
+            answer = await wake(placer, "a")
+            await asyncio.sleep(0.01)
+        assert agent.orders == []
+        # Another's key in etcd: this one's plan is not written, and it no longer answers as leader.
+        await store.delete(cluster.keys.placer_leader())
+        other = cluster_pb2.LeaderRecord(id="other", address="10.0.0.9:1")
+        while await store.create(cluster.keys.placer_leader(), other) is None:
+            await store.delete(cluster.keys.placer_leader())
+        mean = 1.0
+        while await status(wake(placer, "a")) != grpc.StatusCode.FAILED_PRECONDITION:
+            mean += 1  # a new plan to write
+            await store.put(cluster.keys.forecast("a"), forecast("a", mean))
+        with pytest.raises(grpc.aio.AioRpcError, match=r"the leader is 10\.0\.0\.9:1"):
+            await wake(placer, "a")
+
+
+async def test_an_unknown_model_gets_the_nearest_names(cluster: Cluster, watch: Watch, store: Store) -> None:
+    await store.put(cluster.keys.model("llama-8b"), spec("llama-8b"))
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await wake(placer, "lama-8b")
+        assert refused.value.code() == grpc.StatusCode.NOT_FOUND
+        assert "did you mean llama-8b?" in (refused.value.details() or "")
+        answer = await wake(placer, "llama-8b", 2)
+        assert answer.state == COLD
+        assert answer.reason.cause == common_pb2.CAUSE_NO_AGENT
+        assert not answer.HasField("group")
