@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +18,12 @@ from launcher.report import Report, print_report, summarise
 from launcher.traces import Arrival, Rotation, Scale, generate, read_azure
 from launcher.up import deployed_models
 
-# An arena holds one of the three models with room for its KV cache, or two without; so models make room for others.
+# Each of the three models has 70 MiB. An arena has room for one of them and, in the quarter that the placer leaves for
+# it, KV cache: two agents for three models, so whether a model is warm when its turn comes is the forecast's doing.
 _ARENA_BYTES = 94 << 20
-_WINDOW_S = 2.0
-_PERIOD_S = 18.0
-_LOOKAHEAD_S = 4.0
+_PERIOD_S = 12.0  # in which each model has its turn
+_WINDOW_S = 1.0
+_LOOKAHEAD_S = 3.0  # less than the two turns between one model's own
 _TRACE_START_S = 60.0  # Azure's begins with a quiet minute
 _TIMEOUT_S = 60.0
 _SEED = 7
@@ -38,14 +38,14 @@ class DemoConfig:
     agents: int
 
 
-def traffic(trace: Path | None, duration_s: float, models: Sequence[str]) -> list[Arrival]:
-    """The requests of the demo: a trace scaled down to what two CPU cores can do, the models taking turns in bursts.
+def traffic(trace: Path | None, duration_s: float) -> list[Arrival]:
+    """The requests of the demo, not yet given to models: a trace scaled down to what two CPU cores can do.
 
     Raises TraceError where the trace cannot be read.
     """
     arrivals = generate(_TRACE_START_S + duration_s, 5.0, _SEED) if trace is None else read_azure(trace)
     scale = Scale(duration_s, start_s=_TRACE_START_S, time=2.0, tokens=0.1, max_prompt_tokens=160, max_output_tokens=30)
-    return Rotation(models, _PERIOD_S).apply(scale.apply(arrivals))
+    return scale.apply(arrivals)
 
 
 async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tuple[Report, list[str]]:
@@ -57,7 +57,7 @@ async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tupl
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     models = checkpoint_folders(folder.models)
-    arrivals = traffic(config.trace, config.duration_s, list(models))
+    arrivals = traffic(config.trace, config.duration_s)
     say(f"data folder: {folder.path}")
     say(f"etcd: {version('etcd')}; Redis: {version('redis-server')}")
     await make_checkpoints(folder.models, say)
@@ -76,8 +76,10 @@ async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tupl
                 await deploy(cluster.environment, name, checkpoint, say)
         source = f"{config.trace}" if config.trace else "the built-in generator"
         say(f"replaying {len(arrivals)} requests from {source} for {config.duration_s:.0f} s; {len(models)} models")
+        # Turns by the clock, so that a second run on the same folder goes on with the season that the first one learnt.
+        rotation = Rotation(list(models), _PERIOD_S, offset_s=time.time() % _PERIOD_S)
         outcomes = await replay_with_progress(
-            cluster.router_address, arrivals, timeout_s=_TIMEOUT_S, seed=_SEED, console=console
+            cluster.router_address, rotation.apply(arrivals), timeout_s=_TIMEOUT_S, seed=_SEED, console=console
         )
         report = summarise(outcomes)
         console.print()

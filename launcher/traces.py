@@ -114,14 +114,16 @@ def _within(tokens: float, most: int) -> int:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Models that take turns: of each period of `period_s` seconds, each has an equal share, in order."""
+    """Models that take turns: of each period of `period_s` seconds, each has an equal share, in order. The trace begins
+    `offset_s` seconds into a period."""
 
     models: Sequence[str]
     period_s: float
+    offset_s: float = 0.0
 
     def model_at(self, at_s: float) -> str:
         """Whose turn it is."""
-        return self.models[int(at_s % self.period_s / self.period_s * len(self.models))]
+        return self.models[int((at_s + self.offset_s) % self.period_s / self.period_s * len(self.models))]
 
     def apply(self, trace: Iterable[Arrival]) -> list[Arrival]:
         """The same requests, each with its model."""

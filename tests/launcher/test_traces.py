@@ -91,3 +91,5 @@ def test_models_take_turns_in_every_period(times: list[float], number: int, peri
     for turn, model in enumerate(models):
         middle = (turn + 0.5) * period_s / number
         assert rotation.model_at(middle) == rotation.model_at(middle + 7 * period_s) == model
+        later = Rotation(models, period_s, offset_s=middle)
+        assert later.model_at(0) == later.model_at(period_s) == model

@@ -87,6 +87,20 @@ def test_up_serves_restarts_what_dies_and_knows_its_models_again(tmp_path: Path,
     )
     assert "tiny-qwen3" in listed.stdout
 
+    # A replay finds the system by its folder, and loses nothing.
+    figures = tmp_path / "figures.json"
+    flags = ["--duration", "4", "--rate", "3", "--tokens", "0.02", "--period", "2", "--max-output", "8", "--json"]
+    replayed = subprocess.run(
+        [sys.executable, "-m", "launcher.cli", "replay", "--data", data, *flags, figures],
+        capture_output=True,
+        text=True,
+    )
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    report = json.loads(figures.read_text())
+    assert report["requests"] > 0
+    assert report["lost"] == 0
+    assert sum(latency["requests"] for latency in report["by_state"].values()) == report["requests"]
+
     # A second launcher on the same folder is refused, and the first does not mind.
     refused = UpProcess(data)
     started.append(refused)
