@@ -10,13 +10,16 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from services.common.telemetry import logger
 from warmserve.cluster.events import stream_items
 from warmserve.cluster.keys import Keys
 from warmserve.v1 import agent_pb2, common_pb2
 
+_log = logger(__name__)
 GROUP = "instances"
 _PRIORITIES = {common_pb2.PRIORITY_HIGH: "high", common_pb2.PRIORITY_NORMAL: "normal", common_pb2.PRIORITY_LOW: "low"}
 
@@ -88,12 +91,16 @@ class RequestQueue:
                 raise
             await self._make_groups(model)
             return []
-        return [
-            Taken(Ticket(stream.decode(), entry_id.decode()), agent_pb2.QueuedRequest.FromString(fields[b"request"]))
-            for stream, entries in stream_items(answer).items()
-            for entry_id, fields in entries
-            if fields
-        ]
+        taken = []
+        for stream, entries in stream_items(answer).items():
+            for entry_id, fields in entries:
+                ticket = Ticket(stream.decode(), entry_id.decode())
+                try:
+                    taken.append(Taken(ticket, agent_pb2.QueuedRequest.FromString((fields or {})[b"request"])))
+                except (DecodeError, KeyError) as error:
+                    _log.error("dropped an entry that is not a request", ticket=ticket, error=repr(error))
+                    await self.done(ticket)
+        return taken
 
     async def _make_groups(self, model: str) -> None:
         for stream in self._streams(model):

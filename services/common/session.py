@@ -10,7 +10,7 @@ import time
 
 from google.protobuf.message import Message
 
-from services.common.tasks import end_tasks
+from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from warmserve.cluster.store import Change, Store, StoreUnavailableError
 
@@ -31,6 +31,7 @@ class Session:
         self._ttl_s = ttl_s
         self._lease = 0
         self._records: dict[str, Message] = {}
+        self._failed = False  # a write has failed since the lease was taken
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -41,13 +42,13 @@ class Session:
     async def start(self) -> None:
         """Takes the lease. Raises StoreUnavailableError where etcd does not answer."""
         self._lease = await self.store.grant_lease(self._ttl_s)
-        self._task = asyncio.create_task(self._keep_alive(), name="lease keep-alive")
+        self._task = begin_task(self._keep_alive(), "lease keep-alive")
 
     async def put(self, key: str, message: Message) -> None:
         """Writes a record that lives as long as this process. Where etcd is away it is written when it returns."""
         self._records[key] = message
         try:
-            await self.store.put(key, message, lease=self._lease)
+            await self._write(key)
         except (StoreUnavailableError, LookupError) as error:
             _log.warning("record will be written when etcd is back", key=key, error=str(error))
             self._renew_soon()
@@ -56,8 +57,8 @@ class Session:
         """Deletes a record."""
         self._records.pop(key, None)
         try:
-            await self.store.delete(key)
-        except StoreUnavailableError as error:
+            await self._write(key)
+        except (StoreUnavailableError, LookupError) as error:
             # The old lease still holds the key; a new lease leaves it behind.
             _log.warning("record will be gone with the old lease", key=key, error=str(error))
             self._renew_soon()
@@ -72,16 +73,29 @@ class Session:
         finally:
             self.lost.set()
 
+    async def _write(self, key: str) -> None:
+        """Makes etcd hold what the records say, also where they change while it is being told."""
+        while True:
+            message = self._records.get(key)
+            if message is None:
+                await self.store.delete(key)
+            else:
+                await self.store.put(key, message, lease=self._lease)
+            if self._records.get(key) is message:
+                return
+
     def _renew_soon(self) -> None:
+        self._failed = True
         self.lost.set()
 
     async def _keep_alive(self) -> None:
         renewed = time.monotonic()
         while True:
             if not self.lost.is_set():
+                left = max(renewed + self._ttl_s - time.monotonic(), 0)
                 try:
-                    # Waking early when a write failed, else at a third of the TTL.
-                    async with asyncio.timeout(self._ttl_s / 3):
+                    # Waking early when a write failed, else at a third of the TTL, or when the lease may end.
+                    async with asyncio.timeout(min(self._ttl_s / 3, left)):
                         await self.lost.wait()
                 except TimeoutError:
                     renewed = await self._refresh(renewed)
@@ -92,25 +106,30 @@ class Session:
     async def _refresh(self, renewed: float) -> float:
         asked = time.monotonic()
         try:
-            if await self.store.refresh_lease(self._lease):
-                return asked
+            async with asyncio.timeout(renewed + self._ttl_s - asked):
+                if await self.store.refresh_lease(self._lease):
+                    return asked
             _log.warning("lease ended; registering again")
             self.lost.set()
-        except StoreUnavailableError:
-            if time.monotonic() - renewed > self._ttl_s:
-                _log.warning("etcd has been away for longer than the lease lives")
-                self.lost.set()
+        except TimeoutError:
+            _log.warning("etcd has been away for longer than the lease lives")
+            self.lost.set()
+        except StoreUnavailableError as error:
+            _log.warning("lease not renewed", error=str(error))
         return renewed
 
     async def _start_anew(self) -> None:
         while True:
+            self._failed = False
             try:
                 old, self._lease = self._lease, await self.store.grant_lease(self._ttl_s)
                 await self.store.revoke_lease(old)
-                for key, message in list(self._records.items()):
-                    await self.store.put(key, message, lease=self._lease)
+                for key in list(self._records):
+                    await self._write(key)
             except (StoreUnavailableError, LookupError):
                 await asyncio.sleep(_RETRY_S)
+                continue
+            if self._failed:  # another write, meanwhile
                 continue
             self.lost.clear()
             _log.info("registered again", records=len(self._records))

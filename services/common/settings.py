@@ -47,7 +47,7 @@ class ServiceSettings(BaseSettings):
     advertise_host: str = Field("", description="address others reach this process at; the listening one if empty")
     metrics_port: int = Field(0, ge=0, le=65535, description="port of Prometheus metrics; 0 takes a free one")
     lease_ttl_s: int = Field(5, ge=2, le=300, description="seconds after which a dead process is taken for lost")
-    window_s: float = Field(300.0, gt=0, description="length of a forecast window, the same in the whole cluster")
+    window_s: float = Field(300.0, ge=1, description="seconds of a forecast window, the same in the whole cluster")
     grace_s: float = Field(30.0, ge=0, description="seconds that stopping may take to finish running work")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level to log")
     log_format: Literal["json", "console"] = Field("json", description="log lines for programs or for people")

@@ -6,7 +6,7 @@ import asyncio
 
 from services.common.load import LoadCounters
 from services.common.process import Node, run
-from services.common.tasks import end_tasks
+from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.forecaster.history import History
 from services.forecaster.predictors import PublishedPredictor
@@ -34,7 +34,7 @@ async def serve(settings: ForecasterSettings, node: Node) -> None:
 
     def on_model(name: str, _: cluster_pb2.ModelSpec | None, new: cluster_pb2.ModelSpec | None) -> None:
         if new is None:
-            task = asyncio.create_task(forecaster.forget(name))
+            task = begin_task(forecaster.forget(name), f"forget {name}")
             forgetting.add(task)
             task.add_done_callback(forgetting.discard)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -24,14 +25,15 @@ create table if not exists loads (
 
 
 class History:
-    """Windows recorded so far. Recording one again replaces it. Methods touch the disk: call them in one thread at a
-    time."""
+    """Windows recorded so far. Recording one again replaces it. Methods touch the disk: call them in threads, of which
+    one at a time is let in."""
 
     def __init__(self, folder: Path, window_s: float) -> None:
         """Opens or makes the history in `folder`. ValueError where it was recorded with another window length."""
         folder.mkdir(parents=True, exist_ok=True)
         self._window_s = window_s
         self._path = folder / "history.sqlite"
+        self._lock = threading.Lock()
         self._db = sqlite3.connect(self._path, check_same_thread=False)
         self._db.execute("pragma journal_mode=wal")
         self._db.executescript(_SCHEMA)
@@ -46,7 +48,8 @@ class History:
 
     def newest(self) -> int | None:
         """Begin of the newest recorded window, gaps included, in Unix seconds."""
-        found: int | None = self._db.execute("select max(start_s) from windows").fetchone()[0]
+        with self._lock:
+            found: int | None = self._db.execute("select max(start_s) from windows").fetchone()[0]
         return found
 
     def record(self, start_s: int, counts: Mapping[str, LoadCounts] | None) -> None:
@@ -63,7 +66,7 @@ class History:
             )
             for model, count in (counts or {}).items()
         ]
-        with self._db:
+        with self._lock, self._db:
             # A window that was counted once stays so, even if its counters have ended since.
             conflict = "do nothing" if counts is None else "do update set gap = 0"
             self._db.execute(
@@ -77,11 +80,12 @@ class History:
         Shape (n, 5), columns as in QUANTITIES, NaN in gaps; n is 0 for a model that has never been recorded.
         """
         first = last_start_s - (windows - 1) * self._window_s
-        rows = self._db.execute(
-            f"select start_s, {', '.join(QUANTITIES)} from loads join windows using (start_s) "
-            "where model = ? and start_s between ? and ? and not gap order by start_s",
-            (model, first, last_start_s),
-        ).fetchall()
+        with self._lock:
+            rows = self._db.execute(
+                f"select start_s, {', '.join(QUANTITIES)} from loads join windows using (start_s) "
+                "where model = ? and start_s between ? and ? and not gap order by start_s",
+                (model, first, last_start_s),
+            ).fetchall()
         if not rows:
             return np.empty((0, len(QUANTITIES)))
         length = round((last_start_s - rows[0][0]) / self._window_s) + 1
@@ -92,15 +96,16 @@ class History:
 
     def trim(self, before_s: float) -> None:
         """Forgets windows that began before a moment, in Unix seconds."""
-        with self._db:
+        with self._lock, self._db:
             self._db.execute("delete from loads where start_s < ?", (before_s,))
             self._db.execute("delete from windows where start_s < ?", (before_s,))
 
     def forget(self, models: Iterable[str]) -> None:
         """Forgets models, so that later ones of the same name begin anew."""
-        with self._db:
+        with self._lock, self._db:
             self._db.executemany("delete from loads where model = ?", [(model,) for model in models])
 
     def close(self) -> None:
         """Closes the file."""
-        self._db.close()
+        with self._lock:
+            self._db.close()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import grpc
+import numpy as np
 from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
 
@@ -16,7 +17,7 @@ from services.common.load import window_start
 from services.common.telemetry import logger
 from services.forecaster.forecast import make_forecast
 from services.forecaster.history import QUANTITIES, History
-from services.forecaster.predictors import Predictor
+from services.forecaster.predictors import Floats, Predictor
 from services.forecaster.recorder import Recorder
 from services.forecaster.settings import ForecasterSettings
 from warmserve.cluster.keys import Keys
@@ -106,28 +107,35 @@ class Forecaster:
         last = await self._recorder.catch_up(names, now)
         _AGE.set(last)
         for name in names:
-            forecast = await asyncio.to_thread(self._forecast_one, name, last, now)
+            forecast, actual = await asyncio.to_thread(self._forecast_one, name, last, now)
             if name not in self._models.items:
                 continue  # undeployed meanwhile
-            self._score(name, last)
+            self._score(name, last, actual)
             self._forecasts.publish(forecast)
             await self._store.put(self._keys.forecast(name), forecast)
+        await self._withdraw_undeployed()
 
-    def _forecast_one(self, name: str, last: int, now: float) -> cluster_pb2.Forecast:
+    async def _withdraw_undeployed(self) -> None:
+        """Deletes forecasts that outlived their models, because this process or etcd was away."""
+        for entry in await self._store.get_all(self._keys.forecasts(), cluster_pb2.Forecast):
+            if entry.value.model not in self._models.items:
+                await self._store.delete(entry.key)
+
+    def _forecast_one(self, name: str, last: int, now: float) -> tuple[cluster_pb2.Forecast, Floats | None]:
+        """The forecast, and what the window that begins at `last` was; None where that was not recorded."""
         settings = self._settings
         series = self._history.series(name, last, round(settings.retention_s / settings.window_s))
         first = window_start(last + settings.window_s * 1.5, settings.window_s)
-        return make_forecast(name, series, self._predictor, settings.horizon, first, settings.window_s, now)
+        forecast = make_forecast(name, series, self._predictor, settings.horizon, first, settings.window_s, now)
+        return forecast, series[-1] if len(series) and not np.isnan(series[-1]).any() else None
 
-    def _score(self, name: str, last: int) -> None:
+    def _score(self, name: str, last: int, actuals: Floats | None) -> None:
         """Compares the window that has ended with what was forecast for it."""
         before = self._forecasts.newest.get(name)
         window = next((w for w in before.windows if w.start_unix_s == last), None) if before else None
-        series = self._history.series(name, last, 1)
-        if window is None or not len(series):
+        if window is None or actuals is None:
             return
-        for column, quantity in enumerate(QUANTITIES):
-            actual = float(series[-1, column])
+        for quantity, actual in zip(QUANTITIES, actuals.tolist(), strict=True):
             _ERROR.labels(quantity).inc(abs(getattr(window, quantity).p50 - actual))
             _ACTUAL.labels(quantity).inc(actual)
 
@@ -138,6 +146,7 @@ class Forecaster:
         try:
             await self._store.delete(self._keys.forecast(name))
         except StoreUnavailableError as error:
+            # The next round of forecasts withdraws it.
             _log.warning("a forecast outlives its model until etcd is back", model=name, error=str(error))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from services.common.process import Node, run
 from services.common.queues import RequestQueue
+from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.agent import Agent
 from services.gpu_agent.arena.arena import Arena
@@ -26,9 +27,12 @@ _log = logger(__name__)
 
 
 async def serve(settings: GpuAgentSettings, node: Node) -> None:
-    """Serves until node.stop is set, or the engine's thread has ended."""
+    """Serves until node.stop is set. OSError where the memory is not there, or the engine has died."""
     page_bytes = int(settings.page_bytes)
-    arena = Arena(HostMemory(page_bytes, int(settings.arena_bytes) // page_bytes))
+    try:
+        arena = Arena(HostMemory(page_bytes, int(settings.arena_bytes) // page_bytes))
+    except MemoryError as error:
+        raise OSError(str(error)) from error
     settings.image_dir.mkdir(parents=True, exist_ok=True)
     remove_unfinished(settings.image_dir)
     images = Images(settings, arena.num_pages)
@@ -59,8 +63,11 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     def on_model(_: str, old: cluster_pb2.ModelSpec | None, new: cluster_pb2.ModelSpec | None) -> None:
         if old is None or (new is not None and new.deployed_unix_ms == old.deployed_unix_ms):
             return
-        fingerprints = {spec.facts.fingerprint for spec in models.items.values()}
-        task = asyncio.create_task(agent.forget(old.name, old.facts.fingerprint in fingerprints))
+
+        def image_needed() -> bool:
+            return any(spec.facts.fingerprint == old.facts.fingerprint for spec in models.items.values())
+
+        task = begin_task(agent.forget(old, image_needed), f"forget {old.name}")
         forgetting.add(task)
         task.add_done_callback(forgetting.discard)
 
@@ -70,15 +77,22 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     await node.session.put(node.keys.agent(settings.id), record)
     await node.server.set_serving(True)
     _log.info("serving", address=address, pages=arena.num_pages, page_bytes=page_bytes, node=settings.node)
-    await node.stop.wait()
+    ended = asyncio.create_task(agent.ended())
+    stopping = asyncio.create_task(node.stop.wait())
+    await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    died = ended.exception() if ended.done() else None
     _log.info("stopping")
     await node.server.set_serving(False)
     record.stopping = True
     await node.session.put(node.keys.agent(settings.id), record)
-    await agent.stop(settings.grace_s)
+    await agent.stop(0 if died else settings.grace_s)
+    await end_tasks(forgetting)
     await models.close()
     await reports.close()
     await node.server.stop(1)
+    if died:
+        raise OSError(f"the engine has died: {died!r}")
 
 
 def _cpu_name() -> str:

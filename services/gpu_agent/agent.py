@@ -6,28 +6,27 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from functools import partial
 
 from services.common.queues import RequestQueue
-from services.common.tasks import end_tasks
+from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
-from services.gpu_agent.copy_lane import CopyLane, CopyTurn
 from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.loop import EngineLoop
-from services.gpu_agent.engine.model import BoundModel, build_model
+from services.gpu_agent.engine.model import BoundModel
 from services.gpu_agent.engine.sequence import SequenceOutput
 from services.gpu_agent.images import Images
 from services.gpu_agent.instance_server import InstanceServer
+from services.gpu_agent.loading import Loader
 from services.gpu_agent.relay import Relay
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.shard import Shard
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt
-from services.gpu_agent.weights.image import Image
-from services.gpu_agent.weights.loader import LoadProgress, load
 from warmserve.v1 import cluster_pb2, common_pb2
 
 _log = logger(__name__)
@@ -40,6 +39,7 @@ DRAINING = common_pb2.REPLICA_STATE_DRAINING
 
 
 _KV_RESERVE_SHARE = 16  # of the arena's pages an instance reserves at most one in so many
+_FLUSH_S = 2.0  # how long Redis may take to be told of ended requests before work goes on without that
 
 
 class NoRoomError(Exception):
@@ -65,7 +65,8 @@ class Agent:
         self._queue = queue
         self._reports = reports
         self._max_batch = max_batch
-        self._lane = CopyLane()
+        self._loader = Loader(arena, images, reports.changed)
+        self._stopping = False
         self._shards: dict[str, Shard] = {}
         self._loop = asyncio.get_running_loop()
         self._engine = EngineLoop(
@@ -78,10 +79,9 @@ class Agent:
         """Starts the engine."""
         self._engine.start()
 
-    @property
-    def alive(self) -> bool:
-        """Whether the engine runs."""
-        return self._engine.alive
+    async def ended(self) -> None:
+        """Returns when the engine has ended, and raises what it died of. Without it the agent is of no use."""
+        await asyncio.wrap_future(self._engine.ended)
 
     def residency(self) -> cluster_pb2.AgentResidency:
         """What is where, now."""
@@ -99,35 +99,37 @@ class Agent:
 
     # Orders
 
-    def warm(self, spec: cluster_pb2.ModelSpec, group: common_pb2.Group, reason: common_pb2.Reason) -> Shard:
+    async def warm(self, spec: cluster_pb2.ModelSpec, group: common_pb2.Group, reason: common_pb2.Reason) -> Shard:
         """Begins to make a shard's weights resident. Raises NoRoomError, BusyError."""
-        shard = self._shard(spec, group)
-        if shard.state == COLD or (shard.state == WARM and not shard.complete):
-            self._begin_load(shard, reason, active=False)
-        return shard
+        async with self._ordered(spec, group) as shard:
+            if shard.state == COLD or (shard.state == WARM and not shard.complete):
+                self._begin_load(shard, reason, active=False)
+            return shard
 
-    def wake(self, spec: cluster_pb2.ModelSpec, group: common_pb2.Group, reason: common_pb2.Reason) -> Shard:
+    async def wake(self, spec: cluster_pb2.ModelSpec, group: common_pb2.Group, reason: common_pb2.Reason) -> Shard:
         """Begins to make a shard an instance. Raises NoRoomError, BusyError."""
-        shard = self._shard(spec, group)
-        if shard.state == WARM and shard.complete:
-            try:
-                self._activate(shard, reason)
-            except OutOfPages as error:
-                raise NoRoomError(f"{shard.name} is warm on {self._id}, but has no room to serve: {error}") from error
-        elif shard.state in (COLD, WARM):
-            self._begin_load(shard, reason, active=True)
-        elif shard.state == WARMING and not shard.wanted_active:
-            shard.wanted_active = True
-            shard.reason = reason
-            if shard.turn is not None:
-                self._lane.hurry(shard.turn)
-            self._reports.changed()
-        elif shard.state == DRAINING and shard.server is not None:
-            shard.rewoken.set()
-            if not shard.retiring:  # else it is woken anew as soon as it is warm
-                self._enter(shard, ACTIVE, reason, cluster_pb2.EVENT_KIND_WOKEN)
-                self._reports.instance(self._instance_record(shard))
-        return shard
+        async with self._ordered(spec, group) as shard:
+            if shard.state == WARM and shard.complete:
+                try:
+                    self._activate(shard, reason)
+                except OutOfPages as error:
+                    raise NoRoomError(
+                        f"{shard.name} is warm on {self._id}, but has no room to serve: {error}"
+                    ) from error
+            elif shard.state in (COLD, WARM):
+                self._begin_load(shard, reason, active=True)
+            elif shard.state == WARMING and not shard.wanted_active:
+                shard.wanted_active = True
+                shard.reason = reason
+                self._loader.hurry(shard)
+                self._reports.changed()
+            elif shard.state == DRAINING:
+                shard.wake_reason = reason
+                shard.rewoken.set()
+                if not shard.retiring:  # else it is woken anew as soon as it is warm
+                    self._enter(shard, ACTIVE, reason, cluster_pb2.EVENT_KIND_WOKEN)
+                    self._reports.instance(self._instance_record(shard))
+            return shard
 
     def drain(self, model: str, reason: common_pb2.Reason) -> common_pb2.ReplicaState.ValueType:
         """Has an instance finish what it runs and take nothing new."""
@@ -135,9 +137,7 @@ class Agent:
         if shard is None:
             return COLD
         if shard.state == ACTIVE:
-            self._enter(shard, DRAINING, reason, cluster_pb2.EVENT_KIND_DRAINING)
-            self._reports.instance(self._instance_record(shard))
-            shard.task = asyncio.create_task(self._drain(shard, reason, shard.task), name=f"drain {model}")
+            self._begin_drain(shard, reason, cluster_pb2.EVENT_KIND_DRAINING)
         elif shard.state == DRAINING:
             shard.rewoken.clear()
         elif shard.state == WARMING and shard.wanted_active:
@@ -151,71 +151,66 @@ class Agent:
     ) -> tuple[common_pb2.ReplicaState.ValueType, int]:
         """Gives weight pages back from the end, leaving the share `keep`; returns the state and the pages freed.
 
-        Raises BusyError while the shard serves.
+        Raises BusyError while the shard serves. Once begun it is carried out, even if the caller goes away.
         """
         shard = self._shards.get(model)
         if shard is None:
             return COLD, 0
-        if shard.state in (ACTIVE, DRAINING):
-            raise BusyError(f"{model} is serving on {self._id}; drain it first")
-        await self._abandon_load(shard)
-        if shard.state in (ACTIVE, DRAINING):
-            raise BusyError(f"{model} was woken on {self._id} meanwhile; drain it first")
-        before = shard.pages_resident
-        if shard.weights is not None and before:
-            kept = math.ceil(keep * shard.weights.num_pages)
-            await asyncio.to_thread(shard.weights.shrink, kept)
-            state = WARM if shard.weights.resident_pages else COLD
-            lasted = self._enter(shard, state, reason, None)
-            freed = max(before - shard.weights.resident_pages, 0)
-            self._event(shard, cluster_pb2.EVENT_KIND_EVICTED, lasted, freed * self._arena.page_bytes)
-            return state, freed
-        return shard.state, 0
+        return await asyncio.shield(self._evict(shard, keep, reason))
 
-    async def forget(self, model: str, keep_image: bool) -> None:
+    async def forget(self, spec: cluster_pb2.ModelSpec, image_needed: Callable[[], bool]) -> None:
         """Removes an undeployed model: finishes what runs, gives everything back, deletes the image."""
-        shard = self._shards.get(model)
-        if shard is None:
-            return
-        reason = common_pb2.Reason(cause=common_pb2.CAUSE_UNDEPLOYED, text="the model was undeployed")
-        while shard.state in (ACTIVE, DRAINING):
-            self.drain(model, reason)
-            await asyncio.gather(*filter(None, [shard.task]), return_exceptions=True)
-        await self.evict(model, 0, reason)
-        del self._shards[model]
-        shard.module = None
-        if shard.weights is not None:
-            await asyncio.to_thread(shard.weights.remove)
-        if shard.blueprint is not None and not keep_image:
-            await asyncio.to_thread(self._images.discard, shard.blueprint)
-        self._reports.changed()
+        shard = self._shards.get(spec.name)
+        if shard is not None and shard.spec.deployed_unix_ms == spec.deployed_unix_ms:
+            shard.leaving = True
+            reason = common_pb2.Reason(cause=common_pb2.CAUSE_UNDEPLOYED, text="the model was undeployed")
+            while self.drain(spec.name, reason) == DRAINING and shard.task is not None:
+                await asyncio.wait([shard.task])
+                shard.task.result()
+            await self.evict(spec.name, 0, reason)
+            shard.module = None
+            if shard.weights is not None:
+                await asyncio.to_thread(shard.weights.remove)
+            del self._shards[spec.name]  # not before: a later model of that name needs the range's name
+            self._reports.changed()
+        if not image_needed():
+            await asyncio.to_thread(self._images.discard, spec.facts.fingerprint)
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new requests, finishes running ones for up to `grace_s` seconds, and hands over the rest."""
+        self._stopping = True
         reason = common_pb2.Reason(cause=common_pb2.CAUSE_AGENT_STOPPING, text=f"agent {self._id} is stopping")
-        for shard in self._shards.values():
-            await self._abandon_load(shard)
+        shards = list(self._shards.values())
+        for shard in shards:
             self.drain(shard.name, reason)
-        drains = [shard.task for shard in self._shards.values() if shard.task is not None]
+        await asyncio.gather(*(self._abandon_load(shard) for shard in shards))
+        drains = [shard.task for shard in shards if shard.task is not None]
         if drains:
             await asyncio.wait(drains, timeout=grace_s)
-        for shard in self._shards.values():
-            if shard.server is not None:
-                shard.server.fail_all(f"agent {self._id} stopped")
-                await shard.server.flush()
         await end_tasks(drains)
+        servers = self._servers()
+        await asyncio.gather(*(server.stop_pulling() for server in servers))
+        for server in servers:
+            server.fail_all(f"agent {self._id} stopped")
+        await asyncio.gather(*(server.flush(_FLUSH_S) for server in servers))
+        await asyncio.gather(*(server.close() for server in servers))
         await self._relay.close()
         await asyncio.to_thread(self._engine.stop)
 
     # Loading
 
-    def _shard(self, spec: cluster_pb2.ModelSpec, group: common_pb2.Group) -> Shard:
+    @asynccontextmanager
+    async def _ordered(self, spec: cluster_pb2.ModelSpec, group: common_pb2.Group) -> AsyncIterator[Shard]:
+        """The shard, free for a new order: an eviction in progress has ended. Raises BusyError."""
         shard = self._shards.get(spec.name)
         if shard is None:
             shard = self._shards[spec.name] = Shard(spec, group)
-        if shard.spec.deployed_unix_ms != spec.deployed_unix_ms:
-            raise BusyError(f"an older model named {spec.name} is still being removed from {self._id}; try again")
-        return shard
+        async with shard.orders:
+            if self._stopping:
+                raise BusyError(f"agent {self._id} is stopping")
+            if shard.leaving or shard.spec.deployed_unix_ms != spec.deployed_unix_ms:
+                raise BusyError(f"an older model named {spec.name} is still being removed from {self._id}; try again")
+            yield shard
 
     def _begin_load(self, shard: Shard, reason: common_pb2.Reason, active: bool) -> None:
         needed = self._pages_missing(shard) + (self._kv_reserve(shard) if active else 0)
@@ -226,9 +221,9 @@ class Agent:
                 "free; evict another model first"
             )
         shard.wanted_active = active
-        shard.abandoned = False
+        shard.abandoned.clear()
         self._enter(shard, WARMING, reason, cluster_pb2.EVENT_KIND_WARMING)
-        shard.task = asyncio.create_task(self._load(shard), name=f"load {shard.name}")
+        shard.task = begin_task(self._load(shard), f"load {shard.name}")
 
     def _pages_missing(self, shard: Shard) -> int:
         total = shard.pages_total or math.ceil(shard.spec.facts.shard_bytes / self._arena.page_bytes)
@@ -242,81 +237,25 @@ class Agent:
 
     async def _load(self, shard: Shard) -> None:
         began = time.monotonic()
-        cold = shard.pages_resident == 0
         resident = shard.pages_resident
-        image: Image | None = None
         try:
-            image = await self._bind(shard)
-            # An image that turns out damaged is replaced on the way.
-            while not shard.complete and not shard.abandoned:
-                shard.turn = CopyTurn(shard.wanted_active)
-                async with self._lane.turn(shard.turn):
-                    if not shard.abandoned:
-                        image = await self._copy(shard, image, shard.turn)
+            await self._loader.load(shard)
+            took_ms = (time.monotonic() - began) * 1e3
+            if shard.abandoned.is_set():
+                self._enter(shard, WARM if shard.pages_resident else COLD, shard.reason, None)
+                return
+            if resident == 0:
+                shard.cold_load_ms = took_ms
+            self._enter(shard, WARM, shard.reason, None)
+            copied = (shard.pages_resident - resident) * self._arena.page_bytes
+            self._event(shard, cluster_pb2.EVENT_KIND_WARMED, took_ms, copied)
+            if shard.wanted_active:
+                self._activate(shard, shard.reason, lasted_ms=took_ms)
         except (CheckpointError, ImageCorrupt, OutOfPages, OSError) as error:
             self._not_ready(shard, error)
-            return
-        finally:
-            if image is not None:
-                image.close()
-            shard.turn = None
-            shard.mended = False
-            shard.bytes_per_s = 0.0
-        copied = (shard.pages_resident - resident) * self._arena.page_bytes
-        took_ms = (time.monotonic() - began) * 1e3
-        if shard.abandoned:
-            self._enter(shard, WARM if shard.pages_resident else COLD, shard.reason, None)
-            return
-        if cold:
-            shard.cold_load_ms = took_ms
-        self._enter(shard, WARM, shard.reason, None)
-        self._event(shard, cluster_pb2.EVENT_KIND_WARMED, took_ms, copied)
-        if shard.wanted_active:
-            try:
-                self._activate(shard, shard.reason, lasted_ms=took_ms)
-            except OutOfPages as error:
-                self._not_ready(shard, error)
-
-    async def _bind(self, shard: Shard) -> Image:
-        """The image, and on the first load the module over the weight range."""
-        if shard.blueprint is None:
-            shard.blueprint = await asyncio.to_thread(self._images.inspect, shard.spec)
-            present = await asyncio.to_thread(self._images.present, shard.blueprint)
-            shard.tier = common_pb2.TIER_DISK if present else common_pb2.TIER_REMOTE
-        blueprint = shard.blueprint
-        image = await asyncio.to_thread(self._images.open, blueprint)
-        shard.tier = common_pb2.TIER_DISK
-        if shard.weights is None:
-            shard.weights = self._arena.add_weights(shard.name, blueprint.layout.total_bytes)
-        if shard.module is None:
-            shard.module = await asyncio.to_thread(
-                build_model, blueprint.checkpoint.model_config, blueprint.layout, shard.weights
-            )
-        return image
-
-    async def _copy(self, shard: Shard, image: Image, turn: CopyTurn) -> Image:
-        """Copies until all is resident or the turn is cut short; returns the image to go on with."""
-        weights, blueprint = shard.weights, shard.blueprint
-        assert weights is not None
-        assert blueprint is not None
-
-        def progress(done: LoadProgress) -> None:
-            shard.bytes_per_s = done.bytes_per_s
-
-        self._reports.changed()
-        try:
-            await asyncio.to_thread(load, image, weights, cancel=turn.cancel, progress=progress)
-        except ImageCorrupt as error:
-            if shard.mended:
-                raise
-            _log.warning("image is damaged; building it anew", model=shard.name, error=str(error))
-            shard.mended = True
-            await asyncio.to_thread(self._images.discard, blueprint)
-            image.close()
-            image = await asyncio.to_thread(self._images.open, blueprint)
-        finally:
-            self._reports.changed()
-        return image
+        except Exception as error:
+            self._not_ready(shard, error)  # whatever it is, the shard must not seem to be loading
+            raise
 
     def _not_ready(self, shard: Shard, error: Exception) -> None:
         _log.error("did not become ready", model=shard.name, error=str(error))
@@ -324,12 +263,26 @@ class Agent:
         self._enter(shard, WARM if shard.pages_resident else COLD, reason, cluster_pb2.EVENT_KIND_FAILED)
 
     async def _abandon_load(self, shard: Shard) -> None:
-        if shard.state != WARMING or shard.task is None:
-            return
-        shard.abandoned = True
-        if shard.turn is not None:
-            shard.turn.cancel.set()
-        await asyncio.gather(shard.task, return_exceptions=True)
+        if shard.state == WARMING and shard.task is not None:
+            await self._loader.abandon(shard)
+            await asyncio.wait([shard.task])
+
+    async def _evict(
+        self, shard: Shard, keep: float, reason: common_pb2.Reason
+    ) -> tuple[common_pb2.ReplicaState.ValueType, int]:
+        async with shard.orders:  # a wake meanwhile would compute with pages that go
+            if shard.state in (ACTIVE, DRAINING):
+                raise BusyError(f"{shard.name} is serving on {self._id}; drain it first")
+            await self._abandon_load(shard)
+            before = shard.pages_resident
+            if shard.weights is None or not before:
+                return shard.state, 0
+            kept = math.ceil(keep * shard.weights.num_pages)
+            await asyncio.to_thread(shard.weights.shrink, kept)
+            freed = before - shard.pages_resident
+            lasted = self._enter(shard, WARM if shard.pages_resident else COLD, reason, None)
+            self._event(shard, cluster_pb2.EVENT_KIND_EVICTED, lasted, freed * self._arena.page_bytes)
+            return shard.state, freed
 
     # Serving
 
@@ -361,25 +314,31 @@ class Agent:
         self._event(shard, cluster_pb2.EVENT_KIND_WOKEN, lasted_ms + (time.monotonic() - began) * 1e3, 0)
         self._reports.instance(self._instance_record(shard))
 
+    def _begin_drain(self, shard: Shard, reason: common_pb2.Reason, kind: cluster_pb2.EventKind.ValueType) -> None:
+        self._enter(shard, DRAINING, reason, kind)
+        self._reports.instance(self._instance_record(shard))
+        shard.rewoken.clear()
+        shard.task = begin_task(self._drain(shard, reason, shard.task), f"drain {shard.name}")
+
     async def _drain(self, shard: Shard, reason: common_pb2.Reason, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])  # an earlier drain that a wake ended
         server = shard.server
         if server is None:
             return
-        shard.rewoken.clear()
         await server.stop_pulling()
-        if not await server.until_idle(unless=shard.rewoken):
+        idle = await server.until_idle(unless=shard.rewoken)
+        if not idle and not shard.retiring:
             server.start_pulling()
             return
         shard.retiring = True
-        await server.flush()
+        await server.flush(_FLUSH_S)
         await asyncio.wrap_future(self._engine.deactivate(server.instance_id))
         shard.retiring = False
         self._retire(shard, reason, cluster_pb2.EVENT_KIND_DRAINED)
         if shard.rewoken.is_set():
             try:
-                self._activate(shard, reason)
+                self._activate(shard, shard.wake_reason)
             except OutOfPages as error:
                 self._not_ready(shard, error)
 
@@ -418,9 +377,9 @@ class Agent:
         for shard in self._shards.values():
             if shard.server is not None and shard.server.instance_id == instance_id:
                 reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=f"the instance failed: {error}")
+                shard.retiring = True
                 if shard.state == ACTIVE:  # a draining one goes on to warm, for nothing runs on it any more
-                    self._enter(shard, DRAINING, reason, cluster_pb2.EVENT_KIND_FAILED)
-                    shard.task = asyncio.create_task(self._drain(shard, reason, shard.task))
+                    self._begin_drain(shard, reason, cluster_pb2.EVENT_KIND_FAILED)
 
     def _on_cancel(self, request_ids: Iterable[str]) -> None:
         for server in self._servers():

@@ -26,22 +26,36 @@ class CopyLane:
         self._changed = asyncio.Condition()
 
     @asynccontextmanager
-    async def turn(self, turn: CopyTurn) -> AsyncIterator[None]:
-        """Waits for the turn and holds it. The holder stops soon after `turn.cancel` is set; then it may queue anew."""
+    async def turn(self, turn: CopyTurn) -> AsyncIterator[bool]:
+        """Waits for the turn and holds it: True. The holder stops soon after `turn.cancel` is set, then may queue anew.
+
+        False, without the turn, where it was withdrawn while it waited.
+        """
         self._waiting.append(turn)
         self._preempt()
         try:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._current is None and self._next() is turn)
-                self._current = turn
+                await self._changed.wait_for(
+                    lambda: turn.cancel.is_set() or (self._current is None and self._next() is turn)
+                )
+                ours = not turn.cancel.is_set()
+                if ours:
+                    self._current = turn
         finally:
             self._waiting.remove(turn)
         try:
-            yield
+            yield ours
         finally:
-            self._current = None
+            if ours:
+                self._current = None
             async with self._changed:
                 self._changed.notify_all()
+
+    async def withdraw(self, turn: CopyTurn) -> None:
+        """Cuts a turn short, waiting or held."""
+        turn.cancel.set()
+        async with self._changed:
+            self._changed.notify_all()
 
     def hurry(self, turn: CopyTurn) -> None:
         """Makes a turn urgent, waiting or held."""

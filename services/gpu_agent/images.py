@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,10 @@ _DTYPES = {
     common_pb2.D_TYPE_BF16: torch.bfloat16,
     common_pb2.D_TYPE_F16: torch.float16,
 }
+
+
+class AbandonedError(Exception):
+    """Nobody wants the image any more."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +79,35 @@ class Images:
         return Blueprint(checkpoint, layout, kv, facts)
 
     def prepare(self, blueprint: Blueprint, progress: Callable[[int, int], None]) -> Path:
-        """Builds the image where it is missing. `progress(done, total)` in bytes. Raises CheckpointError."""
+        """Builds the image where it is missing. `progress(done, total)` in bytes; what it raises ends the work.
+
+        Raises CheckpointError.
+        """
         return prepare_image(blueprint.checkpoint, blueprint.layout, self._folder, progress)
 
-    def open(self, blueprint: Blueprint) -> Image:
-        """The image, built first where it is missing or damaged. Raises CheckpointError."""
+    def open(self, blueprint: Blueprint, abandoned: threading.Event) -> Image:
+        """The image, built first where it is missing or damaged. Raises CheckpointError.
+
+        AbandonedError, with nothing left of the image, soon after `abandoned` is set.
+        """
+
+        def progress(done: int, total: int) -> None:
+            if abandoned.is_set():
+                raise AbandonedError
+
         try:
             return open_image(image_path(self._folder, blueprint.checkpoint, blueprint.layout))
         except (FileNotFoundError, ImageCorrupt):
-            return open_image(self.prepare(blueprint, lambda done, total: None))
+            return open_image(self.prepare(blueprint, progress))
 
     def present(self, blueprint: Blueprint) -> bool:
         """Whether the image is on this node's disk."""
         return image_path(self._folder, blueprint.checkpoint, blueprint.layout).exists()
 
-    def discard(self, blueprint: Blueprint) -> None:
-        """Deletes the image. Nothing happens where it is gone already."""
-        delete_image(image_path(self._folder, blueprint.checkpoint, blueprint.layout))
+    def discard(self, fingerprint: str) -> None:
+        """Deletes a checkpoint's images. Nothing happens where they are gone already."""
+        for path in self._folder.glob(f"{fingerprint[:32]}-*-{self._page_bytes}.image"):
+            delete_image(path)
 
 
 def _context_tokens(spec: cluster_pb2.ModelSpec, checkpoint: Checkpoint) -> int:

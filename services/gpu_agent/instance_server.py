@@ -12,7 +12,7 @@ from prometheus_client import Counter
 from redis.exceptions import RedisError
 
 from services.common.queues import RequestQueue, Taken, Ticket
-from services.common.tasks import end_tasks
+from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sequence import FinishReason, SamplingParams, Sequence, SequenceOutput
@@ -22,6 +22,8 @@ from warmserve.v1 import agent_pb2, inference_pb2
 _log = logger(__name__)
 _BLOCK_MS = 1000
 _RETRY_S = 0.2
+_LOOK_S = 1.0
+_RELEASE_S = 5.0
 _FINISH = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
@@ -65,7 +67,7 @@ class InstanceServer:
         self._idle = asyncio.Event()
         self._idle.set()
         self._pulling: asyncio.Task[None] | None = None
-        self._forgetting: set[asyncio.Task[None]] = set()
+        self._ending: dict[asyncio.Task[None], Ticket] = {}  # ended, but Redis does not know yet
 
     @property
     def running(self) -> int:
@@ -75,32 +77,39 @@ class InstanceServer:
     def start_pulling(self) -> None:
         """Begins, or goes on, to take requests."""
         if self._pulling is None:
-            self._pulling = asyncio.create_task(self._pull(), name=f"pull {self.instance_id}")
+            self._pulling = begin_task(self._pull(), f"pull {self.instance_id}")
 
     async def stop_pulling(self) -> None:
         """Takes no more requests; what was taken but not begun goes back to the queue."""
         await end_tasks([self._pulling])
         self._pulling = None
         try:
-            # Cut off between Redis and us, an answer may have been lost.
-            await self._queue.release(self._model, self.instance_id, {run.ticket for run in self._running.values()})
-        except RedisError as error:
+            async with asyncio.timeout(_RELEASE_S):
+                await self._release()
+        except (RedisError, TimeoutError) as error:
             # The routers find those requests when this instance's record is gone.
             _log.warning("could not give requests back", instance=self.instance_id, error=str(error))
 
     async def until_idle(self, unless: asyncio.Event) -> bool:
         """Waits until no sequence is in progress, and returns True; False where `unless` is set before that."""
-        waits = [asyncio.create_task(event.wait()) for event in (self._idle, unless)]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
+        # In a loop, because an event may be cleared again before its waiter runs.
+        while not unless.is_set() and not self._idle.is_set():
+            waits = [asyncio.create_task(event.wait()) for event in (self._idle, unless)]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
         return not unless.is_set()
 
-    async def flush(self) -> None:
-        """Returns once Redis has been told of every ended request."""
-        await asyncio.gather(*self._forgetting, return_exceptions=True)
+    async def flush(self, within_s: float) -> None:
+        """Returns once Redis has been told of every ended request; where it is away, after `within_s` seconds."""
+        if self._ending:
+            await asyncio.wait(self._ending, timeout=within_s)
+
+    async def close(self) -> None:
+        """Ends what is left of it."""
+        await end_tasks([self._pulling, *self._ending])
 
     def handle(self, outputs: Iterable[SequenceOutput]) -> None:
         """Passes one engine step's news on to the routers concerned."""
@@ -147,6 +156,7 @@ class InstanceServer:
         )
 
     async def _pull(self) -> None:
+        looked = time.monotonic()
         while True:
             free = self.slots - self.running
             if free <= 0:
@@ -154,11 +164,20 @@ class InstanceServer:
                 await self._slot_freed.wait()
                 continue
             try:
+                if time.monotonic() - looked > _LOOK_S:
+                    await self._release()
+                    looked = time.monotonic()
                 for taken in await self._queue.take(self._model, self.instance_id, free, _BLOCK_MS):
                     self._begin(taken)
             except RedisError as error:
                 _log.warning("Redis does not answer; trying again", instance=self.instance_id, error=str(error))
                 await asyncio.sleep(_RETRY_S)
+
+    async def _release(self) -> None:
+        """Puts back what Redis says is taken and nobody here knows of: the answer with it was lost on the way."""
+        known = {run.ticket for run in self._running.values()} | set(self._ending.values())
+        if released := await self._queue.release(self._model, self.instance_id, known):
+            _log.warning("gave back requests that had not arrived", instance=self.instance_id, requests=released)
 
     def _begin(self, taken: Taken) -> None:
         request = taken.request
@@ -202,9 +221,9 @@ class InstanceServer:
             self._on_load()
 
     def _tell_redis(self, ticket: Ticket) -> None:
-        task = asyncio.create_task(self._done(ticket))
-        self._forgetting.add(task)
-        task.add_done_callback(self._forgetting.discard)
+        task = begin_task(self._done(ticket), f"forget {ticket.entry_id}")
+        self._ending[task] = ticket
+        task.add_done_callback(self._ending.pop)
 
     async def _done(self, ticket: Ticket) -> None:
         while True:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import grpc
 
 from services.common.grpc_frame import channel
-from services.common.tasks import end_tasks
+from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from warmserve.v1 import agent_pb2, agent_pb2_grpc
 
@@ -34,7 +34,7 @@ class Relay:
         stream = self._streams.get(address)
         if stream is None:
             stream = self._streams[address] = _Stream()
-            stream.task = asyncio.create_task(self._run(address, stream), name=f"relay to {address}")
+            stream.task = begin_task(self._run(address, stream), name=f"relay to {address}")
         stream.outgoing.put_nowait(agent_pb2.RelayRequest(step=agent_pb2.RelayStep(updates=updates)))
 
     async def close(self) -> None:
@@ -55,9 +55,10 @@ class Relay:
                     self._on_cancel(command.cancel_request_ids)
         except grpc.aio.AioRpcError as error:
             _log.warning("stream to a router broke", router=address, error=error.details())
-        del self._streams[address]
-        # Also after an orderly end: the router takes this agent for lost, and so must the agent take the router.
-        self._on_lost(address)
+        finally:
+            # However it ended: the router takes this agent for lost, and so must the agent take the router.
+            del self._streams[address]
+            self._on_lost(address)
 
     async def _outgoing(self, stream: _Stream) -> AsyncIterator[agent_pb2.RelayRequest]:
         yield agent_pb2.RelayRequest(hello=agent_pb2.RelayHello(agent_id=self._agent_id))

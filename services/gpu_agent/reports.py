@@ -9,7 +9,7 @@ from prometheus_client import Gauge, Histogram
 from redis.exceptions import RedisError
 
 from services.common.session import Session
-from services.common.tasks import end_tasks
+from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from warmserve.cluster.events import EventStream
 from warmserve.cluster.keys import Keys
@@ -17,6 +17,7 @@ from warmserve.v1 import cluster_pb2, common_pb2
 
 _log = logger(__name__)
 _LOOK_S = 1.0
+_CLOSE_S = 2.0
 _PAGES = Gauge("warmserve_gpu_agent_pages", "Pages of the arena", ["use"])
 _TRANSITION_SECONDS = Histogram(
     "warmserve_gpu_agent_transition_seconds",
@@ -30,7 +31,10 @@ _RESIDENT = Gauge(
 
 
 class Reports:
-    """Collects news without waiting and writes it in order, the newest residency only once where several came."""
+    """Collects news without waiting and writes it in order, the newest residency only once where several came.
+
+    What goes to etcd does not wait for Redis, nor the other way round.
+    """
 
     def __init__(self, agent_id: str, session: Session, events: EventStream, keys: Keys) -> None:
         self._agent_id = agent_id
@@ -38,15 +42,15 @@ class Reports:
         self._events = events
         self._keys = keys
         self._records: dict[str, cluster_pb2.InstanceRecord | None] = {}  # by key; None: delete
-        self._news: list[cluster_pb2.Event] = []
+        self._news: asyncio.Queue[cluster_pb2.Event] = asyncio.Queue()
         self._written = cluster_pb2.AgentResidency()
         self._dirty = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.describe: Callable[[], cluster_pb2.AgentResidency] = cluster_pb2.AgentResidency
 
     def start(self) -> None:
         """Begins to write."""
-        self._task = asyncio.create_task(self._write_all(), name="reports")
+        self._tasks = [begin_task(self._write_all(), "reports"), begin_task(self._tell_all(), "events")]
         self.changed()
 
     def changed(self) -> None:
@@ -66,12 +70,17 @@ class Reports:
     def event(self, event: cluster_pb2.Event) -> None:
         """Something happened."""
         _TRANSITION_SECONDS.labels(cluster_pb2.EventKind.Name(event.kind)).observe(event.duration_ms / 1e3)
-        self._news.append(event)
-        self._dirty.set()
+        self._news.put_nowait(event)
 
     async def close(self) -> None:
-        """Writes what is left."""
-        await end_tasks([self._task])
+        """Writes what is left, as far as etcd and Redis answer soon."""
+        self._dirty.set()
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await self._news.join()
+        except TimeoutError:
+            _log.warning("events lost, because Redis does not answer", events=self._news.qsize())
+        await end_tasks(self._tasks)
         await self._write()
 
     async def _write_all(self) -> None:
@@ -102,12 +111,15 @@ class Reports:
         self._measure(residency)
         self._written = residency
         await self._session.put(self._keys.residency(self._agent_id), residency)
-        news, self._news = self._news, []
-        for event in news:
+
+    async def _tell_all(self) -> None:
+        while True:
+            event = await self._news.get()
             try:
                 await self._events.append(event)
             except RedisError as error:
                 _log.warning("event lost", kind=cluster_pb2.EventKind.Name(event.kind), error=str(error))
+            self._news.task_done()
 
     def _measure(self, residency: cluster_pb2.AgentResidency) -> None:
         for use, pages in (

@@ -11,7 +11,7 @@ import grpc
 
 from services.common.grpc_frame import StatusError
 from services.gpu_agent.agent import Agent, BusyError, NoRoomError
-from services.gpu_agent.images import Images
+from services.gpu_agent.images import AbandonedError, Images
 from services.gpu_agent.shard import Shard
 from services.gpu_agent.weights.errors import CheckpointError, Problem
 from warmserve.cluster.keys import check_model_name
@@ -25,10 +25,6 @@ _STATUS = {
     Problem.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
     Problem.TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
-
-
-class _AbandonedError(Exception):
-    """The caller went away."""
 
 
 class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
@@ -51,7 +47,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
 
         def progress(done: int, total: int) -> None:
             if abandoned.is_set():
-                raise _AbandonedError
+                raise AbandonedError
             loop.call_soon_threadsafe(news.put_nowait, (done, total))
 
         try:
@@ -79,7 +75,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         """Begins to warm a shard."""
         self._check(request.fence, request.spec.name, request.group)
         try:
-            shard = self._agent.warm(request.spec, request.group, request.reason)
+            shard = await self._agent.warm(request.spec, request.group, request.reason)
         except NoRoomError as error:
             raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
         except BusyError as error:
@@ -92,7 +88,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         """Begins to make a shard an instance."""
         self._check(request.fence, request.spec.name, request.group)
         try:
-            shard = self._agent.wake(request.spec, request.group, request.reason)
+            shard = await self._agent.wake(request.spec, request.group, request.reason)
         except NoRoomError as error:
             raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
         except BusyError as error:

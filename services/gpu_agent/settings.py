@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import NoDecode
 
 from services.common.settings import ServiceSettings
@@ -29,6 +29,12 @@ class GpuAgentSettings(ServiceSettings):
     @classmethod
     def _split_roots(cls, value: object) -> object:
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _some_pages(self) -> GpuAgentSettings:
+        if self.arena_bytes < self.page_bytes:
+            raise ValueError(f"arena_bytes ({self.arena_bytes}) is less than one page ({self.page_bytes})")
+        return self
 
     @field_validator("page_bytes")
     @classmethod

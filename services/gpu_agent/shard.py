@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -25,18 +26,21 @@ class Shard:
     state: common_pb2.ReplicaState.ValueType = common_pb2.REPLICA_STATE_COLD
     reason: common_pb2.Reason = field(default_factory=common_pb2.Reason)
     since: float = field(default_factory=time.time)  # Unix seconds
+    entered: float = field(default_factory=time.monotonic)
     blueprint: Blueprint | None = None
     weights: WeightRange | None = None
     module: object | None = None  # transformers' class over the weight range
     tier: common_pb2.Tier.ValueType = common_pb2.TIER_REMOTE
     wanted_active: bool = False  # what a load in progress leads to
-    abandoned: bool = False  # an eviction has cut the load in progress short
-    mended: bool = False  # the load in progress has had the image built anew
+    abandoned: threading.Event = field(default_factory=threading.Event)  # the load in progress is not wanted any more
     turn: CopyTurn | None = None  # of the load in progress
     task: asyncio.Task[None] | None = None  # the transition in progress
     server: InstanceServer | None = None  # while active or draining
-    rewoken: asyncio.Event = field(default_factory=asyncio.Event)  # a wake came while draining
-    retiring: bool = False  # drained, and about to be warm
+    rewoken: asyncio.Event = field(default_factory=asyncio.Event)  # a wake came after the last drain
+    wake_reason: common_pb2.Reason = field(default_factory=common_pb2.Reason)  # of that wake
+    retiring: bool = False  # drained or failed: it will be warm before it can be active again
+    leaving: bool = False  # undeployed: it takes no orders any more
+    orders: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while an eviction is carried out
     bytes_per_s: float = 0.0
     cold_load_ms: float = 0.0
 
@@ -62,9 +66,9 @@ class Shard:
 
     def enter(self, state: common_pb2.ReplicaState.ValueType, reason: common_pb2.Reason) -> float:
         """Changes state; returns how long the last one lasted, in milliseconds."""
-        now = time.time()
-        lasted = (now - self.since) * 1e3
-        self.state, self.reason, self.since = state, reason, now
+        now = time.monotonic()
+        lasted = (now - self.entered) * 1e3
+        self.state, self.reason, self.since, self.entered = state, reason, time.time(), now
         return lasted
 
     def to_proto(self, usage: ArenaUsage) -> cluster_pb2.ResidentShard:

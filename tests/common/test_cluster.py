@@ -108,6 +108,41 @@ async def test_session_writes_its_records_again_after_the_lease_ended(store: Sto
     await mirror.close()
 
 
+async def test_a_record_deleted_while_all_are_written_again_stays_deleted(
+    store: Store, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(store, 2)
+    await session.start()
+    for name in ("g0", "g1"):
+        await session.put(keys.agent(name), cluster_pb2.AgentRecord(id=name))
+    put, reached, go_on = store.put, asyncio.Event(), asyncio.Event()
+
+    async def held(key: str, message: cluster_pb2.AgentRecord, lease: int | None = None) -> None:
+        reached.set()
+        await go_on.wait()
+        await put(key, message, lease=lease)
+
+    monkeypatch.setattr(store, "put", held)
+    await store.revoke_lease(session.lease)
+    await reached.wait()
+    for name in ("g0", "g1"):  # one is being written, one is still to be
+        await session.delete(keys.agent(name))
+    monkeypatch.undo()
+    go_on.set()
+    while session.lost.is_set():
+        await asyncio.sleep(0.01)
+    assert await store.get_all(keys.agents(), cluster_pb2.AgentRecord) == []
+    await session.close()
+
+
+async def test_what_etcd_refuses_is_not_taken_for_a_lost_lease(store: Store, keys: Keys) -> None:
+    huge = cluster_pb2.ModelSpec(name="x" * 4_000_000)
+    with pytest.raises(StoreUnavailableError, match="etcd refused"):
+        await store.put(keys.model("m"), huge)
+    with pytest.raises(LookupError, match="lease not found"):
+        await store.put(keys.model("m"), spec("m"), lease=12345)
+
+
 async def test_one_leader_at_a_time_and_fences_rise(store: Store, keys: Keys) -> None:
     sessions = [Session(store, 2), Session(store, 2)]
     for session in sessions:
@@ -158,6 +193,16 @@ async def test_what_a_cut_off_reader_took_is_put_back(redis: Redis, keys: Keys) 
     assert await queue.release("m", "i0", keep={taken[0].ticket}) == 1
     again = await queue.take("m", "i1", 5, 0)
     assert [item.request.request_id for item in again] == ["b"]
+
+
+async def test_an_entry_that_is_no_request_is_dropped(redis: Redis, keys: Keys) -> None:
+    queue = RequestQueue(redis, keys)
+    await queue.take("m", "i0", 1, 0)
+    for fields in ({"request": b"\xff\xff"}, {"other": b"x"}):
+        await redis.xadd(keys.queue("m", "normal"), fields)
+    await queue.put(queued("a"))
+    assert [item.request.request_id for item in await queue.take("m", "i0", 5, 0)] == ["a"]
+    assert len(await queue.held("m", ["i0"])) == 1
 
 
 async def test_a_blocked_reader_wakes_when_a_request_comes(redis: Redis, keys: Keys) -> None:

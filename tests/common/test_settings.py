@@ -54,6 +54,10 @@ def test_flags_come_before_the_environment_and_that_before_the_file(
     assert settings.lease_ttl_s == 5  # a default that nobody overrode
 
 
+def test_a_window_has_at_least_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "greater than or equal to 1" in complaint(capsys, "--window-s=0.5")  # windows begin at whole seconds
+
+
 @pytest.mark.parametrize("by", ["flag", "flag with =", "environment"])
 def test_the_file_is_named_by_flag_or_environment(by: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if by == "environment":

@@ -128,3 +128,11 @@ async def test_a_model_that_is_not_deployed_is_named(forecaster: forecast_pb2_gr
     with pytest.raises(grpc.aio.AioRpcError, match="not deployed: x") as failed:
         await forecaster.GetForecasts(forecast_pb2.GetForecastsRequest(models=["x"]))
     assert failed.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+async def test_forecasts_that_outlived_their_models_are_withdrawn(
+    forecaster: forecast_pb2_grpc.ForecastServiceStub, store: Store, keys: Keys
+) -> None:
+    await store.put(keys.forecast("gone"), cluster_pb2.Forecast(model="gone"))
+    while await store.get(keys.forecast("gone"), cluster_pb2.Forecast):
+        await asyncio.sleep(0.01)

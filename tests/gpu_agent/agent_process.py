@@ -203,13 +203,15 @@ async def running_agent(
             task,
         )
         stop.set()
-        await asyncio.wait_for(task, 30)
+        await asyncio.wait({task}, timeout=30)
     for mirror in (agents, residency, instances):
         await mirror.close()
     await relay_server.stop(0)
     await node.session.close()
     await node.redis.aclose()
     await node.store.close()
+    assert task.done(), "the agent does not stop"
+    task.result()
 
 
 async def status_of(call: object) -> tuple[grpc.StatusCode, str]:

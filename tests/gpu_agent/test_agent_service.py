@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+import redis.exceptions
 import torch
 
-from launcher.backing import Backing
+from launcher.backing import Backing, start_redis
+from services.common.queues import RequestQueue
+from services.gpu_agent import loading
+from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.engine.loop import EngineLoop
+from services.gpu_agent.weights.image import Image
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent, status_of
 from warmserve.cluster.keys import Keys
@@ -202,9 +211,7 @@ async def test_a_lost_routers_sequences_end(agent: RunningAgent, tmp_path: Path)
     await agent.relay_server.stop(0)
     while await agent.queue.held("m", [instance]):
         await asyncio.sleep(0.01)
-    await agent.residency.wait_for(
-        lambda items: items["g0"].pages_kv == reserved and not items["g0"].shards[0].running
-    )
+    await agent.residency.wait_for(lambda items: items["g0"].pages_kv == reserved and not items["g0"].shards[0].running)
 
 
 async def test_a_resumed_request_goes_on_at_its_offset(agent: RunningAgent, tmp_path: Path) -> None:
@@ -286,3 +293,194 @@ async def test_a_model_larger_than_the_arena(etcd, redis_server, keys, tmp_path:
         code, message = await status_of(agent.stub.PrepareModel(agent_pb2.PrepareModelRequest(spec=spec)))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "the arena has 4" in message
+
+
+class Gate:
+    """Holds a method up, in whatever thread it is called, until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        self.entered, self._opened = threading.Event(), threading.Event()
+        method = getattr(owner, name)
+
+        def held(*arguments: Any) -> Any:
+            self.entered.set()
+            assert self._opened.wait(30)
+            return method(*arguments)
+
+        async def held_async(*arguments: Any) -> Any:
+            self.entered.set()
+            assert await asyncio.to_thread(self._opened.wait, 30)
+            return await method(*arguments)
+
+        monkeypatch.setattr(owner, name, held_async if asyncio.iscoroutinefunction(method) else held)
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self.entered.wait, 30)
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+async def test_a_wake_during_an_eviction_comes_after_it(
+    agent: RunningAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    await agent.warm(spec)
+    gate = Gate(monkeypatch, WeightRange, "shrink")
+    evicting = asyncio.create_task(_answer(agent.stub.EvictReplica(_evict("m"))))
+    await gate.reached()
+    waking = asyncio.create_task(_answer(agent.stub.WakeReplica(_wake(agent, spec))))
+    done, _ = await asyncio.wait({waking}, timeout=0.1)
+    gate.open()
+    assert not done
+    assert (await evicting).state == common_pb2.REPLICA_STATE_COLD
+    assert (await waking).state == common_pb2.REPLICA_STATE_WARMING
+    await agent.submit("m", "r0", PROMPT, 4)
+    await agent.relay.finished("r0")
+    assert agent.relay.tokens("r0") == expected(model, PROMPT, 4)
+
+
+async def test_an_eviction_is_carried_out_although_its_caller_has_gone(
+    agent: RunningAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    gate = Gate(monkeypatch, Image, "read_page")
+    await agent.stub.WarmReplica(agent_pb2.WarmReplicaRequest(spec=spec, group=agent.group, reason=REASON))
+    await gate.reached()
+    code, _ = await status_of(agent.stub.EvictReplica(_evict("m"), timeout=0.1))
+    assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+    gate.open()
+    await agent.until("m", common_pb2.REPLICA_STATE_COLD)
+    await agent.warm(spec)
+
+
+async def test_the_last_of_several_drains_and_wakes_holds(
+    agent: RunningAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    instance = await agent.wake(spec)
+    gate = Gate(monkeypatch, RequestQueue, "release")  # the first drain does not get on
+    for _ in range(2):
+        await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model="m", reason=REASON))
+        await gate.reached()
+        answer = await agent.stub.WakeReplica(_wake(agent, spec))
+        assert answer.state == common_pb2.REPLICA_STATE_ACTIVE
+    gate.open()
+    for name in ("r0", "r1"):
+        await agent.submit("m", name, PROMPT, 50)
+        end = await asyncio.wait_for(agent.relay.finished(name), 20)
+        assert end.instance_id == instance
+
+
+async def test_a_request_whose_delivery_was_lost_on_the_way_is_served(
+    agent: RunningAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    read, lost = RequestQueue._read, []
+
+    async def lossy(*arguments: Any) -> Any:
+        answer = await read(*arguments)
+        if answer and not lost:
+            lost.extend(answer)
+            raise redis.exceptions.ConnectionError("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(RequestQueue, "_read", lossy)
+    await agent.wake(spec)
+    await agent.submit("m", "r0", PROMPT, 4)
+    await asyncio.wait_for(agent.relay.finished("r0"), 20)
+    assert lost
+
+
+async def test_what_redis_has_not_yet_been_told_is_done_is_not_given_back(
+    agent: RunningAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    await agent.wake(spec)
+    gate = Gate(monkeypatch, RequestQueue, "done")
+    await agent.submit("m", "r0", PROMPT, 4)
+    await agent.relay.finished("r0")
+    await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model="m", reason=REASON))
+    await agent.until("m", common_pb2.REPLICA_STATE_WARM)  # though Redis does not answer
+    assert await agent.queue.waiting("m") == 0
+    gate.open()
+
+
+async def test_stopping_does_not_wait_for_a_redis_that_is_away(etcd, keys, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    own = start_redis(tmp_path / "redis", tmp_path / "redis.log")
+    async with running_agent(etcd.address, own.address, keys.prefix, tmp_path) as agent:
+        spec = await agent.prepare("m", tmp_path / "m")
+        await agent.wake(spec)
+        await agent.submit("m", "r0", PROMPT, 100)
+        await agent.relay.some_tokens("r0", 1)
+        own.child.process.send_signal(signal.SIGKILL)
+        own.child.process.wait()
+        await agent.relay.finished("r0")
+
+
+async def test_without_its_engine_the_agent_hands_over_and_ends(
+    etcd, redis_server, keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(engine: EngineLoop, request_id: str) -> None:
+        raise RuntimeError("no such luck")
+
+    checkpoints.llama(tmp_path / "m")
+    monkeypatch.setattr(EngineLoop, "_cancel", broken)
+    with pytest.raises(OSError, match=r"the engine has died.*no such luck"):  # noqa: PT012
+        async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
+            await agent.wake(await agent.prepare("m", tmp_path / "m"))
+            await agent.submit("m", "r0", PROMPT, 250)
+            await agent.relay.some_tokens("r0", 1)
+            await agent.relay.cancels.put("r0")
+            end = await agent.relay.finished("r0")
+            assert end.finish_reason == inference_pb2.FINISH_REASON_ERROR
+            await asyncio.wait({agent.task}, timeout=20)
+            assert agent.task.done()
+
+
+async def test_a_load_that_fails_in_an_unforeseen_way_does_not_seem_to_go_on(
+    agent: RunningAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("rope_theta")
+
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    monkeypatch.setattr(loading, "build_model", broken)
+    await agent.stub.WakeReplica(_wake(agent, spec))
+    await agent.residency.wait_for(
+        lambda items: any(s.reason.cause == common_pb2.CAUSE_FAILURE for r in items.values() for s in r.shards)
+    )
+    shard = agent.shard("m")
+    assert shard is not None
+    assert shard.state == common_pb2.REPLICA_STATE_COLD
+    assert "rope_theta" in shard.reason.text
+    monkeypatch.undo()
+    await agent.wake(spec)
+
+
+async def test_undeploying_a_model_that_was_never_warmed_deletes_its_image(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    await agent.node.store.put(agent.node.keys.model("m"), spec)
+    await agent.node.store.delete(agent.node.keys.model("m"))
+    while list((tmp_path / "images").glob("*")):
+        await asyncio.sleep(0.01)
+
+
+def _evict(model: str) -> agent_pb2.EvictReplicaRequest:
+    return agent_pb2.EvictReplicaRequest(model=model, reason=REASON)
+
+
+def _wake(agent: RunningAgent, spec: cluster_pb2.ModelSpec) -> agent_pb2.WakeReplicaRequest:
+    return agent_pb2.WakeReplicaRequest(spec=spec, group=agent.group, reason=REASON)
+
+
+async def _answer(call: Any) -> Any:
+    return await call

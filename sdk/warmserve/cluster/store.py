@@ -29,11 +29,12 @@ _CHANNEL_OPTIONS = {
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 2_000,
 }
+_LEASE_GONE = "lease not found"
 _CONNECTION_ERRORS = (aetcd.exceptions.ConnectionFailedError, aetcd.exceptions.ConnectionTimeoutError)
 
 
 class StoreUnavailableError(ConnectionError):
-    """No etcd endpoint answered."""
+    """No etcd endpoint answered, or the one that did refuses to work."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def decode(data: bytes, kind: type[M]) -> M:
 class Store:
     """etcd, with several endpoints: calls go to one, and to the next when it does not answer.
 
-    All methods raise StoreUnavailableError when no endpoint answers.
+    All methods raise StoreUnavailableError when no endpoint answers, or etcd refuses (its disk is full, for example).
     """
 
     def __init__(self, endpoints: Sequence[str]) -> None:
@@ -105,6 +106,11 @@ class Store:
                     self._client = None
                     self._current = (self._current + 1) % len(self._endpoints)
                     await client.close()
+            except aetcd.exceptions.ClientError as error:
+                if _LEASE_GONE in str(error):
+                    raise LookupError(str(error)) from error
+                # Among others where its disk is full: until somebody sees to it, etcd is as good as away.
+                raise StoreUnavailableError(f"etcd refused: {error}") from error
         raise StoreUnavailableError("etcd does not answer (" + "; ".join(errors) + ")")
 
     async def get(self, key: str, kind: type[M]) -> Entry[M] | None:
@@ -125,10 +131,7 @@ class Store:
 
     async def put(self, key: str, message: Message, lease: int | None = None) -> None:
         """Writes a value, bound to `lease` where one is given. Raises LookupError where the lease is gone."""
-        try:
-            await self._call(lambda client: client.put(key.encode(), encode(message), lease=lease))
-        except aetcd.exceptions.ClientError as error:
-            raise LookupError(f"lease of {key} is gone: {error}") from error
+        await self._call(lambda client: client.put(key.encode(), encode(message), lease=lease))
 
     async def create(self, key: str, message: Message, lease: int | None = None) -> int | None:
         """Writes a value only where there is none. Returns its revision, or None where another value is there.
@@ -148,10 +151,7 @@ class Store:
             # Also where the comparison failed: a retry after a lost answer finds its own value.
             return int(where.create_revision) if stored == value and where.lease == (lease or 0) else None
 
-        try:
-            return await self._call(transaction)
-        except aetcd.exceptions.ClientError as error:
-            raise LookupError(f"lease of {key} is gone: {error}") from error
+        return await self._call(transaction)
 
     async def replace(self, entry: Entry[M], message: Message) -> bool:
         """Writes over exactly the version that was read. False where it has changed since."""
@@ -192,14 +192,17 @@ class Store:
 
     async def refresh_lease(self, lease: int) -> bool:
         """Keeps a lease alive for another TTL. False where it has ended."""
-        answer = await self._call(lambda client: client.refresh_lease(lease))
+        try:
+            answer = await self._call(lambda client: client.refresh_lease(lease))
+        except LookupError:
+            return False
         return answer is not None and int(answer.TTL) > 0
 
     async def revoke_lease(self, lease: int) -> None:
         """Ends a lease, which deletes its keys. Nothing happens where it has ended already."""
         try:
             await self._call(lambda client: client.revoke_lease(lease))
-        except aetcd.exceptions.ClientError:
+        except LookupError:
             return  # ended already
 
     async def watch(self, prefix: str, after_revision: int) -> AsyncIterator[list[Change]]:

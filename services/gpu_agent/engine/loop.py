@@ -55,6 +55,8 @@ class EngineLoop:
         self._stopping = False
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.ended: Future[None] = Future()
+        """Done when the thread has ended; it fails with what the thread died of."""
 
     def start(self) -> None:
         """Starts the thread."""
@@ -108,6 +110,15 @@ class EngineLoop:
         return command.done
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            _log.exception("the engine's thread died")
+            self.ended.set_exception(error)
+        else:
+            self.ended.set_result(None)
+
+    def _work(self) -> None:
         try:
             while self._wait():
                 self._obey()
