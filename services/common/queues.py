@@ -154,6 +154,16 @@ class RequestQueue:
             released += len(entries)
         return released
 
+    async def leave(self, model: str, instance_id: str) -> None:
+        """Takes an instance that has ended out of the group, except where entries are still its: `held` finds those."""
+        for stream in self._streams(model):
+            try:
+                if not await self._redis.xpending_range(stream, GROUP, "-", "+", 1, instance_id):
+                    await self._redis.xgroup_delconsumer(stream, GROUP, instance_id)
+            except ResponseError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+
     async def waiting(self, model: str) -> int:
         """Entries in the model's streams that no instance has taken."""
         return (await self.counts([model]))[model].waiting

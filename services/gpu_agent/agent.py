@@ -41,6 +41,8 @@ DRAINING = common_pb2.REPLICA_STATE_DRAINING
 _KV_RESERVE_SHARE = 16  # of the arena's pages an instance reserves at most one in so many
 _FLUSH_S = 2.0  # how long Redis may take to be told of ended requests before work goes on without that
 
+_BEGINNINGS = (cluster_pb2.EVENT_KIND_WARMING, cluster_pb2.EVENT_KIND_DRAINING, cluster_pb2.EVENT_KIND_WOKEN)
+
 
 class NoRoomError(Exception):
     """The arena has too few free pages; the message has the numbers."""
@@ -277,11 +279,13 @@ class Agent:
             before = shard.pages_resident
             if shard.weights is None or not before:
                 return shard.state, 0
+            began = time.monotonic()
             kept = math.ceil(keep * shard.weights.num_pages)
             await asyncio.to_thread(shard.weights.shrink, kept)
             freed = before - shard.pages_resident
-            lasted = self._enter(shard, WARM if shard.pages_resident else COLD, reason, None)
-            self._event(shard, cluster_pb2.EVENT_KIND_EVICTED, lasted, freed * self._arena.page_bytes)
+            took_ms = (time.monotonic() - began) * 1e3
+            self._enter(shard, WARM if shard.pages_resident else COLD, reason, None)
+            self._event(shard, cluster_pb2.EVENT_KIND_EVICTED, took_ms, freed * self._arena.page_bytes)
             return shard.state, freed
 
     # Serving
@@ -341,6 +345,7 @@ class Agent:
                 self._activate(shard, shard.wake_reason)
             except OutOfPages as error:
                 self._not_ready(shard, error)
+        await server.close()  # last, for nobody waits for it
 
     def _retire(self, shard: Shard, reason: common_pb2.Reason, kind: cluster_pb2.EventKind.ValueType) -> None:
         """Active or draining becomes warm, once the engine has let go."""
@@ -397,13 +402,13 @@ class Agent:
         state: common_pb2.ReplicaState.ValueType,
         reason: common_pb2.Reason,
         kind: cluster_pb2.EventKind.ValueType | None,
-    ) -> float:
-        lasted = shard.enter(state, reason)
+    ) -> None:
+        lasted_ms = shard.enter(state, reason)
         _log.info("transition", model=shard.name, state=common_pb2.ReplicaState.Name(state), reason=reason.text)
         if kind is not None:
-            self._event(shard, kind, lasted, 0)
+            # What begins has taken no time yet; what ends a state has taken as long as that state lasted.
+            self._event(shard, kind, 0.0 if kind in _BEGINNINGS else lasted_ms, 0)
         self._reports.changed()
-        return lasted
 
     def _event(self, shard: Shard, kind: cluster_pb2.EventKind.ValueType, duration_ms: float, nbytes: int) -> None:
         self._reports.event(

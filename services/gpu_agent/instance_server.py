@@ -108,8 +108,13 @@ class InstanceServer:
             await asyncio.wait(self._ending, timeout=within_s)
 
     async def close(self) -> None:
-        """Ends what is left of it."""
+        """Ends what is left of it, and leaves the group of readers."""
         await end_tasks([self._pulling, *self._ending])
+        try:
+            async with asyncio.timeout(_RELEASE_S):
+                await self._queue.leave(self._model, self.instance_id)
+        except (RedisError, TimeoutError) as error:
+            _log.warning("could not leave the readers", instance=self.instance_id, error=str(error))
 
     def handle(self, outputs: Iterable[SequenceOutput]) -> None:
         """Passes one engine step's news on to the routers concerned."""

@@ -205,6 +205,20 @@ async def test_an_entry_that_is_no_request_is_dropped(redis: Redis, keys: Keys) 
     assert len(await queue.held("m", ["i0"])) == 1
 
 
+async def test_an_instance_that_ended_leaves_the_group_unless_something_is_still_its(redis: Redis, keys: Keys) -> None:
+    queue = RequestQueue(redis, keys)
+    for instance_id in ("i0", "i1"):
+        await queue.take("m", instance_id, 1, 0)
+        await queue.take("m", instance_id, 1, 0)
+    await queue.put(queued("a"))
+    await queue.take("m", "i1", 1, 0)
+    for instance_id in ("i0", "i1"):
+        await queue.leave("m", instance_id)
+    consumers = await redis.xinfo_consumers(keys.queue("m", "normal"), "instances")
+    assert [consumer["name"] for consumer in consumers] == [b"i1"]
+    assert len(await queue.held("m", ["i1"])) == 1
+
+
 async def test_a_blocked_reader_wakes_when_a_request_comes(redis: Redis, keys: Keys) -> None:
     queue = RequestQueue(redis, keys)
     await queue.take("m", "i0", 1, 0)
