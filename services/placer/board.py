@@ -99,6 +99,16 @@ class Board:
         """The replicas that use any of the group's agents, in order of model and group."""
         return [self._replicas[key] for key in sorted({key for agent in group for key in self._by_agent[agent]})]
 
+    @property
+    def open_agents(self) -> list[Agent]:
+        """The agents on which something new may be placed."""
+        return [agent for agent in self.snapshot.agents.values() if not agent.cordoned and not agent.drained]
+
+    def usable(self, replica: Replica) -> bool:
+        """Whether a replica's agents are there and may serve more."""
+        agents = [self.snapshot.agents.get(agent_id) for agent_id in replica.group]
+        return all(agent is not None and not agent.cordoned and not agent.drained for agent in agents)
+
     def whole(self, replica: Replica) -> bool:
         """Whether all agents of a replica are there."""
         return all(agent_id in self.snapshot.agents for agent_id in replica.group)

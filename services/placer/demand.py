@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from services.placer.snapshot import Model, Rules
 
-_NO_LOAD = 0.01  # requests in progress; a forecast below this expects none
+_NO_LOAD = 0.1  # requests in progress; a mean below this leaves an instance idle nine tenths of the time, or more
 
 
 @dataclass(frozen=True)
 class Demand:
     """What a model needs."""
 
+    capacity: int  # requests that one instance carries
     mean: float  # forecast mean load, the highest of the windows that count
     peak: float  # forecast peak load, likewise
     foundation: int  # instances for the mean
@@ -28,8 +29,8 @@ class Demand:
 
     @property
     def burstiness(self) -> float:
-        """The share of the peak that is above the mean, 0 to 1."""
-        return (self.peak - self.mean) / self.peak if self.peak > 0 else 0.0
+        """The share of what its replicas carry that only the peak would fill, 0 to 1."""
+        return min(1.0, (self.peak - self.mean) / (self.replicas * self.capacity)) if self.replicas else 0.0
 
 
 def demand(model: Model, now_s: float, active: int, rules: Rules) -> Demand:
@@ -50,7 +51,7 @@ def demand(model: Model, now_s: float, active: int, rules: Rules) -> Demand:
     keep = max(wake, foundation, math.ceil(load / (rules.scale_down * model.capacity)))
     if model.max_replicas:
         wake, keep = min(wake, model.max_replicas), min(keep, model.max_replicas)
-    return Demand(mean, peak, foundation, replicas - foundation, wake, keep)
+    return Demand(model.capacity, mean, peak, foundation, replicas - foundation, wake, keep)
 
 
 def instances(load: float, capacity: int) -> int:

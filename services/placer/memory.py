@@ -31,7 +31,7 @@ class Memory:
     """Since when things are as they are, what loads took, and what failed. `now` is monotonic, in seconds."""
 
     _state_since: dict[Key, tuple[State, float]] = field(default_factory=dict)
-    _busy_at: dict[Key, float] = field(default_factory=dict)  # when an instance last had something to do
+    _busy_at: dict[Key, float] = field(default_factory=dict)  # when a replica last was loaded, woken or busy
     _waiting_since: dict[str, float] = field(default_factory=dict)
     _cold_load_s: dict[str, float] = field(default_factory=dict)
     _slots: dict[str, int] = field(default_factory=dict)
@@ -82,8 +82,8 @@ class Memory:
         if state is not replica.state:
             since = now
             self._state_since[replica.key] = (replica.state, now)
-            self._busy_at[replica.key] = now
-        if replica.running:
+        drained = state in (State.ACTIVE, State.DRAINING) and replica.state in (State.DRAINING, State.WARM)
+        if replica.running or (state is not replica.state and not drained):
             self._busy_at[replica.key] = now
         return replace(replica, in_state_s=now - since, idle_s=now - self._busy_at[replica.key])
 

@@ -11,7 +11,7 @@ from services.placer.prewarm import prewarm
 from services.placer.scores import Kind, Worth, worth, worths
 from services.placer.snapshot import Key, Model, Replica, Snapshot, State
 from services.placer.wake import Wish, choose
-from services.placer.words import count, names, share
+from services.placer.words import count, load, names, share
 from warmserve.v1 import common_pb2
 
 RULE = "published"
@@ -77,7 +77,7 @@ class _Planner:
             replicas = self._board.of(model.name)
             needed = demand(model, self._snapshot.now_s, len(_serving(replicas)), self._snapshot.rules)
             self._demands[model.name] = needed
-            self._worths |= worths(model, needed, replicas)
+            self._worths |= worths(model, needed, replicas, self._board.usable)
 
     # Instances
 
@@ -109,7 +109,7 @@ class _Planner:
         text = (
             f"{count(model.waiting + model.running, 'request')} in progress, {count(serving, 'instance')} for {carried}"
         )
-        return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text, worth(serving, model, needed))
+        return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text, worth(serving, model, needed).score)
 
     def _make_room(self, model: Model, wake: Wake, room: Room) -> None:
         place = names(wake.group)
@@ -162,11 +162,11 @@ class _Planner:
                 self._drain(replica, self._low_load(model, needed, replica, len(serving)))
 
     def _low_load(self, model: Model, needed: Demand, replica: Replica, serving: int) -> Reason:
-        load = model.waiting + model.running
-        if load == 0:
-            text = f"idle for {replica.idle_s:.1f} s, and mean load {needed.mean:.1f} is forecast"
+        in_progress = model.waiting + model.running
+        if in_progress == 0:
+            text = f"idle for {replica.idle_s:.1f} s, and mean load {load(needed.mean)} needs no instance"
         else:
-            text = f"load {load} needs {needed.keep} of {count(serving, 'instance')}"
+            text = f"load {in_progress} needs {needed.keep} of {count(serving, 'instance')}"
         return Reason(common_pb2.CAUSE_LOW_LOAD, text)
 
     # The answer to "why is my model cold?"
@@ -200,11 +200,11 @@ class _Planner:
         if not model.windows:
             need = "there is no forecast yet"
         elif not needed.replicas:
-            need = f"mean load {needed.mean:.1f} and peak {needed.peak:.1f} need no instance"
+            need = f"mean load {load(needed.mean)} and peak {load(needed.peak)} need no instance"
         else:
-            need = f"mean load {needed.mean:.1f} needs {count(needed.foundation, 'instance')}"
+            need = f"mean load {load(needed.mean)} needs {count(needed.foundation, 'instance')}"
             if needed.burst:
-                need += f", peak {needed.peak:.1f} needs {needed.burst} more"
+                need += f", peak {load(needed.peak)} needs {needed.burst} more"
         have = ", ".join(_stands(replica) for replica in replicas) or "nothing is resident"
         return f"{need}; {have}" + (f"; {obstacle}" if obstacle else "")
 

@@ -1,4 +1,4 @@
-"""Which replicas to warm and where: foundation replicas first, the most valuable first, over what is worth less."""
+"""Which replicas to warm and where: foundation replicas first, the most valuable first, over what scores less."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from services.placer.decisions import Action, Do, Reason
 from services.placer.demand import Demand
 from services.placer.groups import groups
 from services.placer.scores import Kind, Worth, ranked, worth
-from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, State
-from services.placer.words import count, names
+from services.placer.snapshot import GroupIds, Key, Model, Replica, State
+from services.placer.words import count, load, names
 from warmserve.v1 import common_pb2
 
-_MARGIN = 1.1  # what comes must be worth so much more than what goes, or the two would take turns
+_MARGIN = 1.5  # what comes must be worth so much more than what goes, or each forecast would turn the two round
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,14 @@ def prewarm(
 
 def _wanted(board: Board, demands: Mapping[str, Demand]) -> list[_Wanted]:
     wanted = []
-    open_ids = {agent.id for agent in _open(board)}
     for name, model in board.snapshot.models.items():
         demand = demands[name]
-        existing = ranked(r for r in board.of(name) if open_ids.issuperset(r.group))
+        existing = ranked(filter(board.usable, board.of(name)), board.usable)
         for rank in range(demand.replicas):
             own = existing[rank] if rank < len(existing) else None
             if own is None or (own.state is State.WARM and own.residency < 1):
                 wanted.append(_Wanted(worth(rank, model, demand), model, rank, own))
     return wanted
-
-
-def _open(board: Board) -> list[Agent]:
-    return [agent for agent in board.snapshot.agents.values() if not agent.cordoned and not agent.drained]
 
 
 def _place(board: Board, wanted: _Wanted, worths: Mapping[Key, Worth]) -> tuple[_Place | None, str]:
@@ -81,7 +76,7 @@ def _place(board: Board, wanted: _Wanted, worths: Mapping[Key, Worth]) -> tuple[
     if wanted.own is not None:
         possible = [wanted.own.group]
     else:
-        possible = [g for g in groups(_open(board), model.tp) if all(r.model != model.name for r in board.on(g))]
+        possible = [g for g in groups(board.open_agents, model.tp) if all(r.model != model.name for r in board.on(g))]
     if not possible:
         return None, f"no further group of {count(model.tp, 'agent')} can hold another replica"
     possible = [group for group in possible if (model.name, group) not in snapshot.refused]
@@ -93,7 +88,7 @@ def _place(board: Board, wanted: _Wanted, worths: Mapping[Key, Worth]) -> tuple[
     places = []
     for group in quiet:
         room = board.make_room(model, group, _sources(board, wanted, group, worths))
-        if room is not None and _worthwhile(room, wanted, worths):
+        if room is not None and room.cost * _MARGIN <= wanted.worth.score:
             places.append(_Place(group, room))
     if not places:
         return None, f"no room: everything resident is needed or worth more than its {wanted.worth.score:.2f} s"
@@ -101,23 +96,20 @@ def _place(board: Board, wanted: _Wanted, worths: Mapping[Key, Worth]) -> tuple[
 
 
 def _sources(board: Board, wanted: _Wanted, group: GroupIds, worths: Mapping[Key, Worth]) -> list[Source]:
-    sources = []
-    for replica in board.on(group):
-        if replica.state is State.WARM and replica.model != wanted.model.name:
-            other = worths.get(replica.key, Worth(Kind.SPARE, 0.0))
-            if Worth(other.kind, other.score * _MARGIN) < wanted.worth:
-                sources.append(Source(replica, Step.EVICT, other.score))
-    return sources
+    """Warm replicas that score less, except those that were loaded or served a moment ago."""
+    return [
+        Source(replica, Step.EVICT, _score(replica, worths))
+        for replica in board.on(group)
+        if replica.state is State.WARM
+        and replica.model != wanted.model.name
+        and replica.idle_s >= board.snapshot.rules.min_stay_s
+        and _score(replica, worths) * _MARGIN < wanted.worth.score
+    ]
 
 
-def _worthwhile(room: Room, wanted: _Wanted, worths: Mapping[Key, Worth]) -> bool:
-    """Whether what goes, taken together, is worth less than what comes."""
-    lost = 0.0
-    for replica, keep in room.evictions:
-        other = worths.get(replica.key, Worth(Kind.SPARE, 0.0))
-        if other.kind == wanted.worth.kind:
-            lost += other.score * (1 - keep / max(1, replica.resident))
-    return lost == 0 or lost * _MARGIN < wanted.worth.score
+def _score(replica: Replica, worths: Mapping[Key, Worth]) -> float:
+    known = worths.get(replica.key)
+    return known.score if known is not None else 0.0
 
 
 def _rank(board: Board, wanted: _Wanted, place: _Place, worths: Mapping[Key, Worth]) -> tuple[object, ...]:
@@ -148,9 +140,9 @@ def _chance(model: Model, worth_: Worth) -> float:
 def _reason(wanted: _Wanted, demand: Demand, group: GroupIds) -> Reason:
     kind = wanted.worth.kind
     need = (
-        f"mean load {demand.mean:.1f} needs {count(demand.foundation, 'instance')}"
+        f"mean load {load(demand.mean)} needs {count(demand.foundation, 'instance')}"
         if kind is Kind.FOUNDATION
-        else f"peak load {demand.peak:.1f} needs {demand.burst} more than the mean's {demand.foundation}"
+        else f"peak load {load(demand.peak)} needs {demand.burst} more than the mean's {demand.foundation}"
     )
     what = "completing" if wanted.own else "warming"
     text = f"{need}; {what} replica {wanted.rank + 1} of {demand.replicas} on {names(group)}"

@@ -76,7 +76,7 @@ class Replica:
     kv_pages: int = 0  # most KV pages it holds on one agent
     running: int = 0  # requests in progress
     in_state_s: float = 0.0  # how long it has been in this state
-    idle_s: float = 0.0  # how long it has had nothing to do
+    idle_s: float = 0.0  # since it was last loaded, woken or busy
     slots: int = 0  # requests it can run at a time, where it has told so
 
     @property

@@ -13,8 +13,9 @@ from services.placer.snapshot import GroupIds, Key, Model, Replica, State
 from services.placer.words import count, names, share
 from warmserve.v1 import common_pb2
 
-# Seconds that getting at an instance's pages takes besides what they are worth; they decide between equals.
-_DRAIN_IDLE_S = 0.1
+# Seconds that getting at an instance's pages costs besides what they are worth: of one that was used a moment ago, for
+# it will be used again; of one that has to finish requests.
+_DRAIN_IDLE_S = 1.0
 _AWAIT_BUSY_S = 1.0
 
 
@@ -24,7 +25,8 @@ class Wish:
 
     cause: common_pb2.Cause.ValueType
     text: str
-    limit: Worth | None = None  # of a further instance: only what is worth less is evicted, only long idle ones drain
+    limit: float | None = None  # of a further instance, its score: only what scores less is evicted for it, and only
+    # instances that have long been idle drain
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,9 @@ def choose(board: Board, model: Model, worths: Mapping[Key, Worth], wish: Wish) 
     snapshot = board.snapshot
     if not snapshot.agents:
         return _impossible(wish, common_pb2.CAUSE_NO_AGENT, "no agent is registered")
-    open_agents = [agent for agent in snapshot.agents.values() if not agent.cordoned and not agent.drained]
-    all_groups = groups(open_agents, model.tp)
+    all_groups = groups(board.open_agents, model.tp)
     if not all_groups:
-        return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _no_group(board, model, bool(open_agents)))
+        return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _no_group(board, model))
     tried = [group for group in all_groups if _possible(board, model, group)]
     usable = [group for group in tried if (model.name, group) not in snapshot.refused]
     candidates = []
@@ -89,7 +90,7 @@ def _sources(board: Board, model: Model, group: GroupIds, worths: Mapping[Key, W
         if replica.model == model.name:
             continue
         if replica.state in (State.WARM, State.WARMING):
-            if wish.limit is None or worth < wish.limit:
+            if wish.limit is None or worth.score < wish.limit:
                 sources.append(Source(replica, Step.EVICT, worth.score))
         elif replica.state is State.DRAINING:
             wait = _AWAIT_BUSY_S if replica.running else 0.0
@@ -97,7 +98,6 @@ def _sources(board: Board, model: Model, group: GroupIds, worths: Mapping[Key, W
         elif replica.state is State.ACTIVE and _may_go(board, replica):
             idle = not replica.running and not board.snapshot.models[replica.model].waiting
             if idle and (wish.limit is None or replica.idle_s >= board.snapshot.rules.max_wait_s):
-                # Of equals the one that has been idle for longest.
                 cost = worth.score + _DRAIN_IDLE_S / (1 + replica.idle_s)
                 sources.append(Source(replica, Step.DRAIN, cost))
             elif wish.limit is None and model.waited_s >= board.snapshot.rules.max_wait_s:
@@ -129,6 +129,8 @@ def _decide(candidate: _Candidate, model: Model, wish: Wish) -> Decision:
             text = f"its draining instance on {place} goes on"
         elif own is None:
             text = f"loading it on {place}, where nothing of it is resident"
+        elif found is State.WARMING:
+            text = f"it is being loaded on {place} and goes on to serve"
         else:
             text = f"waking the replica on {place}, {share(residency)} resident"
         estimate = (1 - residency) * model.cold_load_s if model.cold_load_measured or residency == 1 else None
@@ -146,8 +148,8 @@ def _impossible(wish: Wish, cause: common_pb2.Cause.ValueType, text: str) -> Dec
     return Decision(Wake(Outcome.IMPOSSIBLE, (), None, Reason(cause, f"{wish.text}; {text}")))
 
 
-def _no_group(board: Board, model: Model, any_open: bool) -> str:
-    if not any_open:
+def _no_group(board: Board, model: Model) -> str:
+    if not board.open_agents:
         return f"all {count(len(board.snapshot.agents), 'agent')} are cordoned, drained or stopping"
     return f"it needs {model.tp} agents side by side on one node, and no node has that many free to place on"
 

@@ -18,3 +18,8 @@ def share(part: float) -> str:
 def names(group: GroupIds) -> str:
     """A group's agents."""
     return "+".join(group)
+
+
+def load(requests: float) -> str:
+    """Requests in progress: "3.2", "0.02"."""
+    return f"{requests:.1f}" if requests >= 0.05 or requests == 0 else f"{requests:.1g}"

@@ -79,7 +79,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     return snapshot(agents, deployed, there)
 
 
-many = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @many

@@ -29,7 +29,7 @@ def test_scores_are_the_published_ones() -> None:
     spec = model("a", mean=9, peak=20, capacity=8, cold_load_s=3.0)
     made = plan(snapshot([agent(f"g{i}") for i in range(4)], [spec]))
     scores = [a.reason.score for a in made.actions]
-    burstiness = (20 - 9) / 20
+    burstiness = (20 - 9) / (3 * 8)  # the share of what three instances carry that only the peak fills
     assert scores == pytest.approx([3, 3 * math.exp(-1 / 3), 3 * math.exp(-2 / 3) * burstiness])
 
 
@@ -66,6 +66,20 @@ def test_what_is_worth_as_much_is_not_evicted() -> None:
     made = plan(snapshot([agent("g0")], [model("a", 40, mean=1), model("b", 40, mean=1)], there))
     assert made.actions == ()
     assert outlook(made, "b").reason.cause == common_pb2.CAUSE_NO_CAPACITY
+
+
+def test_a_cheap_foundation_replica_does_not_push_out_a_dear_burst_replica() -> None:
+    models = [model("dear", 40, mean=0, peak=9, cold_load_s=60), model("cheap", 40, mean=1, cold_load_s=1)]
+    assert plan(snapshot([agent("g0")], models, [replica("dear", "g0", pages=40)])).actions == ()
+    made = plan(snapshot([agent("g0")], models, [replica("cheap", "g0", pages=40)]))
+    assert done(made, Do.EVICT) == [("cheap", "g0")]
+
+
+def test_prewarming_does_not_undo_at_once_what_was_just_loaded() -> None:
+    models = [model("old", 40), model("new", 40, mean=2)]
+    just = replica("old", "g0", pages=40, idle_s=1.0)
+    assert plan(snapshot([agent("g0")], models, [just])).actions == ()
+    assert len(plan(snapshot([agent("g0")], models, [replica("old", "g0", pages=40, idle_s=2.0)])).actions) == 2
 
 
 def test_models_likely_to_be_woken_together_do_not_share() -> None:
@@ -163,6 +177,14 @@ def test_nothing_new_on_a_cordoned_agent() -> None:
     assert made.actions == ()
     assert made.wakes["b"].outcome is Outcome.IMPOSSIBLE
     assert "cordoned" in made.wakes["b"].reason.text
+
+
+def test_a_replica_on_a_cordoned_agent_does_not_make_its_successor_a_spare_one() -> None:
+    models = [model("a", 1, mean=0.5, peak=3, capacity=1), model("c", 48, mean=0.5, capacity=1, cold_load_s=2)]
+    there = [replica("c", "g0", pages=48), replica("c", "g1", pages=48)]
+    made = plan(snapshot([agent("g0", cordoned=True), agent("g1")], models, there))
+    assert made.actions == ()
+    assert "1 is warm on g1" in outlook(made, "c").reason.text
 
 
 def test_a_group_that_lost_an_agent_is_cleared_away() -> None:
