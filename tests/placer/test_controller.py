@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+from pathlib import Path
 
 import grpc
 import pytest
 from redis.asyncio import Redis
 
+from launcher.backing import Backing, start_etcd
+from launcher.ports import free_port
 from services.common.queues import RequestQueue
-from tests.placer.peers import ACTIVE, DRAINING, PAGE, WARM, WARMING, Cluster, Peers, Watch, running_placer
+from tests.placer.peers import ACTIVE, DRAINING, PAGE, WARM, WARMING, Cluster, Peers, Watch, running_placer, watching
 from warmserve.cluster.events import EventStream
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
@@ -335,3 +339,35 @@ async def test_an_unknown_model_gets_the_nearest_names(cluster: Cluster, watch: 
         assert answer.state == COLD
         assert answer.reason.cause == common_pb2.CAUSE_NO_AGENT
         assert not answer.HasField("group")
+
+
+async def test_while_etcd_is_away_nothing_is_placed_and_afterwards_it_goes_on(
+    tmp_path: Path, redis_server: Backing, keys: Keys
+) -> None:
+    port = free_port()
+    etcd = start_etcd(tmp_path / "data", tmp_path / "log", port)
+    cluster = Cluster(etcd, redis_server, keys)
+    store = Store([etcd.address])
+    peers = Peers(cluster)
+    agent = await peers.add("g0")
+    for name in ("a", "b"):
+        await store.put(keys.model(name), spec(name))
+    async with running_placer(cluster) as placer, watching(store, keys) as watch:
+        await watch.led_by("p0")
+        await wake(placer, "a")
+        await watch.active("a")
+        etcd.child.process.send_signal(signal.SIGKILL)
+        etcd.child.process.wait()
+        while await status(wake(placer, "b")) == grpc.StatusCode.OK:
+            await asyncio.sleep(0.01)  # it has not noticed yet
+        assert agent.shards["a"].state == ACTIVE
+        orders = list(agent.orders)
+        assert await status(wake(placer, "b")) in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
+        assert agent.orders == orders
+        etcd = start_etcd(tmp_path / "data", tmp_path / "log", port)
+        while await status(wake(placer, "b")) != grpc.StatusCode.OK:
+            await asyncio.sleep(0.05)
+        await until(lambda: "b" in agent.shards and agent.shards["b"].state == ACTIVE)
+    await peers.close()
+    await store.close()
+    etcd.child.stop(5)
