@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextlib
 import difflib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -30,6 +32,8 @@ from warmserve.v1 import cluster_pb2, common_pb2, placement_pb2, placement_pb2_g
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _log = logger(__name__)
+_ELECTED_S = 1.0
+_BEGIN_S = 2.0  # longest time between being elected and leading
 _LEADING = Gauge("warmserve_placer_leading", "1 while this placer leads")
 _WAKES = Counter("warmserve_placer_wake_calls", "Calls of WakeModel, by the state answered", ["state"])
 _DEPLOYS = Counter("warmserve_placer_deploy_calls", "Calls of DeployModel, by their end", ["outcome"])
@@ -46,9 +50,13 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         self._announcer = Announcer(mirrors, node.events, self._queue)
         self._deployer = Deployer(node.store, node.keys)
         self._controller: Controller | None = None
+        self._elected = asyncio.Event()
+        self._address = ""
 
     async def lead(self, address: str) -> None:
         """Campaigns, leads until the lease or the election is lost, and campaigns again, until node.stop is set."""
+        self._address = address
+        self._address = address
         record = cluster_pb2.LeaderRecord(id=self._settings.id, address=address)
         election = Election(self._node.session, self._node.keys.placer_leader(), record)
         stopped = asyncio.create_task(self._node.stop.wait(), name="placer stops")
@@ -70,12 +78,14 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
             asyncio.create_task(self._announcer.drop_queues(), name="queues of undeployed models"),
         ]
         self._controller = controller
+        self._elected.set()
         self._announcer.leading = True
         _LEADING.set(1)
         try:
             done, _ = await asyncio.wait([*work, stopped], return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._controller = None
+            self._elected.clear()
             self._announcer.leading = False
             _LEADING.set(0)
             await end_tasks(work)
@@ -89,7 +99,7 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         self, request: placement_pb2.DeployModelRequest, context: Context
     ) -> AsyncIterator[placement_pb2.DeployModelResponse]:
         """Deploys a model."""
-        self._leading()
+        await self._leading()
         try:
             async for response in self._deployer.deploy(request.spec, self._mirrors.records()):
                 if response.HasField("spec"):
@@ -106,7 +116,7 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         self, request: placement_pb2.WakeModelRequest, context: Context
     ) -> placement_pb2.WakeModelResponse:
         """Sees to it that an instance is active or on its way."""
-        controller = self._leading()
+        controller = await self._leading()
         try:
             await self._know(request.model)
             snapshot, plan = await controller.wake(request.model, request.waiting_requests)
@@ -133,7 +143,13 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise StatusError(grpc.StatusCode.NOT_FOUND, f"no model named {model!r} is deployed{hint}")
 
-    def _leading(self) -> Controller:
+    async def _leading(self) -> Controller:
+        """The leadership in progress. Raises StatusError where this placer stands by."""
+        if self._controller is None and self._mirrors.leader_address == self._address:
+            # Elected, and etcd told others before it told us; or the lease has just been lost.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ELECTED_S):
+                    await self._elected.wait()
         if self._controller is None:
             raise self._not_leading()
         return self._controller
