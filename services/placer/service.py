@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextlib
 import difflib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -32,8 +31,7 @@ from warmserve.v1 import cluster_pb2, common_pb2, placement_pb2, placement_pb2_g
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _log = logger(__name__)
-_ELECTED_S = 1.0
-_BEGIN_S = 2.0  # longest time between being elected and leading
+_ELECTED_S = 2.0  # longest time between being elected and leading
 _LEADING = Gauge("warmserve_placer_leading", "1 while this placer leads")
 _WAKES = Counter("warmserve_placer_wake_calls", "Calls of WakeModel, by the state answered", ["state"])
 _DEPLOYS = Counter("warmserve_placer_deploy_calls", "Calls of DeployModel, by their end", ["outcome"])
@@ -55,7 +53,6 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
 
     async def lead(self, address: str) -> None:
         """Campaigns, leads until the lease or the election is lost, and campaigns again, until node.stop is set."""
-        self._address = address
         self._address = address
         record = cluster_pb2.LeaderRecord(id=self._settings.id, address=address)
         election = Election(self._node.session, self._node.keys.placer_leader(), record)
