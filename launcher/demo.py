@@ -21,9 +21,9 @@ from launcher.up import deployed_models
 # Each of the three models has 70 MiB. An arena has room for one of them and, in the quarter that the placer leaves for
 # it, KV cache: two agents for three models, so whether a model is warm when its turn comes is the forecast's doing.
 _ARENA_BYTES = 94 << 20
-_PERIOD_S = 12.0  # in which each model has its turn
+_PERIOD_S = 18.0  # in which each model has its turn
 _WINDOW_S = 1.0
-_LOOKAHEAD_S = 3.0  # less than the two turns between one model's own
+_LOOKAHEAD_S = 4.0  # less than the two turns between one model's own
 _TRACE_START_S = 60.0  # Azure's begins with a quiet minute
 _TIMEOUT_S = 60.0
 _SEED = 7
