@@ -114,6 +114,7 @@ class PeerAgent:
         self.report = True  # False: takes requests and says nothing
         self.hold_at: int | None = None  # offset before which sequences wait for `go`
         self.go = asyncio.Event()
+        self.drops_at = -1  # the token at which it drops a first attempt without being asked
         self.finish = inference_pb2.FINISH_REASON_STOP
         self.error = ""
         self.links: dict[str, _Link] = {}
@@ -195,6 +196,8 @@ class PeerAgent:
                 last = offset == len(self.answer) - 1
                 full = offset + 1 == request.sampling.max_tokens
                 finish = self.finish if last else inference_pb2.FINISH_REASON_LENGTH if full else 0
+                if offset == self.drops_at and not request.attempt:
+                    finish = inference_pb2.FINISH_REASON_CANCELLED
                 tokens = [self.answer[offset]]
                 link.send(agent_pb2.SequenceUpdate(**head, token_ids=tokens, offset=offset, finish_reason=finish))
                 if finish:

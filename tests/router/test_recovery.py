@@ -177,14 +177,12 @@ async def test_a_failing_instance_is_tried_elsewhere_and_then_told_to_the_client
 
 async def test_a_sequence_dropped_without_being_asked_for_goes_on(cluster: Cluster) -> None:
     await cluster.deploy()
-    agent = await cluster.agent(answer=cluster.answer[:3])
-    agent.finish = inference_pb2.FINISH_REASON_CANCELLED
+    agent = await cluster.agent(answer=cluster.answer)
+    agent.drops_at = 2
     await agent.activate("m")
     router = await cluster.router()
-    call = asyncio.create_task(gathered(router.generate()))
-    await until(lambda: len(agent.taken) == 1, "it is taken")
-    agent.answer, agent.finish = cluster.answer, inference_pb2.FINISH_REASON_STOP
-    text, tokens, *_ = await call
+    text, tokens, *_ = await gathered(router.generate())
+    assert len(agent.taken) == 2
     assert text == ANSWER
     assert tokens == cluster.answer
 
