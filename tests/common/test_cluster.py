@@ -36,14 +36,6 @@ async def test_create_writes_once_and_recognises_its_own_value(store: Store, key
     assert entry.create_revision == first
 
 
-async def test_replace_refuses_what_changed_since_it_was_read(store: Store, keys: Keys) -> None:
-    await store.put(keys.model("a"), spec("a"))
-    entry = await store.get(keys.model("a"), cluster_pb2.ModelSpec)
-    assert entry is not None
-    assert await store.replace(entry, spec("a", tp=2))
-    assert not await store.replace(entry, spec("a", tp=4))
-
-
 async def test_values_are_json_that_people_can_read(store: Store, keys: Keys) -> None:
     await store.put(keys.model("a"), spec("a", tp=2))
     [change], _ = await store.snapshot(keys.models())

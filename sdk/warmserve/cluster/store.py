@@ -153,20 +153,6 @@ class Store:
 
         return await self._call(transaction)
 
-    async def replace(self, entry: Entry[M], message: Message) -> bool:
-        """Writes over exactly the version that was read. False where it has changed since."""
-
-        async def transaction(client: aetcd.Client) -> bool:
-            parts = client.transactions
-            ok, _ = await client.transaction(
-                compare=[parts.mod(entry.key.encode()) == entry.mod_revision],
-                success=[parts.put(entry.key.encode(), encode(message))],
-                failure=[],
-            )
-            return bool(ok)
-
-        return await self._call(transaction)
-
     async def put_if_held(self, key: str, message: Message, held_key: str, create_revision: int) -> bool:
         """Writes a value only while `held_key` is the one created at `create_revision` (fencing of leaders)."""
 
