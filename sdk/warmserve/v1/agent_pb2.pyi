@@ -329,7 +329,7 @@ Global___EvictReplicaResponse: _TypeAlias = EvictReplicaResponse  # noqa: Y015
 
 @_typing.final
 class QueuedRequest(_message.Message):
-    """A request as it waits in Redis, in stream `queue:{model}:{priority}`, field `request`."""
+    """A request for one answer as it waits in Redis, in stream `queue:{model}:{priority}`, field `request`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -345,7 +345,7 @@ class QueuedRequest(_message.Message):
     ARRIVED_UNIX_MS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request's id, unique in the cluster."""
+    """The request's id, unique in the cluster; where a client asks for several answers, each is a request of its own."""
     model: _builtins.str
     """The model."""
     attempt: _builtins.int
@@ -484,6 +484,7 @@ class SequenceUpdate(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     attempt: _builtins.int
@@ -495,10 +496,14 @@ class SequenceUpdate(_message.Message):
     finish_reason: _inference_pb2.FinishReason.ValueType
     """Set when the sequence has ended."""
     error: _builtins.str
-    """What went wrong, with FINISH_REASON_ERROR."""
+    """What went wrong, with FINISH_REASON_ERROR and FINISH_REASON_REFUSED."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens, in order; empty in the first update, which says that an instance has taken the request."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprob]:
+        """One for each of token_ids, where the request asks for them."""
 
     def __init__(
         self,
@@ -510,10 +515,11 @@ class SequenceUpdate(_message.Message):
         offset: _builtins.int = ...,
         finish_reason: _inference_pb2.FinishReason.ValueType = ...,
         error: _builtins.str = ...,
+        logprobs: _abc.Iterable[_inference_pb2.TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "finish_reason", b"finish_reason", "instance_id", b"instance_id", "offset", b"offset", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "finish_reason", b"finish_reason", "instance_id", b"instance_id", "logprobs", b"logprobs", "offset", b"offset", "request_id", b"request_id", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,7 +53,7 @@ class InferenceServiceServicer(object):
 
     def Generate(self, request, context):
         """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
-        ends with exactly one `finished`. Cancelling the call cancels the request; the call's deadline is the request's.
+        ends with exactly one `finished` for each answer asked for. Cancelling the call cancels the request; the call's deadline is the request's.
         Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
         RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
         programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.

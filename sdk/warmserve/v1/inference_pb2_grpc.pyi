@@ -35,7 +35,7 @@ class InferenceServiceStub:
     def __new__(cls, channel: _aio.Channel) -> InferenceServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
-    ends with exactly one `finished`. Cancelling the call cancels the request; the call's deadline is the request's.
+    ends with exactly one `finished` for each answer asked for. Cancelling the call cancels the request; the call's deadline is the request's.
     Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
     RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
     programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.
@@ -50,7 +50,7 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
-    ends with exactly one `finished`. Cancelling the call cancels the request; the call's deadline is the request's.
+    ends with exactly one `finished` for each answer asked for. Cancelling the call cancels the request; the call's deadline is the request's.
     Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
     RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
     programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.
@@ -68,7 +68,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
-        ends with exactly one `finished`. Cancelling the call cancels the request; the call's deadline is the request's.
+        ends with exactly one `finished` for each answer asked for. Cancelling the call cancels the request; the call's deadline is the request's.
         Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
         RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
         programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.
