@@ -17,9 +17,16 @@ LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8
 
 
 def plain(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int | None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """query (tokens, heads, dim); keys and values (all tokens, kv_heads, dim)."""
+    """query (tokens, heads, dim); keys and values (all tokens, kv_heads, dim); sinks (heads,). In float64."""
+    query, keys, values = query.double(), keys.double(), values.double()
     groups = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     rows = []
@@ -28,15 +35,35 @@ def plain(
         first = 0 if window is None else max(0, position - window + 1)
         k, v = keys[first : position + 1], values[first : position + 1]
         scores = torch.einsum("hd,thd->ht", q, k) * 0.3
-        rows.append(torch.einsum("ht,thd->hd", scores.softmax(-1), v))
-    return torch.stack(rows)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        exponentials = scores.exp()
+        total = exponentials.sum(-1, keepdim=True)
+        if sinks is not None:
+            total = total + sinks.double().exp()[:, None]
+        rows.append(torch.einsum("ht,thd->hd", exponentials / total, v))
+    return torch.stack(rows).float()
 
 
+# Scores are about 1, so such a cap bends them and such sinks take much of the weight.
+FEATURES: dict[str, tuple[float | None, bool]] = {
+    "plain": (None, False),
+    "softcap": (0.8, False),
+    "sinks": (None, True),
+    "both": (0.8, True),
+}
+
+
+@pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 100])
 @pytest.mark.parametrize("heads", [2, 6])
-@pytest.mark.parametrize("seed", range(3))
-def test_equals_plain_attention(window: int | None, heads: int, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2))
+def test_equals_plain_attention(window: int | None, heads: int, seed: int, features: str) -> None:
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
+    softcap, has_sinks = FEATURES[features]
+    sinks = torch.randn(heads) + 1 if has_sinks else None
+    extra = {"softcap": softcap, "s_aux": sinks}
     rng = random.Random(seed)
     memory = arena(16, page_bytes=4096)
     memory.kv_view(torch.uint8).fill_(0xFF)  # NaN, as another model's weights may look
@@ -64,11 +91,17 @@ def test_equals_plain_attention(window: int | None, heads: int, seed: int) -> No
                 new[1].transpose(0, 1)[None],
                 0.3,
                 window,
-                {},
+                extra,
             )
             expected = [
                 plain(
-                    q, kv[i][layer, 0, : done[i] + counts[i]], kv[i][layer, 1, : done[i] + counts[i]], done[i], window
+                    q,
+                    kv[i][layer, 0, : done[i] + counts[i]],
+                    kv[i][layer, 1, : done[i] + counts[i]],
+                    done[i],
+                    window,
+                    softcap,
+                    sinks,
                 )
                 for i, q in zip(some, queries, strict=True)
             ]

@@ -11,7 +11,8 @@ import torch
 import transformers as tf
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from services.gpu_agent.engine.model import UnsupportedArchitecture, inspect_model
+from services.gpu_agent.engine.attention import LayerAttention
+from services.gpu_agent.engine.model import UnsupportedArchitecture, inspect_attention, inspect_model
 from tests.gpu_agent.serving import arena, generate, greedy, prompt, run, serve, tokens_of
 
 SMALL = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
@@ -38,6 +39,8 @@ SERVED: dict[str, Callable[[], Any]] = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "llama3_rope": lambda: tf.LlamaConfig(**SMALL, **HEADS, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "gemma2": lambda: tf.Gemma2Config(**SMALL, **HEADS, sliding_window=6, attn_logit_softcapping=2.0),
+    "gpt_oss": lambda: tf.GptOssConfig(**SMALL, **HEADS, sliding_window=6, num_local_experts=4, num_experts_per_tok=2),
     "granite": lambda: tf.GraniteConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, logits_scaling=3.0),
 }
 
@@ -75,8 +78,6 @@ def test_other_architectures_give_the_same_tokens(kind: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (tf.Gemma2Config(**SMALL, **HEADS), "softcap"),
-        (tf.GptOssConfig(**SMALL, **HEADS), "s_aux"),
         (tf.MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2), "recurrent state"),
         (tf.BertConfig(**SMALL, num_attention_heads=4), "not causal|logits of chosen tokens"),
         (tf.FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), "cannot build"),
@@ -104,6 +105,15 @@ def test_facts_of_the_kv_cache() -> None:
     assert (spec.layers, spec.kv_heads, spec.head_dim, spec.dtype) == (3, 2, 8, torch.bfloat16)
     assert spec.bytes_per_token == 2 * 3 * 2 * 8 * 2
     assert spec.block_bytes == 16 * spec.bytes_per_token
+
+
+def test_facts_of_the_attention() -> None:
+    gemma2 = tf.Gemma2Config(**SMALL, **HEADS, sliding_window=6, attn_logit_softcapping=30.0, query_pre_attn_scalar=16)
+    sliding, full, _ = inspect_attention(gemma2)
+    assert sliding == LayerAttention(0, 4, 2, 8, window=6, softcap=30.0, sinks=False, scaling=0.25)
+    assert full == LayerAttention(1, 4, 2, 8, window=None, softcap=30.0, sinks=False, scaling=0.25)
+    first = inspect_attention(tf.GptOssConfig(**SMALL, **HEADS, sliding_window=6))[0]
+    assert first == LayerAttention(0, 4, 2, 8, window=6, softcap=None, sinks=True, scaling=8**-0.5)
 
 
 def test_inspecting_does_not_change_the_config() -> None:

@@ -60,6 +60,25 @@ AttentionInterface.register(ATTENTION, paged_attention)
 
 
 @dataclass(frozen=True)
+class LayerAttention:
+    """What one layer's attention is, beside its numbers: enough to choose and to capture kernels for it.
+
+    A token at position p sees positions (p - window, p], with no window all up to p. Scores are scaling * q.k, then
+    with a softcap c they are c * tanh(score / c). With sinks, one learned score per head (`s_aux` in Attend's keyword
+    arguments, (heads,)) takes part in the softmax and has no value.
+    """
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    softcap: float | None
+    sinks: bool
+    scaling: float
+
+
+@dataclass(frozen=True)
 class Span:
     """The tokens of one sequence in a step: positions [start, start + length), its KV in `blocks`."""
 
@@ -124,26 +143,34 @@ class PagedStep:
         groups, runs = self._plans[sliding_window]
         _, heads, tokens, head_dim = query.shape
         kv_heads = key.shape[1]
+        softcap: float | None = extra.get("softcap")
+        sinks: torch.Tensor | None = extra.get("s_aux")
         by_token = query[0].transpose(0, 1)
         output = query.new_empty(tokens, heads, head_dim)
         for group in groups:
             keys, values = self._kv.read(layer, group.index)
             # The query heads that share a KV head are rows of one small matrix, so keys need not be repeated.
             grouped = by_token[group.rows].reshape(len(group.rows), kv_heads, heads // kv_heads, head_dim)
-            attended = scaled_dot_product_attention(
-                grouped, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=group.mask, scale=scaling
+            attended = _attention(
+                grouped,
+                keys.transpose(1, 2),
+                values.transpose(1, 2),
+                group.mask,
+                scaling,
+                softcap,
+                None if sinks is None else sinks.view(1, kv_heads, heads // kv_heads, 1),
             )
             output[group.rows] = attended.reshape(len(group.rows), heads, head_dim)
         for run in runs:
             keys, values = self._kv.read(layer, run.index)
-            attended = scaled_dot_product_attention(
+            attended = _attention(
                 query[:, :, run.begin : run.end],
                 keys[:, : run.keys].transpose(1, 2),
                 values[:, : run.keys].transpose(1, 2),
-                attn_mask=run.mask,
-                is_causal=run.mask is None,
-                scale=scaling,
-                enable_gqa=heads != kv_heads,
+                run.mask,
+                scaling,
+                softcap,
+                None if sinks is None else sinks.view(1, heads, 1, 1),
             )
             output[run.begin : run.end] = attended[0].transpose(0, 1)
         return output.unsqueeze(0)
@@ -190,6 +217,36 @@ class PagedStep:
         if span.start > 0 or (window is not None and window < span.length):
             mask = _sees(torch.arange(span.start, end)[:, None], torch.arange(first, end)[None, :], window)
         return _Run(row, row + span.length, self._kv.block_index(torch.tensor([blocks])), end - first, mask)
+
+
+def _attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """query (sequences, heads, rows, head_dim); keys, values (sequences, kv_heads, keys, head_dim); sinks as scores.
+
+    Without a mask it is causal, with as many keys as rows. torch has no kernel with soft-capping or sinks on the CPU.
+    """
+    groups = query.shape[1] // keys.shape[1]
+    if softcap is None and sinks is None:
+        return scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
+        )
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    scores = (query @ keys.transpose(2, 3)).float() * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = torch.ones(scores.shape[2:], dtype=torch.bool).tril() if mask is None else mask
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().expand(*scores.shape[:3], 1)], dim=3)
+    shares = scores.softmax(dim=3)[..., : keys.shape[2]]
+    return shares.to(values.dtype) @ values
 
 
 def _sees(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:

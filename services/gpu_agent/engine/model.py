@@ -5,44 +5,43 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from services.gpu_agent.arena.arena import WeightRange
-from services.gpu_agent.engine.attention import ATTENTION, PagedStep, attending
+from services.gpu_agent.engine.attention import ATTENTION, LayerAttention, PagedStep, attending
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.weights.layout import ImageLayout
 
-# What transformers passes to attention functions for information; everything else changes the result.
-_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits"}
+# What transformers passes to attention functions for information (is_causal is looked at by itself).
+_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_router_logits", "is_causal"}
+# What changes it and is computed by the engine.
+_COMPUTED = {"softcap", "s_aux"}
 # Layers whose mask is the causal one, or that within the window passed to the attention function.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # These recompute their frequencies from the longest sequence of a batch.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _PROBE_TOKENS = 8
+# Mixtures of experts: one grouped GEMM over the tokens sorted by expert. It waits for nothing from the GPU, so that it
+# can be captured, and is exact on the CPU too; on the meta device torch has it for bfloat16 only.
+_EXPERTS = "grouped_mm"
+_PROBED_EXPERTS = "batched_mm"
 
 
 class UnsupportedArchitecture(ValueError):
     """The engine would not compute what transformers does; the message says why."""
 
 
-@dataclass(frozen=True)
-class _LayerFacts:
-    layer: int
-    kv_heads: int
-    head_dim: int
-    window: int | None
-
-
 class BoundModel:
     """A model whose parameters are the arena's memory. Its weights must be resident while it computes."""
 
-    def __init__(self, module: PreTrainedModel, kv_spec: KvSpec) -> None:
+    def __init__(self, module: PreTrainedModel, kv_spec: KvSpec, attention: tuple[LayerAttention, ...]) -> None:
         self.module = module
         self.kv_spec = kv_spec
+        self.attention = attention
+        """What each layer's attention is, in layer order."""
         self.vocab_size: int = module.get_input_embeddings().num_embeddings
 
     @torch.inference_mode()
@@ -64,7 +63,12 @@ def inspect_model(config: Any, dtype: torch.dtype, block_tokens: int = 16) -> Kv
 
     Raises UnsupportedArchitecture where the engine cannot serve it.
     """
-    return _kv_spec(_on_meta(config), dtype, block_tokens)
+    return _kv_spec(inspect_attention(config), dtype, block_tokens)
+
+
+def inspect_attention(config: Any) -> tuple[LayerAttention, ...]:
+    """What attention each of a model's layers does, in layer order. Needs no memory; raises UnsupportedArchitecture."""
+    return _layers(_on_meta(config))
 
 
 def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_tokens: int = 16) -> BoundModel:
@@ -73,12 +77,12 @@ def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_to
     The binding is made once and outlives eviction and reload. Raises UnsupportedArchitecture.
     """
     module = _on_meta(config)
-    kv_spec = _kv_spec(module, layout.dtype, block_tokens)
+    attention = _layers(module)
     # Before the parameters are bound: transformers' initialisation then finds them on the meta device, where writing
     # random numbers to them does nothing.
     _fill_buffers(module)
     _bind(module, layout, weights)
-    return BoundModel(module, kv_spec)
+    return BoundModel(module, _kv_spec(attention, layout.dtype, block_tokens), attention)
 
 
 def _on_meta(config: Any) -> PreTrainedModel:
@@ -97,7 +101,11 @@ def _on_meta(config: Any) -> PreTrainedModel:
     return module.eval()
 
 
-def _kv_spec(module: PreTrainedModel, dtype: torch.dtype, block_tokens: int) -> KvSpec:
+def _kv_spec(attention: tuple[LayerAttention, ...], dtype: torch.dtype, block_tokens: int) -> KvSpec:
+    return KvSpec(len(attention), attention[0].kv_heads, attention[0].head_dim, dtype, block_tokens)
+
+
+def _layers(module: PreTrainedModel) -> tuple[LayerAttention, ...]:
     _check_config(module)
     facts = _probe(module)
     name = type(module).__name__
@@ -107,8 +115,7 @@ def _kv_spec(module: PreTrainedModel, dtype: torch.dtype, block_tokens: int) -> 
     if len(shapes) != 1:
         raise UnsupportedArchitecture(f"{name} has layers with different KV heads: {sorted(shapes)}")
     _check_windows(module, [fact.window for fact in facts])
-    kv_heads, head_dim = shapes.pop()
-    return KvSpec(len(facts), kv_heads, head_dim, dtype, block_tokens)
+    return tuple(facts)
 
 
 def _check_config(module: PreTrainedModel) -> None:
@@ -132,9 +139,9 @@ def _check_config(module: PreTrainedModel) -> None:
         raise UnsupportedArchitecture(f"{name} uses rotary embeddings that depend on the batch: {batch_dependent}")
 
 
-def _probe(module: PreTrainedModel) -> list[_LayerFacts]:
+def _probe(module: PreTrainedModel) -> list[LayerAttention]:
     """Runs a forward pass on the meta device and notes what reaches the attention function."""
-    facts: list[_LayerFacts] = []
+    facts: list[LayerAttention] = []
 
     def attend(
         layer: torch.nn.Module,
@@ -145,7 +152,7 @@ def _probe(module: PreTrainedModel) -> list[_LayerFacts]:
         sliding_window: int | None,
         extra: dict[str, Any],
     ) -> torch.Tensor:
-        unknown = sorted(n for n, v in extra.items() if v is not None and n not in _HARMLESS and n != "is_causal")
+        unknown = sorted(n for n, v in extra.items() if v is not None and n not in _HARMLESS | _COMPUTED)
         if unknown:
             raise UnsupportedArchitecture(f"its attention needs {', '.join(unknown)}, which the engine does not have")
         if not extra.get("is_causal", getattr(layer, "is_causal", True)):
@@ -155,15 +162,33 @@ def _probe(module: PreTrainedModel) -> list[_LayerFacts]:
                 f"its queries, keys and values have the shapes {tuple(query.shape)}, {tuple(key.shape)} and "
                 f"{tuple(value.shape)}; keys and values must be alike, with the head size of the queries"
             )
-        facts.append(_LayerFacts(int(layer.layer_idx), key.shape[1], key.shape[3], sliding_window))  # type: ignore[arg-type]
+        sinks = extra.get("s_aux")
+        if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
+            raise UnsupportedArchitecture(
+                f"its attention sinks have the shape {tuple(sinks.shape)}; one number per head is what the engine has"
+            )
+        facts.append(
+            LayerAttention(
+                layer=int(layer.layer_idx),  # type: ignore[arg-type]  # modules' attributes are untyped
+                heads=query.shape[1],
+                kv_heads=key.shape[1],
+                head_dim=key.shape[3],
+                window=sliding_window,
+                softcap=extra.get("softcap"),
+                sinks=sinks is not None,
+                scaling=scaling if scaling is not None else key.shape[3] ** -0.5,
+            )
+        )
         return query.transpose(1, 2).contiguous()
 
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta")
     positions = torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta")
     rows = torch.zeros(2, dtype=torch.long, device="meta")
     try:
+        _set_experts(module, _PROBED_EXPERTS)
         with attending(attend), torch.inference_mode():
             module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
+        _set_experts(module, _EXPERTS)
     except UnsupportedArchitecture as error:
         raise UnsupportedArchitecture(f"{type(module).__name__} cannot be served: {error}") from error
     except Exception as error:  # foreign code: whatever it raises means that it does not fit
@@ -172,6 +197,11 @@ def _probe(module: PreTrainedModel) -> list[_LayerFacts]:
             f"{_brief(error)}"
         ) from error
     return facts
+
+
+def _set_experts(module: PreTrainedModel, implementation: str) -> None:
+    if module._can_set_experts_implementation():
+        module.set_experts_implementation(implementation)
 
 
 def _check_windows(module: PreTrainedModel, windows: list[int | None]) -> None:

@@ -20,7 +20,7 @@ from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Pro
 from services.gpu_agent.weights.layout import ImageLayout, TensorPlace
 from services.gpu_agent.weights.safetensors_files import read_pieces
 
-_FORMAT = 1
+_FORMAT = 2  # 2: the matrices of a layer before its vectors, a dtype for each tensor
 _UNFINISHED = ".unfinished"
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

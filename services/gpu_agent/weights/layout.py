@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,10 @@ class TensorPlace:
 class ImageLayout:
     """The places of a model's tensors in layer order, so that a resident prefix of pages is a prefix of the layers.
 
-    `aliases` leads from a tied tensor's other names to the one that has a place.
+    Within a layer the matrices come first, in the order of the modules, then the vectors (biases, norms): the weights
+    of siblings such as q, k and v lie side by side, and so do their biases (see `fused`). `dtype` is what the model is
+    served in; a few tensors that would lose too much in it have float32 places. `aliases` leads from a tied tensor's
+    other names to the one that has a place.
     """
 
     page_bytes: int
@@ -67,7 +70,9 @@ class ImageLayout:
         return {
             "page_bytes": self.page_bytes,
             "dtype": _dtype_name(self.dtype),
-            "tensors": [[place.name, list(place.shape), place.offset] for place in self.tensors],
+            "tensors": [
+                [place.name, _dtype_name(place.dtype), list(place.shape), place.offset] for place in self.tensors
+            ],
             "aliases": dict(self.aliases),
         }
 
@@ -75,14 +80,21 @@ class ImageLayout:
     def from_json(cls, value: Mapping[str, Any]) -> ImageLayout:
         """Reads what to_json wrote. ValueError, KeyError or TypeError where it is something else."""
         dtype = SERVING_DTYPES[value["dtype"]]
-        places = tuple(TensorPlace(name, dtype, tuple(shape), offset) for name, shape, offset in value["tensors"])
+        places = tuple(
+            TensorPlace(name, SERVING_DTYPES[own_dtype], tuple(shape), offset)
+            for name, own_dtype, shape, offset in value["tensors"]
+        )
         return cls(value["page_bytes"], dtype, places, dict(value["aliases"]))
 
 
 def plan_layout(
-    shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str], dtype: torch.dtype, page_bytes: int
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, str],
+    dtype: torch.dtype,
+    page_bytes: int,
+    float32: Collection[str] = (),
 ) -> ImageLayout:
-    """Places tensors, given in the order of the model's modules.
+    """Places tensors, given in the order of the model's modules; those named in `float32` keep that dtype.
 
     First what comes before the layers, then layer by layer, then what comes after them; each begins at a multiple of
     ALIGNMENT bytes.
@@ -92,10 +104,34 @@ def plan_layout(
     places = []
     offset = 0
     for name in _layer_order(shapes):
-        place = TensorPlace(name, dtype, tuple(shapes[name]), offset)
+        place = TensorPlace(name, torch.float32 if name in float32 else dtype, tuple(shapes[name]), offset)
         places.append(place)
         offset = -(-(offset + place.nbytes) // ALIGNMENT) * ALIGNMENT
     return ImageLayout(page_bytes, dtype, tuple(places), dict(aliases))
+
+
+def fused(places: Sequence[TensorPlace]) -> TensorPlace | None:
+    """One place over the rows of several, in their order, named by their names joined with "+".
+
+    For projections that read the same input: their weights (rows, columns) become one matrix, their biases (rows,) one
+    vector, without a copy. None where they do not follow one another without a gap, differ in dtype or columns, or
+    have no rows.
+    """
+    if not places or not places[0].shape:
+        return None
+    first = places[0]
+    end = first.offset
+    for place in places:
+        if (place.dtype, len(place.shape), place.shape[1:], place.offset) != (
+            first.dtype,
+            len(first.shape),
+            first.shape[1:],
+            end,
+        ):
+            return None
+        end += place.nbytes
+    rows = sum(place.shape[0] for place in places)
+    return TensorPlace("+".join(place.name for place in places), first.dtype, (rows, *first.shape[1:]), first.offset)
 
 
 def check_fits(layout: ImageLayout, num_pages: int) -> None:
@@ -110,13 +146,13 @@ def check_fits(layout: ImageLayout, num_pages: int) -> None:
         )
 
 
-def _layer_order(names: Iterable[str]) -> list[str]:
-    ordered = list(names)
+def _layer_order(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    ordered = list(shapes)
     layers = {name: layer for name in ordered if (layer := _layer(name)) is not None}
     first = next((i for i, name in enumerate(ordered) if name in layers), len(ordered))
     before = [name for name in ordered[:first] if name not in layers]
     after = [name for name in ordered[first:] if name not in layers]
-    return before + sorted(layers, key=layers.__getitem__) + after
+    return before + sorted(layers, key=lambda name: (layers[name], len(shapes[name]) < 2)) + after
 
 
 def _layer(name: str) -> int | None:
