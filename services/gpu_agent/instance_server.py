@@ -15,7 +15,8 @@ from services.common.queues import RequestQueue, Taken, Ticket
 from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.engine.loop import EngineLoop
-from services.gpu_agent.engine.sequence import FinishReason, SamplingParams, Sequence, SequenceOutput
+from services.gpu_agent.engine.sampling_params import SamplingParams
+from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
 from services.gpu_agent.relay import Relay
 from warmserve.v1 import agent_pb2, inference_pb2
 

@@ -16,7 +16,8 @@ from services.gpu_agent.arena.host import HostMemory
 from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.model import BoundModel, build_model
-from services.gpu_agent.engine.sequence import SamplingParams, Sequence, SequenceOutput
+from services.gpu_agent.engine.sampling_params import SamplingParams
+from services.gpu_agent.engine.sequence import Sequence, SequenceOutput
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.image import Image, open_image, prepare_image
 from services.gpu_agent.weights.layout import plan_layout

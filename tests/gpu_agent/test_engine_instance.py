@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from services.gpu_agent.engine.sampling import NonFiniteLogits
-from services.gpu_agent.engine.sequence import FinishReason, SamplingParams, Sequence
+from services.gpu_agent.engine.sampling_params import SamplingParams
+from services.gpu_agent.engine.sequence import FinishReason, Sequence
 from tests.gpu_agent.checkpoints import llama
 from tests.gpu_agent.serving import Served, arena, end_of, generate, greedy, prompt, run, serve, tokens_of
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence as Many
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gpu_agent.engine import sampling
-from services.gpu_agent.engine.sampling import NonFiniteLogits, random_unit, sample
-from services.gpu_agent.engine.sequence import SamplingParams, Sequence
+from services.gpu_agent.engine import sampling_batch
+from services.gpu_agent.engine.sampling import NonFiniteLogits, sample
+from services.gpu_agent.engine.sampling_batch import Row, prepare, random_unit
+from services.gpu_agent.engine.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.gpu_agent.engine.sequence import Sequence
 from tests.gpu_agent.checkpoints import llama
 from tests.gpu_agent.serving import arena, greedy, prompt, run, serve, tokens_of
 
@@ -21,10 +24,21 @@ P = [0.4, 0.3, 0.15, 0.1, 0.05]
 LOGITS = torch.tensor([P]).log()
 
 
-def frequencies(draws: int = 4000, **params: float) -> dict[int, float]:
+def choose(logits: torch.Tensor, rows: Many[Row], eos: frozenset[int] = frozenset()) -> list[int]:
+    """The chosen tokens."""
+    logits = logits.clone()
+    return [c.token for c in sample(logits, prepare(rows, logits.shape[1], eos)).choices()]
+
+
+def draws(params: SamplingParams, count: int) -> list[Row]:
+    """The rows of `count` successive tokens."""
+    return [Row(params, offset) for offset in range(count)]
+
+
+def frequencies(count: int = 4000, **params: object) -> dict[int, float]:
     options = SamplingParams(1, seed=7, **params)  # type: ignore[arg-type]
-    tokens = sample(LOGITS.expand(draws, -1), [options] * draws, range(draws))
-    return {token: count / draws for token, count in sorted(Counter(tokens).items())}
+    tokens = choose(LOGITS.expand(count, -1), draws(options, count))
+    return {token: n / count for token, n in sorted(Counter(tokens).items())}
 
 
 @pytest.mark.parametrize(
@@ -43,6 +57,10 @@ def frequencies(draws: int = 4000, **params: float) -> dict[int, float]:
         ({"top_p": 0.71}, [40 / 85, 30 / 85, 15 / 85]),
         ({"top_k": 2, "top_p": 0.56}, [1]),
         ({"top_p": 1e-9}, [1]),
+        ({"min_p": 1.0}, [1]),
+        ({"min_p": 0.7}, [4 / 7, 3 / 7]),
+        ({"min_p": 0.6, "temperature": 2.0}, [math.sqrt(p) / sum(math.sqrt(q) for q in P[:3]) for p in P[:3]]),
+        ({"top_k": 3, "min_p": 0.2}, [40 / 85, 30 / 85, 15 / 85]),
     ],
 )
 def test_tokens_have_the_probabilities_asked_for(params: dict[str, float], expected: list[float]) -> None:
@@ -51,9 +69,11 @@ def test_tokens_have_the_probabilities_asked_for(params: dict[str, float], expec
     assert list(got.values()) == pytest.approx(expected, abs=0.03)
 
 
-def test_top_k_keeps_exactly_k_of_equal_tokens() -> None:
-    params = SamplingParams(1, top_k=3)
-    assert len(set(sample(torch.zeros(500, 8), [params] * 500, range(500)))) == 3
+def test_filters_keep_all_of_equal_tokens() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, 1.0, 1.0]]).expand(500, -1)
+    assert set(choose(logits, draws(SamplingParams(1, top_k=2), 500))) == {0, 1, 3, 4}
+    assert set(choose(logits, draws(SamplingParams(1, top_p=0.5), 500))) == {0, 1, 3, 4}
+    assert set(choose(logits, draws(SamplingParams(1, min_p=math.exp(-1) * 0.999), 500))) == {0, 1, 3, 4}
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**63))
@@ -85,24 +105,23 @@ def test_rows_do_not_influence_one_another(data: st.DataObject) -> None:
         )
         for _ in range(rows)
     ]
-    offsets = [data.draw(st.integers(0, 5000)) for _ in range(rows)]
+    wanted = [Row(p, data.draw(st.integers(0, 5000))) for p in params]
     logits = torch.randn(rows, 64, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 999)))) * 4
-    together = sample(logits, params, offsets)
-    assert together == [sample(logits[i : i + 1], params[i : i + 1], offsets[i : i + 1])[0] for i in range(rows)]
+    assert choose(logits, wanted) == [choose(logits[i : i + 1], wanted[i : i + 1])[0] for i in range(rows)]
 
 
 def test_impossible_tokens_are_never_drawn() -> None:
     """Also at the ends of the vocabulary, where rounding would put them."""
     logits = torch.full((3000, 6), -math.inf)
     logits[:, 2:4] = 0.0
-    assert set(sample(logits, [SamplingParams(1)] * 3000, range(3000))) == {2, 3}
+    assert set(choose(logits, draws(SamplingParams(1), 3000))) == {2, 3}
 
 
 def test_the_largest_draw_stays_in_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "random_unit", lambda seed, offset: 1 - 2.0**-53)
+    monkeypatch.setattr(sampling_batch, "random_unit", lambda seed, offset: 1 - 2.0**-53)
     logits = torch.randn(300, 40, generator=torch.Generator().manual_seed(1))
     logits[:, 30:] = -math.inf
-    assert set(sample(logits, [SamplingParams(1)] * 300, range(300))) == {29}
+    assert set(choose(logits, draws(SamplingParams(1), 300))) == {29}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -111,9 +130,9 @@ def test_non_finite_logits_are_an_error(bad: float, temperature: float) -> None:
     logits = torch.zeros(2, 5)
     logits[1, 3] = bad
     with pytest.raises(NonFiniteLogits, match="1 of 2 sequences"):
-        sample(logits, [SamplingParams(1, temperature=temperature)] * 2, [0, 0])
+        choose(logits, [Row(SamplingParams(1, temperature=temperature), 0)] * 2)
     with pytest.raises(NonFiniteLogits):
-        sample(torch.full((1, 5), -math.inf), [SamplingParams(1)], [0])
+        choose(torch.full((1, 5), -math.inf), [Row(SamplingParams(1), 0)])
 
 
 @pytest.mark.parametrize(
@@ -129,9 +148,27 @@ def test_non_finite_logits_are_an_error(bad: float, temperature: float) -> None:
         {"top_k": -1},
         {"seed": -1},
         {"seed": 2**64},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": math.nan},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.inf},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": math.nan},
+        {"logit_bias": {3: 101.0}},
+        {"logit_bias": {3: math.nan}},
+        {"logit_bias": {-1: 0.0}},
+        {"logit_bias": dict.fromkeys(range(1025), 1.0)},
+        {"logprobs": 21},
+        {"logprobs": -1},
+        {"stop_token_ids": frozenset({-1})},
+        {"stop_token_ids": frozenset(range(129))},
+        {"min_tokens": -1},
+        {"min_tokens": 2},
+        {"ignore_eos": True, "grammar": Grammar(GrammarKind.JSON_OBJECT)},
     ],
 )
-def test_values_out_of_range_are_refused(params: dict[str, float]) -> None:
+def test_values_out_of_range_are_refused(params: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(params))):
         SamplingParams(**{"max_tokens": 1, **params})  # type: ignore[arg-type]
 

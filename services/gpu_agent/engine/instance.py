@@ -11,6 +11,7 @@ from services.gpu_agent.engine.attention import PagedStep, Span
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.model import BoundModel
 from services.gpu_agent.engine.sampling import sample
+from services.gpu_agent.engine.sampling_batch import Row, prepare
 from services.gpu_agent.engine.scheduler import Chunk, Scheduler
 from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
 
@@ -151,7 +152,8 @@ class Instance:
                 complete.append(sequence)
         step = PagedStep(self._kv.tensors, self._kv.spec.block_tokens, spans)
         logits = self._model.compute(step, token_ids, last_rows)
-        tokens = sample(logits, [s.sampling for s in complete], [s.num_generated for s in complete])
+        batch = prepare([Row(s.sampling, s.num_generated) for s in complete], logits.shape[-1], self._eos_ids)
+        tokens = [choice.token for choice in sample(logits, batch).choices()]
         for chunk in chunks:
             chunk.sequence.computed_tokens += chunk.length
         self._steps += 1

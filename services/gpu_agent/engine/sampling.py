@@ -1,80 +1,171 @@
-"""Choosing the next token. A draw depends on nothing but the seed and the token's offset in the answer."""
+"""Choosing the next token. A draw depends on nothing but the logits, the seed and the token's offset in the answer.
+
+The order: log probabilities from the model's own logits; repetition, presence and frequency penalties; biases; bans;
+the grammar's mask; temperature; top_k; top_p of what that left; min_p; the draw. The three filters are thresholds on
+the logit: tokens exactly at the border all stay, so top_k leaves more than k where the k-th has equals.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from collections.abc import Sequence as Many
+from dataclasses import dataclass
 
 import torch
 
-from services.gpu_agent.engine.sequence import SamplingParams
+from services.gpu_agent.engine.logits import edit_logits
+from services.gpu_agent.engine.sampling_batch import SamplingBatch
 
 
 class NonFiniteLogits(RuntimeError):
     """The model computed NaN or infinite logits, so its weights or its KV cache are damaged."""
 
 
-def random_unit(seed: int, offset: int) -> float:
-    """A number in [0, 1) that is a function of (seed, offset) alone.
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities under the model's own logits, at temperature 1."""
 
-    A hash instead of a generator's state: a request that is resumed elsewhere, or runs in another batch or on another
-    device, draws the same numbers.
-    """
-    digest = hashlib.blake2b(struct.pack("<QQ", seed, offset), digest_size=8).digest()
-    return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    token: float
+    """The chosen token's."""
+    top: list[tuple[int, float]]
+    """The likeliest tokens with theirs, likeliest first, as many as asked for."""
 
 
-def sample(logits: torch.Tensor, params: Many[SamplingParams], offsets: Many[int]) -> list[int]:
-    """One token id per row of `logits` (rows, vocabulary). Raises NonFiniteLogits.
+@dataclass(frozen=True)
+class Choice:
+    """The outcome of one row."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    """Where the row asked for them."""
+
+
+@dataclass(frozen=True)
+class LogprobReport:
+    """Log probabilities of the rows that asked for them, in SamplingBatch.logprobs' order."""
+
+    chosen: torch.Tensor
+    """(l,) float32: of the chosen tokens."""
+    top_tokens: torch.Tensor
+    """(l, most alternatives asked for) int64: the likeliest tokens, likeliest first."""
+    top: torch.Tensor
+    """Of those, float32."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The outcome of a step, all tensors on one device."""
+
+    tokens: torch.Tensor
+    """(rows,) int64. 0, which is safe to go on with, where the logits are not finite."""
+    finite: torch.Tensor
+    """(rows,) bool: whether the model's logits were sound."""
+    report: LogprobReport | None
+    """Where any row asked for log probabilities."""
+    asked: dict[int, int]
+    """SamplingBatch.logprobs."""
+
+    def to_host(self) -> Sampled:
+        """The same in pinned memory of the CPU: valid once the current stream has come to this point."""
+        return Sampled(
+            tokens=_to_host(self.tokens),
+            finite=_to_host(self.finite),
+            report=self.report
+            and LogprobReport(*map(_to_host, (self.report.chosen, self.report.top_tokens, self.report.top))),
+            asked=self.asked,
+        )
+
+    def choices(self) -> list[Choice]:
+        """One per row. Waits for the device, unless the tensors are on the CPU. Raises NonFiniteLogits."""
+        finite = self.finite.tolist()
+        if not all(finite):
+            bad = len(finite) - sum(finite)
+            raise NonFiniteLogits(f"the model computed NaN or infinite logits for {bad} of {len(finite)} sequences")
+        reports: dict[int, TokenLogprobs] = {}
+        if self.report is not None:
+            chosen, tokens, values = (t.tolist() for t in (self.report.chosen, self.report.top_tokens, self.report.top))
+            for line, (row, count) in enumerate(self.asked.items()):
+                top = list(zip(tokens[line][:count], values[line][:count], strict=True))
+                reports[row] = TokenLogprobs(chosen[line], top)
+        return [Choice(token, reports.get(row)) for row, token in enumerate(self.tokens.tolist())]
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
+    """Chooses a token for each row of `logits` (rows, vocabulary), contiguous float32, which it may overwrite.
+
+    Queues work on the current stream and waits for nothing; `batch` comes from `prepare` for the same rows,
+    vocabulary and device.
 
     A token is drawn by inverting the cumulative distribution in order of token id (not of probability), so that
     rounding differences between batches move its bounds by as much as themselves, and never swap two tokens.
     """
-    # The maximum is NaN if any is, infinite if any is, and minus infinite if all are.
-    finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-    if not all(finite):
-        bad = [row for row, ok in enumerate(finite) if not ok]
-        raise NonFiniteLogits(f"the model computed NaN or infinite logits for {len(bad)} of {len(finite)} sequences")
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
-    drawn = [row for row, p in enumerate(params) if p.temperature > 0]
-    if drawn:
-        chosen = _draw(logits[drawn], [params[row] for row in drawn], [offsets[row] for row in drawn])
-        for row, token in zip(drawn, chosen, strict=True):
-            tokens[row] = token
-    return tokens
+    if logits.dtype != torch.float32 or not logits.is_contiguous() or len(logits) != len(batch.settings):
+        raise ValueError(
+            f"logits must be contiguous float32 with {len(batch.settings)} rows, not {logits.dtype} of shape "
+            f"{tuple(logits.shape)} with strides {logits.stride()}"
+        )
+    own = logits if batch.logprob_rows is None else logits[batch.logprob_rows]
+    sound = None
+    if batch.edits:
+        # The maximum is NaN if any is, infinite if any is, and minus infinite if all are. Asked before masks hide it.
+        sound = torch.isfinite(logits.amax(dim=-1))
+        edit_logits(logits, batch)
+    if logits.is_cuda:
+        from services.gpu_agent.engine.cuda.draw import draw  # Triton is there only with a GPU
+    else:
+        draw = draw_on_cpu
+    tokens, finite = draw(logits, batch.settings, batch.filtered)
+    if sound is not None:
+        finite = sound
+    report = None if batch.logprob_rows is None else _report(own, tokens[batch.logprob_rows], batch.logprobs)
+    return Sampled(tokens, finite, report, batch.logprobs)
 
 
-def _draw(logits: torch.Tensor, params: Many[SamplingParams], offsets: Many[int]) -> list[int]:
-    logits = logits.double()
+def _report(logits: torch.Tensor, chosen: torch.Tensor, asked: dict[int, int]) -> LogprobReport:
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    top = logits.topk(min(max(asked.values()), logits.shape[1]), dim=-1)
+    own = logits.gather(1, chosen.unsqueeze(1)) - normaliser
+    return LogprobReport(own.squeeze(1), top.indices, top.values - normaliser)
+
+
+def draw_on_cpu(logits: torch.Tensor, settings: torch.Tensor, filtered: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The chosen token of each row, and whether its logits are finite; `settings` as in SamplingBatch.
+
+    Where every logit is minus infinity (bans left nothing), or any is not finite, the token is 0.
+    """
+    peak = logits.amax(dim=-1) if len(logits) else logits.new_empty(0)
+    finite = torch.isfinite(peak)
+    tokens = torch.where(finite, logits.argmax(dim=-1), 0) if len(logits) else torch.empty(0, dtype=torch.long)
+    drawn = ((settings[:, 0] > 0) & finite).nonzero().squeeze(1)
+    if len(drawn):
+        tokens[drawn] = _draw_rows(logits[drawn].double(), settings[drawn], filtered)
+    return tokens, finite
+
+
+def _draw_rows(logits: torch.Tensor, settings: torch.Tensor, filtered: bool) -> torch.Tensor:
+    temperature, top_k, top_p, min_p, unit = settings.unsqueeze(2).unbind(dim=1)  # each (rows, 1)
     # The maximum is taken off before dividing, so that a tiny temperature gives no infinity.
-    logits -= logits.amax(dim=-1, keepdim=True)
-    logits /= _column(logits, [p.temperature for p in params])
-    probabilities = logits.softmax(dim=-1)
-    filtered = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1]
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    threshold = min_p.log()
     if filtered:
-        probabilities[filtered] = _filter(probabilities[filtered], [params[row] for row in filtered])
-    cumulative = probabilities.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    units = _column(logits, [random_unit(p.seed, offset) for p, offset in zip(params, offsets, strict=True)])
+        threshold = torch.maximum(threshold, _threshold(scaled, top_k, top_p))
+    weights = scaled.exp().masked_fill_(scaled < threshold, 0.0)
+    cumulative = weights.cumsum(dim=-1)
     # A unit is at most 1 - 2**-53, so that its product with the total, even rounded, is below the total; the token
     # found is therefore always one of positive probability.
-    drawn: list[int] = torch.searchsorted(cumulative, units * total, right=True)[:, 0].tolist()
-    return drawn
+    return torch.searchsorted(cumulative, unit * cumulative[:, -1:], right=True).squeeze(1)
 
 
-def _filter(probabilities: torch.Tensor, params: Many[SamplingParams]) -> torch.Tensor:
-    """Sets the probability of tokens outside top_k, and then outside top_p of what is left, to 0."""
-    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    vocabulary = ranked.shape[-1]
-    ranks = torch.arange(vocabulary, device=ranked.device)
-    limit = torch.tensor([[p.top_k or vocabulary] for p in params], device=ranked.device)
-    ranked = ranked.masked_fill(ranks >= limit, 0.0)
-    cumulative = ranked.cumsum(dim=-1)
-    # A token goes where those before it suffice; nothing is before the likeliest, so that one stays.
-    reached = cumulative - ranked >= _column(ranked, [p.top_p for p in params]) * cumulative[:, -1:]
-    return torch.zeros_like(ranked).scatter_(-1, order, ranked.masked_fill(reached, 0.0))
+def _threshold(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The lowest value that top_k, and top_p of what it leaves, let stay; (rows, 1)."""
+    ranked = scaled.sort(dim=-1, descending=True).values
+    last = ranked.shape[1] - 1
+    places = torch.where(top_k > 0, top_k - 1, last).clamp(max=last)
+    lowest = ranked.gather(1, places.long())
+    cumulative = ranked.exp().masked_fill_(ranked < lowest, 0.0).cumsum(dim=-1)
+    reached = torch.searchsorted(cumulative, top_p * cumulative[:, -1:]).clamp_(max=last)
+    return torch.where(top_p < 1, torch.maximum(lowest, ranked.gather(1, reached)), lowest)
 
 
-def _column(like: torch.Tensor, values: Many[float]) -> torch.Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

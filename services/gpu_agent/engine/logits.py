@@ -1,0 +1,34 @@
+"""Changes to a step's logits before tokens are drawn. All work is queued on the device; nothing is waited for."""
+
+from __future__ import annotations
+
+import torch
+from xgrammar import apply_token_bitmask_inplace
+
+from services.gpu_agent.engine.sampling_batch import Additions, Masks, Penalties, SamplingBatch
+
+
+def edit_logits(logits: torch.Tensor, batch: SamplingBatch) -> None:
+    """Penalises, biases, bans and masks in place; `logits` (rows, vocabulary) is contiguous float32."""
+    if batch.penalties is not None:
+        _penalise(logits.view(-1), batch.penalties)
+    if batch.additions is not None:
+        _add(logits.view(-1), batch.additions)
+    if batch.masks is not None:
+        _mask(logits, batch.masks)
+
+
+def _penalise(flat: torch.Tensor, penalties: Penalties) -> None:
+    values = flat[penalties.index]
+    values = torch.where(values > 0, values / penalties.repetition, values * penalties.repetition)
+    flat[penalties.index] = values - penalties.reduction
+
+
+def _add(flat: torch.Tensor, additions: Additions) -> None:
+    # An index that comes twice is a bias and a ban, whose sum does not depend on their order.
+    flat.index_add_(0, additions.index, additions.value)
+
+
+def _mask(logits: torch.Tensor, masks: Masks) -> None:
+    # Rows as a tensor, which its kernels take although the signature says list: a list would be uploaded again.
+    apply_token_bitmask_inplace(logits, masks.words, indices=masks.rows)  # type: ignore[arg-type]

@@ -1,0 +1,253 @@
+"""What a step's sampling needs, made on the CPU from the sequences' parameters and moved to the device in one copy."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from services.gpu_agent.engine.sampling_params import SamplingParams
+
+# Floors that keep float32 arithmetic finite; results below them are the same.
+_MIN_TEMPERATURE = 1e-30
+_MIN_REPETITION = 1e-30
+
+
+def random_unit(seed: int, offset: int) -> float:
+    """A number in [0, 1) that is a function of (seed, offset) alone.
+
+    A hash instead of a generator's state: a request that is resumed elsewhere, or runs in another batch or on another
+    device, draws the same numbers.
+    """
+    digest = hashlib.blake2b(struct.pack("<QQ", seed, offset), digest_size=8).digest()
+    return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+class TokenHistory:
+    """Which tokens a sequence holds, and how often its answer holds each. Adding a token takes constant time."""
+
+    def __init__(self, prompt: Iterable[int], answer: Iterable[int] = ()) -> None:
+        """`answer` is what has been generated already, in order; both are token ids."""
+        unique = np.unique(np.fromiter(prompt, np.int64))
+        self._tokens = np.empty(len(unique) + 256, np.int64)
+        self._tokens[: len(unique)] = unique
+        self._counts = np.zeros(len(self._tokens), np.int32)
+        self._slots = {token: slot for slot, token in enumerate(unique.tolist())}
+        for token in answer:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        """Adds a generated token."""
+        slot = self._slots.setdefault(token, len(self._slots))
+        if slot == len(self._tokens):
+            self._tokens = np.concatenate([self._tokens, np.empty_like(self._tokens)])
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        self._tokens[slot] = token
+        self._counts[slot] += 1
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """Each token of prompt and answer once."""
+        return self._tokens[: len(self._slots)]
+
+    @property
+    def counts(self) -> npt.NDArray[np.int32]:
+        """How often the answer holds each of `tokens`."""
+        return self._counts[: len(self._slots)]
+
+
+class MaskSource(Protocol):
+    """Where a sequence stands in its grammar; grammar.Matcher is one."""
+
+    @property
+    def mask(self) -> npt.NDArray[np.int32]:
+        """Which tokens may come next: bit t % 32 of word t // 32 for token t. At least one may."""
+        ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence that is to get a token."""
+
+    params: SamplingParams
+    offset: int
+    """Index of the token in the answer."""
+    history: TokenHistory | None = None
+    """All tokens before it; needed where params.has_penalties."""
+    matcher: MaskSource | None = None
+    """Where all tokens before it lead; needed where params.grammar is set."""
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """Sparse changes for tokens that came before; no index comes twice."""
+
+    index: torch.Tensor
+    """(n,) int64, row * vocabulary + token."""
+    repetition: torch.Tensor
+    """(n,) float32: divides positive logits, multiplies the others."""
+    reduction: torch.Tensor
+    """(n,) float32: taken off afterwards."""
+
+
+@dataclass(frozen=True)
+class Additions:
+    """Sparse additions to logits: biases, and minus infinity for banned tokens. A biased token may also be banned."""
+
+    index: torch.Tensor
+    """(n,) int64, row * vocabulary + token."""
+    value: torch.Tensor
+    """(n,) float32."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The grammars' masks."""
+
+    rows: torch.Tensor
+    """(g,) int32: the rows that have one."""
+    words: torch.Tensor
+    """(rows, ceil(vocabulary / 32)) int32, as xgrammar lays them out; what is in the other rows means nothing."""
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """What `sample` needs to know of the rows. All tensors lie on the logits' device."""
+
+    settings: torch.Tensor
+    """(rows, 5) float64: temperature, top_k (0: off), top_p (1: off), min_p (0: off), the unit to draw with."""
+    filtered: bool
+    """Whether any row that is drawn has a top_k or a top_p."""
+    penalties: Penalties | None
+    additions: Additions | None
+    masks: Masks | None
+    logprob_rows: torch.Tensor | None
+    """(l,) int64: the rows whose log probabilities are reported."""
+    logprobs: dict[int, int]
+    """The same on the CPU, in the same order, with the number of alternatives."""
+
+    @property
+    def edits(self) -> bool:
+        """Whether logits are changed before the draw."""
+        return not (self.penalties is None and self.additions is None and self.masks is None)
+
+
+def prepare(
+    rows: Many[Row], vocabulary: int, eos_ids: frozenset[int] = frozenset(), device: torch.device | str = "cpu"
+) -> SamplingBatch:
+    """Gathers what `sample` needs; on a GPU the copy is queued on the current stream and nothing is waited for.
+
+    `eos_ids` end an answer unless a row ignores them. ValueError where a row lacks the history or matcher it needs.
+    All token ids must be below `vocabulary`: see SamplingParams.check_vocabulary.
+    """
+    arrays: dict[str, npt.NDArray[np.generic]] = {
+        "settings": np.array([_settings(row) for row in rows], np.float64).reshape(-1, 5)
+    }
+    _add_penalties(arrays, rows, vocabulary)
+    _add_additions(arrays, rows, vocabulary, eos_ids)
+    _add_masks(arrays, rows, vocabulary)
+    logprobs = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
+    if logprobs:
+        arrays["logprob_rows"] = np.array(list(logprobs), np.int64)
+    there = _upload(arrays, torch.device(device))
+    return SamplingBatch(
+        settings=there["settings"],
+        filtered=any(row.params.temperature > 0 and (row.params.top_k or row.params.top_p < 1) for row in rows),
+        penalties=(
+            Penalties(there["penalty_index"], there["repetition"], there["reduction"])
+            if "penalty_index" in there
+            else None
+        ),
+        additions=Additions(there["addition_index"], there["addition"]) if "addition_index" in there else None,
+        masks=Masks(there["mask_rows"], there["mask_words"]) if "mask_rows" in there else None,
+        logprob_rows=there.get("logprob_rows"),
+        logprobs=logprobs,
+    )
+
+
+def _settings(row: Row) -> tuple[float, ...]:
+    params = row.params
+    if params.temperature == 0:
+        return (0.0, 0.0, 1.0, 0.0, 0.0)
+    temperature = max(params.temperature, _MIN_TEMPERATURE)
+    return (temperature, params.top_k, params.top_p, params.min_p, random_unit(params.seed, row.offset))
+
+
+def _add_penalties(arrays: dict[str, npt.NDArray[np.generic]], rows: Many[Row], vocabulary: int) -> None:
+    index, repetition, reduction = [], [], []
+    for i, row in enumerate(rows):
+        params = row.params
+        if not params.has_penalties:
+            continue
+        if row.history is None:
+            raise ValueError("a row with penalties needs the sequence's token history")
+        counts = row.history.counts
+        index.append(row.history.tokens + i * vocabulary)
+        repetition.append(np.full(len(counts), max(params.repetition_penalty, _MIN_REPETITION), np.float32))
+        reduction.append((counts > 0) * np.float32(params.presence_penalty) + counts * params.frequency_penalty)
+    if index:
+        arrays["penalty_index"] = np.concatenate(index)
+        arrays["repetition"] = np.concatenate(repetition)
+        arrays["reduction"] = np.concatenate(reduction).astype(np.float32)
+
+
+def _add_additions(
+    arrays: dict[str, npt.NDArray[np.generic]], rows: Many[Row], vocabulary: int, eos_ids: frozenset[int]
+) -> None:
+    index: list[int] = []
+    value: list[float] = []
+    for i, row in enumerate(rows):
+        params = row.params
+        index += [i * vocabulary + token for token in params.logit_bias]
+        value += params.logit_bias.values()
+        if row.offset < params.min_tokens:
+            banned = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_ids
+            if row.matcher is None or _allows_other(row.matcher.mask, banned):
+                index += [i * vocabulary + token for token in banned]
+                value += [-np.inf] * len(banned)
+    if index:
+        arrays["addition_index"] = np.array(index, np.int64)
+        arrays["addition"] = np.array(value, np.float32)
+
+
+def _allows_other(mask: npt.NDArray[np.int32], banned: frozenset[int]) -> bool:
+    """Whether a grammar allows a token that is not banned; where it does not, the answer must end here."""
+    left = mask.view(np.uint32).copy()
+    for token in banned:
+        left[token // 32] &= ~np.uint32(1 << token % 32)
+    return bool(left.any())
+
+
+def _add_masks(arrays: dict[str, npt.NDArray[np.generic]], rows: Many[Row], vocabulary: int) -> None:
+    masked = [i for i, row in enumerate(rows) if row.params.grammar is not None]
+    if not masked:
+        return
+    words = np.empty((len(rows), -(-vocabulary // 32)), np.int32)
+    for i in masked:
+        matcher = rows[i].matcher
+        if matcher is None:
+            raise ValueError("a row with a grammar needs the sequence's matcher")
+        words[i] = matcher.mask
+    arrays["mask_rows"] = np.array(masked, np.int32)
+    arrays["mask_words"] = words
+
+
+def _upload(arrays: dict[str, npt.NDArray[np.generic]], device: torch.device) -> dict[str, torch.Tensor]:
+    """The arrays on the device, through one buffer, which is pinned for a GPU, and one copy."""
+    starts = np.cumsum([0] + [-(-array.nbytes // 16) * 16 for array in arrays.values()]).tolist()
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    raw = buffer.numpy()
+    for start, array in zip(starts, arrays.values(), strict=False):
+        raw[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    there = buffer.to(device, non_blocking=True)
+    return {
+        name: there[start : start + array.nbytes].view(torch.from_numpy(array[:0]).dtype).view(array.shape)
+        for start, (name, array) in zip(starts, arrays.items(), strict=False)
+    }
