@@ -15,12 +15,13 @@ import grpc
 
 from services.common.telemetry import logger
 from services.router import metrics
-from services.router.detokenizer import AnswerText
 from services.router.dispatch import Dispatcher, deadline_passed
-from services.router.errors import RequestError, unavailable
+from services.router.errors import RequestError, invalid, unavailable
+from services.router.following import Event, Follower, Told
 from services.router.load import LoadRecorder
 from services.router.progress import ProgressTeller
 from services.router.request import Request
+from services.router.sampling_rules import check_token_parameters
 from services.router.settings import RouterSettings
 from services.router.tokenizers import TokenizerCache
 from services.router.validation import Call, allowed_tokens, check_call, unknown_model
@@ -30,8 +31,6 @@ from warmserve.v1 import cluster_pb2, inference_pb2
 _log = logger(__name__)
 _STOPPING_RETRY_S = 2.0
 _FAREWELL_S = 5.0  # for clients to take the error that ends their request
-
-Event = inference_pb2.Progress | inference_pb2.TextDelta | inference_pb2.Finished
 
 
 class Core:
@@ -67,67 +66,56 @@ class Core:
         return spec
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator[Request]:
-        """Checks a call and queues its request; leaving the context drops it wherever it is.
+    async def open(self, call: Call) -> AsyncIterator[list[Request]]:
+        """Checks a call and queues a request for each answer it wants; leaving the context drops them all.
 
         The deadline holds for everything inside, the caller's own waits too. Raises RequestError.
         """
         arrived = asyncio.get_running_loop().time()
-        request: Request | None = None
+        requests: list[Request] = []
         try:
             check_call(call, self._settings.max_prompt_chars)
             spec = self.spec(call.model)
-            with self._admit(spec.name):
+            with self._admit(spec.name, call.n):
                 try:
                     async with asyncio.timeout(call.timeout_s) as limit:
-                        request = await self._prepare(call, spec, arrived)
-                        self._begin(request)
-                        yield request
+                        requests = await self._prepare(call, spec, arrived)
+                        self._begin(requests)
+                        yield requests
                 except TimeoutError as error:
                     if not limit.expired():
                         raise
-                    late = _expired(request)
+                    late = _expired(requests)
                     raise late from error
                 finally:
-                    if request is not None:
+                    for request in requests:
                         self._end(request)
         except RequestError:
-            if request is None:
+            if not requests:
                 model = call.model if call.model in self.view.models.items else ""
                 metrics.REQUESTS.labels(model, "refused", "").inc()
             raise
 
-    async def follow(self, request: Request) -> AsyncIterator[Event]:
-        """A request's events, up to and including Finished. Raises RequestError where it fails."""
-        answer = AnswerText(request.decoder, request.prompt, request.sampling.stop)
-        sent = 0
-        told = inference_pb2.Progress()
+    async def follow(self, requests: list[Request]) -> AsyncIterator[tuple[int, Event]]:
+        """A call's events, each with the index of its answer, up to and including the last Finished.
+
+        Raises RequestError where an answer fails; the others are of no use then.
+        """
+        told = Told()
+        followers = [Follower(request, self._progress, self._dispatcher, told) for request in requests]
+        changed = requests[0].changed
         news = True
-        while True:
-            if request.error is not None:
-                raise request.error
-            fresh = request.tokens[sent:]
-            if fresh:
-                text, used = answer.push(fresh)
-                if answer.stopped:
-                    self._stop_at(request, sent + used)
-                yield inference_pb2.TextDelta(text=text, token_ids=fresh[:used], offset=sent)
-                sent += used
-            elif request.finish:
-                if rest := answer.flush():
-                    yield inference_pb2.TextDelta(text=rest, offset=sent)
-                yield self._finished(request, answer.stopped)
-                return
-            elif news and request.waiting:
-                news = False
-                progress = self._progress.of(request)
-                known = (progress.state, progress.reason) == (told.state, told.reason)
-                if not known or progress.HasField("estimated_wait_ms"):
-                    told = progress
-                    yield progress
-            else:
-                await request.changed.wait()
-                request.changed.clear()
+        while any(not follower.finished for follower in followers):
+            quiet = True
+            for follower in followers:
+                event = follower.next(news)
+                if event is not None:
+                    quiet = False
+                    yield follower.index, event
+            news = False
+            if quiet:
+                await changed.wait()
+                changed.clear()
                 news = True
 
     async def stop(self, grace_s: float) -> None:
@@ -150,65 +138,81 @@ class Core:
                 _log.warning("clients do not take their answers", requests=self._in_progress.total())
 
     @contextmanager
-    def _admit(self, model: str) -> Iterator[None]:
+    def _admit(self, model: str, count: int) -> Iterator[None]:
         if self.stopping:
             raise unavailable("the router is stopping; send the request to another", _STOPPING_RETRY_S)
         settings = self._settings
-        if self._in_progress[model] >= settings.max_requests_per_model:
-            raise self._full(f"{settings.max_requests_per_model} requests of model {model!r} are in progress", model)
-        if self._in_progress.total() >= settings.max_requests:
-            raise self._full(f"{settings.max_requests} requests are in progress", model)
-        self._in_progress[model] += 1
+        if count > min(settings.max_requests_per_model, settings.max_requests):
+            most = min(settings.max_requests_per_model, settings.max_requests)
+            raise invalid("n", f"{count} answers asked for, and this router takes {most} at a time")
+        if self._in_progress[model] + count > settings.max_requests_per_model:
+            raise self._full(self._in_progress[model], f"requests of model {model!r} are in progress", model)
+        if self._in_progress.total() + count > settings.max_requests:
+            raise self._full(self._in_progress.total(), "requests are in progress", model)
+        self._in_progress[model] += count
         self._idle.clear()
         try:
             yield
         finally:
-            self._in_progress[model] -= 1
+            self._in_progress[model] -= count
             if not self._in_progress[model]:
                 del self._in_progress[model]
             if not self._in_progress:
                 self._idle.set()
 
-    def _full(self, what: str, model: str) -> RequestError:
+    def _full(self, count: int, what: str, model: str) -> RequestError:
         wait_ms = self._progress.estimated_wait_ms(model) or 0.0
-        message = f"{what} at this router, and it takes no more at a time; try again later"
+        message = f"{count} {what} at this router, and it takes no more at a time; try again later"
         retry_after_s = max(1, math.ceil(wait_ms / 1000))
         return RequestError(grpc.StatusCode.RESOURCE_EXHAUSTED, message, retry_after_s=retry_after_s)
 
-    async def _prepare(self, call: Call, spec: cluster_pb2.ModelSpec, arrived: float) -> Request:
+    async def _prepare(self, call: Call, spec: cluster_pb2.ModelSpec, arrived: float) -> list[Request]:
         found_state = self.view.best_state(spec.name)
         now_ms = int(time.time() * 1000)
         tokenizer = await self._tokenizers.get(spec)
+        check_token_parameters(call.sampling, tokenizer.vocabulary)
         prompt = await self._tokenizers.encode(tokenizer, call.input, call.input_name)
-        sampling = inference_pb2.SamplingParams()
-        sampling.CopyFrom(call.sampling)
         context = spec.facts.context_tokens or spec.limits.max_context_tokens
-        sampling.max_tokens = allowed_tokens(len(prompt), call.sampling, context, call.input_name)
-        if not sampling.HasField("seed"):
-            sampling.seed = random.getrandbits(64)
+        max_tokens = allowed_tokens(len(prompt), call.sampling, context, call.input_name)
+        seed = call.sampling.seed if call.sampling.HasField("seed") else random.getrandbits(64)
         unique = uuid.uuid4().hex
-        return Request(
-            id=unique,
-            client_id=call.request_id or unique,
-            spec=spec,
-            prompt=prompt,
-            sampling=sampling,
-            priority=call.priority,
-            arrived=arrived,
-            arrived_unix_ms=now_ms,
-            deadline_unix_ms=now_ms + int(call.timeout_s * 1000),
-            found_state=found_state,
-            decoder=tokenizer.backend,
-        )
+        changed = asyncio.Event()
+        requests = []
+        for index in range(call.n):
+            sampling = inference_pb2.SamplingParams()
+            sampling.CopyFrom(call.sampling)
+            sampling.max_tokens = max_tokens
+            sampling.seed = (seed + index) % 2**64
+            requests.append(
+                Request(
+                    id=unique if call.n == 1 else f"{unique}-{index}",
+                    client_id=call.request_id or unique,
+                    spec=spec,
+                    prompt=prompt,
+                    sampling=sampling,
+                    priority=call.priority,
+                    arrived=arrived,
+                    arrived_unix_ms=now_ms,
+                    deadline_unix_ms=now_ms + int(call.timeout_s * 1000),
+                    found_state=found_state,
+                    tokenizer=tokenizer,
+                    changed=changed,
+                    index=index,
+                )
+            )
+        return requests
 
-    def _begin(self, request: Request) -> None:
-        model = request.spec.name
+    def _begin(self, requests: list[Request]) -> None:
+        model = requests[0].spec.name
         if model not in self.view.models.items:
             raise unknown_model(model, self.view.models.items)  # undeployed while the prompt was tokenised
-        self._load.arrived(model, len(request.prompt), time.time())
-        metrics.IN_PROGRESS.labels(model).inc()
-        metrics.PROMPT_TOKENS.labels(model).inc(len(request.prompt))
-        self._dispatcher.begin(request)
+        for request in requests:
+            # The prompt counts once.
+            prompt_tokens = 0 if request.index else len(request.prompt)
+            self._load.arrived(model, prompt_tokens, time.time())
+            metrics.IN_PROGRESS.labels(model).inc()
+            metrics.PROMPT_TOKENS.labels(model).inc(prompt_tokens)
+            self._dispatcher.begin(request)
 
     def _end(self, request: Request) -> None:
         model = request.spec.name
@@ -225,17 +229,6 @@ class Core:
             metrics.TTFT.labels(model, state).observe(request.first_token - request.arrived)
         _log.debug("request ended", request_id=request.client_id, model=model, outcome=_outcome(request))
 
-    def _stop_at(self, request: Request, tokens: int) -> None:
-        request.stop_at(tokens)
-        self._dispatcher.release(request)
-
-    def _finished(self, request: Request, stopped: bool) -> inference_pb2.Finished:
-        return inference_pb2.Finished(
-            reason=inference_pb2.FINISH_REASON_STOP if stopped else request.finish,
-            usage=inference_pb2.Usage(prompt_tokens=len(request.prompt), completion_tokens=len(request.tokens)),
-            timing=request.timing(asyncio.get_running_loop().time()),
-        )
-
     def _count_tokens(self, request: Request, count: int) -> None:
         self._load.generated(request.spec.name, count, time.time())
         metrics.OUTPUT_TOKENS.labels(request.spec.name).inc(count)
@@ -247,12 +240,12 @@ class Core:
             request.fail(RequestError(grpc.StatusCode.NOT_FOUND, text, param="model"))
 
 
-def _expired(request: Request | None) -> RequestError:
-    if request is None:
+def _expired(requests: list[Request]) -> RequestError:
+    if not requests:
         return RequestError(grpc.StatusCode.DEADLINE_EXCEEDED, "the request's deadline passed before it was queued")
-    late = deadline_passed(request)
-    request.fail(late)
-    return late
+    for request in requests:
+        request.fail(deadline_passed(request))
+    return deadline_passed(max(requests, key=lambda request: len(request.tokens)))
 
 
 def _outcome(request: Request) -> str:

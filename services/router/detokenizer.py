@@ -111,9 +111,11 @@ class Piece(NamedTuple):
 class AnswerText:
     """An answer's text, from its tokens and stop texts."""
 
-    def __init__(self, decoder: Decoder, prompt: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(self, decoder: Decoder, prompt: Sequence[int], stops: Sequence[str], min_tokens: int = 0) -> None:
+        """Stop texts count in what comes after the first `min_tokens` tokens only."""
         self._detokenizer = Detokenizer(decoder, prompt)
         self._scanner = StopScanner(stops)
+        self._exempt = min_tokens
 
     @property
     def stopped(self) -> bool:
@@ -124,7 +126,12 @@ class AnswerText:
         """Text of further tokens, up to a stop text."""
         parts = []
         for used, token in enumerate(tokens, start=1):
-            parts.append(self._scanner.push(self._detokenizer.push(token)))
+            piece = self._detokenizer.push(token)
+            if self._exempt:
+                self._exempt -= 1
+                parts.append(piece)
+                continue
+            parts.append(self._scanner.push(piece))
             if self.stopped:
                 return Piece("".join(parts), used)
         return Piece("".join(parts), len(tokens))

@@ -227,13 +227,16 @@ class Dispatcher:
                 self.put_back(request, common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=text), cancel=not over)
             case Outcome.EXPIRED:
                 request.fail(deadline_passed(request))
+            case Outcome.REFUSED:
+                request.fail(RequestError(grpc.StatusCode.INVALID_ARGUMENT, update.error))
             case Outcome.FAILED:
                 request.failures += 1
+                error = update.error or f"instance {update.instance_id} sent no log probabilities"
                 if request.failures < _FAILED_ATTEMPTS:
-                    reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=update.error)
-                    self.put_back(request, reason, cancel=False)
+                    reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=error)
+                    self.put_back(request, reason, cancel=not over)
                 else:
-                    text = f"failed {request.failures} times, the last time with: {update.error}"
+                    text = f"failed {request.failures} times, the last time with: {error}"
                     request.fail(RequestError(grpc.StatusCode.INTERNAL, text))
 
     # Tasks that outlive the request they are for

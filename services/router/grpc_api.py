@@ -23,12 +23,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(  # type: ignore[override]  # it writes to the context
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> None:
-        """Streams one answer. A cancelled call cancels this coroutine, and with it the request."""
+        """Streams the answers. A cancelled call cancels this coroutine, and with it all of them."""
         # Written to the context rather than yielded, so that a cancellation always arrives inside `open`.
         async with self._core.open(self._call(request, context)) as taken:
-            structlog.contextvars.bind_contextvars(request_id=taken.client_id)
-            async for event in self._core.follow(taken):
-                response = inference_pb2.GenerateResponse(request_id=taken.client_id)
+            request_id = taken[0].client_id
+            structlog.contextvars.bind_contextvars(request_id=request_id)
+            async for index, event in self._core.follow(taken):
+                response = inference_pb2.GenerateResponse(request_id=request_id, index=index)
                 if isinstance(event, inference_pb2.Progress):
                     response.progress.CopyFrom(event)
                 elif isinstance(event, inference_pb2.TextDelta):
@@ -63,6 +64,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             timeout_s=self._settings.request_timeout_s if remaining is None else min(remaining, MAX_TIMEOUT_S),
             request_id=request.request_id,
             priority=request.priority or common_pb2.PRIORITY_NORMAL,
+            n=request.n or 1,
         )
 
 

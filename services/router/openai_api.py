@@ -20,8 +20,9 @@ from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.router.core import Core
 from services.router.errors import RequestError, invalid
+from services.router.openai_logprobs import Json
 from services.router.openai_models import ChatBody, CompletionBody, parse
-from services.router.openai_replies import Json, Replies, error_body, error_of, model, status_of
+from services.router.openai_replies import Replies, error_body, error_of, model, status_of
 from services.router.settings import RouterSettings
 from services.router.validation import Call
 from warmserve.v1 import inference_pb2
@@ -103,7 +104,14 @@ class _Endpoint:
         try:
             body = parse(self._kind, data)
             call = body.call(self._timeout(request), request_id)
-            replies = Replies(self._kind is ChatBody, body.model, request_id, body.include_usage)
+            replies = Replies(
+                self._kind is ChatBody,
+                body.model,
+                request_id,
+                include_usage=body.include_usage,
+                logprobs=call.sampling.HasField("logprobs"),
+                n=call.n,
+            )
             if body.stream:
                 await self._stream(call, replies, reply)
             else:
@@ -127,28 +135,30 @@ class _Endpoint:
             raise invalid("X-Request-Timeout", f"{given[:64]!r} is not a number of seconds") from error
 
     async def _whole(self, call: Call, replies: Replies) -> Json:
-        parts = []
-        async with self._core.open(call) as request:
-            async for event in self._core.follow(request):
+        deltas: list[list[inference_pb2.TextDelta]] = [[] for _ in range(call.n)]
+        ends: dict[int, inference_pb2.Finished] = {}
+        async with self._core.open(call) as requests:
+            async for index, event in self._core.follow(requests):
                 if isinstance(event, inference_pb2.TextDelta):
-                    parts.append(event.text)
+                    deltas[index].append(event)
                 elif isinstance(event, inference_pb2.Finished):
-                    return replies.whole("".join(parts), event)
-        raise RuntimeError("the core ended an answer without Finished")
+                    ends[index] = event
+        return replies.whole(deltas, [ends[index] for index in range(call.n)])
 
     async def _stream(self, call: Call, replies: Replies, reply: _Reply) -> None:
-        async with self._core.open(call) as request:
+        async with self._core.open(call) as requests:
             await reply.start_stream()
-            if first := replies.first():
-                await reply.event(first)
-            async for event in self._core.follow(request):
+            for chunk in replies.first():
+                await reply.event(chunk)
+            async for index, event in self._core.follow(requests):
                 if isinstance(event, inference_pb2.Progress):
                     await reply.comment(_told(event))
                 elif isinstance(event, inference_pb2.Finished):
-                    for chunk in replies.last(event):
-                        await reply.event(chunk)
-                elif event.text:
-                    await reply.event(replies.delta(event.text))
+                    await reply.event(replies.end(index, event))
+                elif piece := replies.delta(index, event):
+                    await reply.event(piece)
+            if usage := replies.usage():
+                await reply.event(usage)
         await reply.end_stream()
 
 

@@ -9,20 +9,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import from_json
 
 from services.router.errors import RequestError, invalid
-from services.router.validation import Call, Conversation, Input, check_number
+from services.router.openai_grammar import ResponseFormat, StructuredOutputs
+from services.router.sampling_rules import MAX_TOP_LOGPROBS, check_number
+from services.router.validation import MAX_ANSWERS, Call, Conversation, Input
 from warmserve.v1 import inference_pb2
 
 _MOST = 2**31 - 1
+_MOST_TOKEN_ID = 2**32 - 1
 _COMPLETION_TOKENS = 16  # what OpenAI's completions generate when max_tokens is left out
 
 # OpenAI's parameters that this version does not serve, with the values that ask for nothing beyond what is done anyway.
 _NOT_SERVED: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
@@ -32,7 +29,6 @@ _CHAT_NOT_SERVED: dict[str, tuple[object, ...]] = _NOT_SERVED | {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -114,9 +110,18 @@ class Body(_Strict):
     top_p: float | None = None
     seed: int | None = None
     stop: Annotated[list[str], BeforeValidator(_one_or_many)] = Field(default_factory=list)
+    n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     # Beyond OpenAI's, as in our gRPC contract.
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
     ignore_eos: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
     # Taken and not used: they are for the provider's own records.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -133,16 +138,35 @@ class Body(_Strict):
         if self.stream_options is not None and not self.stream:
             raise invalid("stream_options", "only a request with stream=true takes it")
         sampling = inference_pb2.SamplingParams(
-            temperature=self.temperature, top_p=self.top_p, stop=self.stop, ignore_eos=bool(self.ignore_eos)
+            temperature=self.temperature,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            stop=self.stop,
+            ignore_eos=bool(self.ignore_eos),
         )
         if max_tokens is not None:
             sampling.max_tokens = _count("max_tokens", max_tokens, least=1)
         if self.top_k is not None:
             sampling.top_k = _count("top_k", self.top_k, least=0)
+        if self.min_tokens is not None:
+            sampling.min_tokens = _count("min_tokens", self.min_tokens, least=0)
+        for token in self.stop_token_ids or ():
+            sampling.stop_token_ids.append(_count("stop_token_ids", token, least=0, most=_MOST_TOKEN_ID))
+        for name, bias in (self.logit_bias or {}).items():
+            sampling.logit_bias[_token_id("logit_bias", name)] = bias
         if self.seed is not None:
             check_number("seed", self.seed, -(2**63), 2**64 - 1)
             sampling.seed = self.seed % 2**64
+        if self.structured_outputs is not None:
+            sampling.grammar.CopyFrom(self.structured_outputs.as_grammar())
         return sampling
+
+    def answers(self) -> int:
+        """How many answers are asked for. Raises RequestError."""
+        return 1 if self.n is None else _count("n", self.n, least=1, most=MAX_ANSWERS)
 
 
 class ChatBody(Body):
@@ -150,6 +174,9 @@ class ChatBody(Body):
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
 
     def call(self, timeout_s: float, request_id: str) -> Call:
         """The body as a call. Raises RequestError."""
@@ -158,7 +185,27 @@ class ChatBody(Body):
             most = self.max_tokens
         elif self.max_tokens not in (None, most):
             raise invalid("max_tokens", "it differs from max_completion_tokens; give one of them")
-        return Call(self.model, self._conversation(), "messages", self.sampling(most), timeout_s, request_id)
+        sampling = self.sampling(most)
+        if self.logprobs:
+            sampling.logprobs = _count("top_logprobs", self.top_logprobs or 0, least=0, most=MAX_TOP_LOGPROBS)
+        elif self.top_logprobs:
+            raise invalid("top_logprobs", "only a request with logprobs=true takes it")
+        grammar_name = "structured_outputs"
+        if self.response_format is not None and (grammar := self.response_format.grammar()) is not None:
+            if sampling.HasField("grammar"):
+                raise invalid("structured_outputs", "give it or response_format, not both")
+            grammar_name = "response_format"
+            sampling.grammar.CopyFrom(grammar)
+        return Call(
+            self.model,
+            self._conversation(),
+            "messages",
+            sampling,
+            timeout_s,
+            request_id,
+            n=self.answers(),
+            grammar_name=grammar_name,
+        )
 
     def _conversation(self) -> Conversation:
         return Conversation(
@@ -174,12 +221,25 @@ class CompletionBody(Body):
     """POST /v1/completions."""
 
     prompt: Annotated[Any, PlainValidator(_prompt)]
+    logprobs: int | None = None
 
     def call(self, timeout_s: float, request_id: str) -> Call:
         """The body as a call. Raises RequestError."""
         most = _COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
         given: Input = self.prompt
-        return Call(self.model, given, "prompt", self.sampling(most), timeout_s, request_id)
+        sampling = self.sampling(most)
+        if self.logprobs is not None:
+            sampling.logprobs = _count("logprobs", self.logprobs, least=0, most=MAX_TOP_LOGPROBS)
+        return Call(
+            self.model,
+            given,
+            "prompt",
+            sampling,
+            timeout_s,
+            request_id,
+            n=self.answers(),
+            grammar_name="structured_outputs",
+        )
 
 
 B = TypeVar("B", bound=Body)
@@ -208,10 +268,16 @@ def _same(value: object, neutral: object) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _count(name: str, value: int, least: int) -> int:
-    if not least <= value <= _MOST:
-        raise invalid(name, f"{str(value)[:32]} is not between {least} and {_MOST:,}")
+def _count(name: str, value: int, least: int, most: int = _MOST) -> int:
+    if not least <= value <= most:
+        raise invalid(name, f"{str(value)[:32]} is not between {least} and {most:,}")
     return value
+
+
+def _token_id(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(_MOST_TOKEN_ID))):
+        raise invalid(name, f"{text[:32]!r} is no token id")
+    return _count(name, int(text), least=0, most=_MOST_TOKEN_ID)
 
 
 def _refusal(kind: type[Body], error: ValidationError) -> RequestError:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import grpc
 
 from services.router.errors import RequestError
+from services.router.openai_logprobs import ChatLogprobs, CompletionLogprobs, Json, LogprobsJson
 from warmserve.v1 import cluster_pb2, inference_pb2
-
-Json = dict[str, Any]
 
 _STATUSES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -62,46 +60,68 @@ def model(spec: cluster_pb2.ModelSpec) -> Json:
 class Replies:
     """What one request is answered with, whole or in chunks."""
 
-    def __init__(self, chat: bool, model: str, request_id: str, include_usage: bool) -> None:
+    def __init__(self, chat: bool, model: str, request_id: str, include_usage: bool, logprobs: bool, n: int) -> None:
         self._chat = chat
         self._include_usage = include_usage
+        self._logprobs: list[LogprobsJson | None] = [
+            (ChatLogprobs() if chat else CompletionLogprobs()) if logprobs else None for _ in range(n)
+        ]
+        self._finished: dict[int, inference_pb2.Finished] = {}
         self._head: Json = {
             "id": ("chatcmpl-" if chat else "cmpl-") + request_id,
             "created": int(time.time()),
             "model": model,
         }
 
-    def whole(self, text: str, finished: inference_pb2.Finished) -> Json:
-        """The answer in one piece."""
-        choice: Json = {"index": 0, "logprobs": None, "finish_reason": _FINISH[finished.reason]}
-        if self._chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
+    def whole(self, deltas: list[list[inference_pb2.TextDelta]], finished: list[inference_pb2.Finished]) -> Json:
+        """All answers in one piece, from their pieces and ends in order of index."""
+        choices = []
+        for index, (pieces, end) in enumerate(zip(deltas, finished, strict=True)):
+            text = "".join(piece.text for piece in pieces)
+            logprobs = self._logprobs_of(index, [item for piece in pieces for item in piece.logprobs])
+            choice: Json = {"index": index, "logprobs": logprobs, "finish_reason": _FINISH[end.reason]}
+            if self._chat:
+                choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+            else:
+                choice["text"] = text
+            choices.append(choice)
         kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head, "object": kind, "choices": [choice], "usage": _usage(finished)}
+        return {**self._head, "object": kind, "choices": choices, "usage": _usage(finished)}
 
-    def first(self) -> Json | None:
-        """The chunk before any text, where there is one."""
-        return self._chunk({"role": "assistant", "content": ""}, None) if self._chat else None
+    def first(self) -> list[Json]:
+        """The chunks before any text, where there are some."""
+        if not self._chat:
+            return []
+        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(len(self._logprobs))]
 
-    def delta(self, text: str) -> Json:
-        """A chunk of text."""
-        return self._chunk({"content": text} if self._chat else text, None)
+    def delta(self, index: int, delta: inference_pb2.TextDelta) -> Json | None:
+        """A chunk of one answer; None where it would say nothing."""
+        if not delta.text and not delta.logprobs:
+            return None
+        content = {"content": delta.text} if self._chat else delta.text
+        return self._chunk(index, content, self._logprobs_of(index, list(delta.logprobs)))
 
-    def last(self, finished: inference_pb2.Finished) -> list[Json]:
-        """The chunks after the text."""
-        chunks = [self._chunk({} if self._chat else "", _FINISH[finished.reason])]
-        if self._include_usage:
-            chunks.append({**self._head, "object": self._kind, "choices": [], "usage": _usage(finished)})
-        return chunks
+    def end(self, index: int, finished: inference_pb2.Finished) -> Json:
+        """The chunk after the text of one answer."""
+        self._finished[index] = finished
+        return self._chunk(index, {} if self._chat else "", finish=_FINISH[finished.reason])
+
+    def usage(self) -> Json | None:
+        """The chunk after all answers, where it was asked for."""
+        if not self._include_usage:
+            return None
+        return {**self._head, "object": self._kind, "choices": [], "usage": _usage(list(self._finished.values()))}
 
     @property
     def _kind(self) -> str:
         return "chat.completion.chunk" if self._chat else "text_completion"
 
-    def _chunk(self, content: Json | str, finish: str | None) -> Json:
-        choice: Json = {"index": 0, "logprobs": None, "finish_reason": finish}
+    def _logprobs_of(self, index: int, tokens: list[inference_pb2.TokenLogprob]) -> Json | None:
+        writer = self._logprobs[index]
+        return writer.of(tokens) if writer is not None else None
+
+    def _chunk(self, index: int, content: Json | str, logprobs: Json | None = None, finish: str | None = None) -> Json:
+        choice: Json = {"index": index, "logprobs": logprobs, "finish_reason": finish}
         choice["delta" if self._chat else "text"] = content
         chunk: Json = {**self._head, "object": self._kind, "choices": [choice]}
         if self._include_usage:
@@ -109,10 +129,7 @@ class Replies:
         return chunk
 
 
-def _usage(finished: inference_pb2.Finished) -> Json:
-    usage = finished.usage
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
+def _usage(finished: list[inference_pb2.Finished]) -> Json:
+    prompt = finished[0].usage.prompt_tokens
+    completion = sum(end.usage.completion_tokens for end in finished)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

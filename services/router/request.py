@@ -1,4 +1,4 @@
-"""One request in progress, and what news from agents does to it: exactly once towards the client."""
+"""One answer in progress, and what news from agents does to it: exactly once towards the client."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from services.common.queues import Ticket
-from services.router.detokenizer import Decoder
 from services.router.errors import RequestError
 from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2, inference_pb2
 
 if TYPE_CHECKING:
     from services.router.relay import RelayStream
+    from services.router.tokenizers import ModelTokenizer
 
 
 class Outcome(Enum):
@@ -23,12 +23,16 @@ class Outcome(Enum):
     CANCEL_SENDER = auto()  # the sender works on something nobody waits for
     PUT_BACK = auto()  # the sender lost tokens or gave up: another instance must go on
     FAILED = auto()  # the sender reports an error
+    REFUSED = auto()  # the sender says that nobody can serve it
     EXPIRED = auto()  # the deadline has passed
 
 
 @dataclass(eq=False)
 class Request:
-    """A request from its tokenised prompt to its end. Times are the event loop's, in seconds."""
+    """A request for one answer, from its tokenised prompt to its end. Times are the event loop's, in seconds.
+
+    Where a client asks for several answers, each is a request of its own, with its own attempts and its own instance.
+    """
 
     id: str  # unique in the cluster
     client_id: str  # the client's own, for logs and answers
@@ -40,7 +44,9 @@ class Request:
     arrived_unix_ms: int
     deadline_unix_ms: int
     found_state: common_pb2.ReplicaState.ValueType
-    decoder: Decoder  # the model's, kept even when the model is undeployed meanwhile
+    tokenizer: ModelTokenizer  # the model's, kept even when the model is undeployed meanwhile
+    changed: asyncio.Event  # set when there is news; all answers to one call share it
+    index: int = 0  # which answer to the call it is
 
     # Where it is. With no instance it waits, in the queue under `ticket`, or in memory alone while Redis is away.
     attempt: int = 0
@@ -52,6 +58,7 @@ class Request:
 
     # What has come of it.
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[inference_pb2.TokenLogprob] = field(default_factory=list)  # one for each token, where asked for
     finish: inference_pb2.FinishReason.ValueType = inference_pb2.FINISH_REASON_UNSPECIFIED
     error: RequestError | None = None
     started: float = 0.0
@@ -59,7 +66,6 @@ class Request:
     resumed: int = 0
     released: bool = False  # neither a queue nor an instance has it any more
     failures: int = 0  # attempts in a row that instances reported as failed, without a new token
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def ended(self) -> bool:
@@ -110,6 +116,10 @@ class Request:
                 return Outcome.PUT_BACK
             fresh = update.token_ids[known:]
             if fresh:
+                if self.sampling.HasField("logprobs"):
+                    if len(update.logprobs) != len(update.token_ids):
+                        return Outcome.FAILED
+                    self.logprobs.extend(update.logprobs[known:])
                 self.first_token = self.first_token or now
                 self.tokens.extend(fresh)
                 self.failures = 0
@@ -125,6 +135,8 @@ class Request:
                 return Outcome.EXPIRED
             case inference_pb2.FINISH_REASON_ERROR:
                 return Outcome.FAILED
+            case inference_pb2.FINISH_REASON_REFUSED:
+                return Outcome.REFUSED
         return Outcome.NOTHING
 
     def fail(self, error: RequestError) -> None:
@@ -136,6 +148,7 @@ class Request:
     def stop_at(self, tokens: int) -> None:
         """Ends it at a stop text that its first `tokens` tokens complete."""
         del self.tokens[tokens:]
+        del self.logprobs[tokens:]
         self.error = None
         self.finish = inference_pb2.FINISH_REASON_STOP
 

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 
 from services.common.telemetry import logger
 from services.router.errors import RequestError, invalid
+from services.router.token_bytes import token_bytes
 from services.router.validation import Conversation, Input, Message, check_token_ids
-from warmserve.v1 import cluster_pb2
+from warmserve.v1 import cluster_pb2, inference_pb2
 
 _log = logger(__name__)
 _THREADS = 2
@@ -44,7 +45,17 @@ class ModelTokenizer:
         self.backend: Tokenizer = loaded.backend_tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
+        self._bytes = token_bytes(self.backend)
         self.vocabulary = 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def with_bytes(self, logprob: inference_pb2.TokenLogprob) -> inference_pb2.TokenLogprob:
+        """The same with the bytes of each token."""
+        made = inference_pb2.TokenLogprob()
+        made.CopyFrom(logprob)
+        made.token = self._bytes(made.token_id)
+        for item in made.top:
+            item.token = self._bytes(item.token_id)
+        return made
 
     def encode(self, given: Input, name: str) -> list[int]:
         """Token ids of an input that the caller knows as `name`. Raises RequestError."""

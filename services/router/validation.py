@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
 
 from services.router.errors import RequestError, invalid
+from services.router.sampling_rules import check_sampling
 from warmserve.v1 import common_pb2, inference_pb2
 
-MAX_STOPS = 16
-MAX_STOP_CHARS = 1000
+MAX_ANSWERS = 16
 MAX_REQUEST_ID_CHARS = 128
 MAX_TIMEOUT_S = 86_400.0
 ROLES = ("system", "user", "assistant")
@@ -42,6 +41,8 @@ class Call:
     timeout_s: float
     request_id: str = ""  # the client's own; made up where empty
     priority: common_pb2.Priority.ValueType = common_pb2.PRIORITY_NORMAL
+    n: int = 1  # answers
+    grammar_name: str = "grammar"  # what the door calls sampling.grammar, for error messages
 
 
 def unknown_model(name: str, deployed: Iterable[str]) -> RequestError:
@@ -69,33 +70,10 @@ def check_call(call: Call, max_prompt_chars: int) -> None:
         raise invalid("priority", f"{int(call.priority)} is no priority")
     if not 0 < call.timeout_s <= MAX_TIMEOUT_S:
         raise invalid("timeout", f"{call.timeout_s:g} s is not between 0 and {MAX_TIMEOUT_S:,.0f} s")
-    check_sampling(call.sampling)
+    if not 1 <= call.n <= MAX_ANSWERS:
+        raise invalid("n", f"{call.n} is not between 1 and {MAX_ANSWERS}")
+    check_sampling(call.sampling, call.grammar_name)
     _check_input(call.input, call.input_name, max_prompt_chars)
-
-
-def check_sampling(sampling: inference_pb2.SamplingParams) -> None:
-    """Ranges of the sampling parameters."""
-    if sampling.HasField("max_tokens") and sampling.max_tokens < 1:
-        raise invalid("max_tokens", "0 asks for nothing; ask for at least 1")
-    if sampling.HasField("temperature"):
-        check_number("temperature", sampling.temperature, 0.0, 2.0)
-    if sampling.HasField("top_p"):
-        check_number("top_p", sampling.top_p, 0.0, 1.0)
-        if sampling.top_p == 0.0:
-            raise invalid("top_p", "0 leaves no token; use a value above 0, or temperature 0 for the likeliest token")
-    if len(sampling.stop) > MAX_STOPS:
-        raise invalid("stop", f"{len(sampling.stop)} texts given; at most {MAX_STOPS} are taken")
-    for text in sampling.stop:
-        if not text:
-            raise invalid("stop", "an empty text would end every answer at once")
-        if len(text) > MAX_STOP_CHARS:
-            raise invalid("stop", f"a text of {len(text)} characters given; at most {MAX_STOP_CHARS} are taken")
-
-
-def check_number(name: str, value: float, low: float, high: float) -> None:
-    """A number within bounds; NaN is within none."""
-    if not low <= value <= high or not math.isfinite(value):
-        raise invalid(name, f"{value:g} is not between {low:g} and {high:g}")
 
 
 def _check_input(given: Input, name: str, max_prompt_chars: int) -> None:
@@ -136,6 +114,12 @@ def allowed_tokens(prompt_tokens: int, sampling: inference_pb2.SamplingParams, c
             "for prompt and answer together: shorten the prompt",
         )
     if not sampling.HasField("max_tokens"):
+        if sampling.min_tokens > room:
+            raise invalid(
+                "min_tokens",
+                f"the prompt has {prompt_tokens:,} tokens and min_tokens is {sampling.min_tokens:,}; together they "
+                f"exceed the model's context of {context:,} tokens: ask for at most {room:,}",
+            )
         return room
     if sampling.max_tokens > room:
         raise invalid(
