@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import platform
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 from services.common.process import Node, run
 from services.common.queues import RequestQueue
@@ -14,28 +12,25 @@ from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.agent import Agent
 from services.gpu_agent.arena.arena import Arena
-from services.gpu_agent.arena.host import HostMemory
+from services.gpu_agent.device import open_device
 from services.gpu_agent.images import Images
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.service import AgentServicer
 from services.gpu_agent.settings import GpuAgentSettings
 from services.gpu_agent.weights.image import remove_unfinished
 from warmserve.cluster.mirror import Mirror
-from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2, common_pb2
+from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2
 
 _log = logger(__name__)
 
 
 async def serve(settings: GpuAgentSettings, node: Node) -> None:
     """Serves until node.stop is set. OSError where the memory is not there, or the engine has died."""
-    page_bytes = int(settings.page_bytes)
-    try:
-        arena = Arena(HostMemory(page_bytes, int(settings.arena_bytes) // page_bytes))
-    except MemoryError as error:
-        raise OSError(str(error)) from error
+    device = open_device(settings)
+    arena = Arena(device.memory)
     settings.image_dir.mkdir(parents=True, exist_ok=True)
     remove_unfinished(settings.image_dir)
-    images = Images(settings, arena.num_pages)
+    images = Images(settings, arena.page_bytes, arena.num_pages)
     reports = Reports(settings.id, node.session, node.events, node.keys)
     agent = Agent(settings.id, arena, images, RequestQueue(node.redis, node.keys), reports, settings.max_batch)
     agent.start()
@@ -50,9 +45,9 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
         address=address,
         node=settings.node,
         device_index=settings.device_index,
-        device_name=_cpu_name(),
-        backend=common_pb2.BACKEND_HOST,
-        page_bytes=page_bytes,
+        device_name=device.device_name,
+        backend=device.backend,
+        page_bytes=arena.page_bytes,
         pages_total=arena.num_pages,
         version=version("warmserve-server"),
         started_unix_ms=int(time.time() * 1e3),
@@ -76,7 +71,7 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     reports.start()
     await node.session.put(node.keys.agent(settings.id), record)
     await node.server.set_serving(True)
-    _log.info("serving", address=address, pages=arena.num_pages, page_bytes=page_bytes, node=settings.node)
+    _log.info("serving", address=address, pages=arena.num_pages, page_bytes=arena.page_bytes, node=settings.node)
     ended = asyncio.create_task(agent.ended())
     stopping = asyncio.create_task(node.stop.wait())
     await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -93,13 +88,6 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     await node.server.stop(1)
     if died:
         raise OSError(f"the engine has died: {died!r}")
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def main() -> None:

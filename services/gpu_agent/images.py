@@ -42,10 +42,10 @@ class Blueprint:
 class Images:
     """The images of one node. Its methods read and write files: call them in a thread."""
 
-    def __init__(self, settings: GpuAgentSettings, num_pages: int) -> None:
+    def __init__(self, settings: GpuAgentSettings, page_bytes: int, num_pages: int) -> None:
         self._roots = settings.model_roots
         self._folder: Path = settings.image_dir
-        self._page_bytes = int(settings.page_bytes)
+        self._page_bytes = page_bytes
         self._num_pages = num_pages
 
     def inspect(self, spec: cluster_pb2.ModelSpec) -> Blueprint:

@@ -53,6 +53,11 @@ class Arena:
         return self._memory.num_pages
 
     @property
+    def device(self) -> torch.device:
+        """Where the pages are, and with them every tensor over them."""
+        return self._memory.device
+
+    @property
     def free_pages(self) -> int:
         """Pages that nobody owns."""
         with self._lock:
@@ -134,7 +139,8 @@ class Arena:
 class WeightRange:
     """The addresses of one model's weights, of which the first `resident_pages` pages have memory behind them.
 
-    Growing and shrinking happen at the end of that prefix. Nobody may be computing with the pages that are taken away.
+    Growing and shrinking happen at the end of that prefix. Nobody may be computing with the pages that are taken away:
+    on a GPU, whoever takes them has seen to it that the kernels that use them have ended.
     """
 
     def __init__(self, arena: Arena, memory: Memory, name: str, nbytes: int) -> None:
@@ -157,6 +163,11 @@ class WeightRange:
         return self._memory.page_bytes
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._memory.device
+
+    @property
     def resident_pages(self) -> int:
         """How many pages, counted from the first, are mapped; those that `append` put there hold their data."""
         return self._resident
@@ -170,8 +181,9 @@ class WeightRange:
     def append(self, fill: Callable[[int, torch.Tensor], None]) -> None:
         """Maps one free page and has `fill(index, page)` write it (uint8, page_bytes); then it is resident.
 
-        Where fill raises, the page is given back and the exception goes on to the caller. Meanwhile the page cannot
-        be taken away: shrink waits. OutOfPages, with nothing done, where none is free.
+        When fill returns or raises, nothing writes to the page any more, on a GPU neither. Where fill raises, the page
+        is given back and the exception goes on to the caller. Meanwhile the page cannot be taken away: shrink waits.
+        OutOfPages, with nothing done, where none is free.
         """
         with self._lock:
             index = self._resident

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from services.gpu_agent.arena.arena import WeightRange
 from services.gpu_agent.weights.image import Image
+from services.gpu_agent.weights.staging import page_source
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ def load(
     began = time.monotonic()
     copied = 0
     done = LoadProgress(weights.resident_pages, weights.num_pages, 0.0)
-    while not done.complete and not cancel.is_set():
-        weights.append(image.read_page)
-        copied += layout.page_bytes
-        done = LoadProgress(weights.resident_pages, weights.num_pages, copied / (time.monotonic() - began))
-        progress(done)
+    with page_source(image, weights.resident_pages, weights.device) as fill:
+        while not done.complete and not cancel.is_set():
+            weights.append(fill)
+            copied += layout.page_bytes
+            done = LoadProgress(weights.resident_pages, weights.num_pages, copied / (time.monotonic() - began))
+            progress(done)
     return done
