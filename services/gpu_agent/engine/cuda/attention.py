@@ -1,0 +1,274 @@
+"""Paged attention on a GPU: writing a step's keys and values into the arena's pages and attending to them there.
+
+A step's flattened batch holds spans of consecutive tokens of sequences. One-token spans go to the decode kernel, longer
+ones are cut into tiles of up to TILE queries for the prefill kernel. All that changes from step to step lies in the
+StepTensors, so both functions may be captured in a CUDA graph, which then serves any step within its capacities. The
+first call for a model compiles; do that before capturing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from services.gpu_agent.engine.cuda.attention_kernels import decode_kernel, prefill_kernel, write_kv_kernel
+from services.gpu_agent.engine.kv_spec import KvSpec
+
+TILE = 128
+"""The most queries of one tile."""
+
+_LOG2E = 1.4426950408889634
+_RESIDENT = 264  # programs of the decode kernel that an H100 runs at once: two on each multiprocessor
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a kernel goes over keys."""
+
+    keys: int
+    """Keys met at once: a power of 2, at least 16."""
+    warps: int
+    stages: int
+    """Depth of the pipeline of loads."""
+
+
+# By head dimension, rounded up to a power of 2. `python -m benchmarks.attention --sweep` shows others.
+DECODE_TUNING = {
+    16: Tuning(128, 4, 3),
+    32: Tuning(128, 4, 3),
+    64: Tuning(128, 4, 3),
+    128: Tuning(64, 4, 3),
+    256: Tuning(32, 4, 3),
+}
+PREFILL_TUNING = {
+    16: Tuning(128, 8, 3),
+    32: Tuning(128, 8, 3),
+    64: Tuning(128, 8, 3),
+    128: Tuning(64, 8, 3),
+    256: Tuning(64, 8, 2),
+}
+
+
+@dataclass(frozen=True)
+class PagedKv:
+    """Where the KV of a model lies; made once per instance.
+
+    Block b begins at element b // slots_per_page * page_elements + b % slots_per_page * block_elements of `pages`
+    and holds, for each layer, keys (block_tokens, kv_heads, head_dim), then values.
+    """
+
+    pages: torch.Tensor
+    """All pages of the arena as one 1-D tensor of the spec's dtype."""
+    spec: KvSpec
+    page_elements: int
+    slots_per_page: int
+
+    @property
+    def block_elements(self) -> int:
+        """Elements of one block, all layers."""
+        return self.spec.block_bytes // self.spec.dtype.itemsize
+
+    def starts(self, layer: int) -> tuple[int, int]:
+        """Where the layer's keys and its values begin inside a block, in elements."""
+        half = self.spec.block_tokens * self.spec.kv_heads * self.spec.head_dim
+        return 2 * layer * half, (2 * layer + 1) * half
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """What attention needs to know of a step: int32 tensors on the device, at fixed addresses, filled before each step.
+
+    The sizes are capacities. What exceeds the step is padding: slots -1; decode_keys 0; tiles with 0 queries.
+    """
+
+    slots: torch.Tensor
+    """(tokens,) Where each token's KV goes: block * block_tokens + row in the block. Below 0: it is not written."""
+    blocks: torch.Tensor
+    """Block numbers of all sequences, one sequence's list after another's; 1-D."""
+    decode_rows: torch.Tensor
+    """(B,) The batch row of each one-token span. In padding: a row that is filled with zeros, or below 0 for none."""
+    decode_keys: torch.Tensor
+    """(B,) How many keys it sees, its own included (a window not counted). 0: padding."""
+    decode_blocks: torch.Tensor
+    """(B,) Where its sequence's list begins in `blocks`."""
+    tiles: torch.Tensor
+    """(N, 4) Tiles of the longer spans: row of the first query; number of queries, at most TILE, 0 in padding; position
+    of the first query in its sequence; where the sequence's list begins in `blocks`. Longest contexts last."""
+
+
+def decode_splits(spans: int, kv_heads: int) -> tuple[int, int]:
+    """Into how many parts a context may be cut when `spans` are decoded at once; the fewest keys of a part.
+
+    Few spans are cut until they fill the GPU. Many fill it uncut, but one much longer than the others would be
+    left running alone, so long contexts are cut even then.
+    """
+    pairs = spans * kv_heads
+    return min(64, max(4, _RESIDENT // pairs)), min(512, max(64, 1 << (pairs - 1).bit_length()))
+
+
+class Workspace:
+    """Memory for what the programs of a split context hand to one another, allocated once.
+
+    Steps that run one after another on one stream share it, whatever their models.
+    """
+
+    def __init__(self, lanes: int, head_dim: int, device: torch.device | str) -> None:
+        """Room for `lanes` (see lanes_for) of `head_dim` or less."""
+        self.lanes = lanes
+        self.head_dim = head_dim
+        self.acc = torch.empty(lanes * head_dim, dtype=torch.float32, device=device)
+        self.total = torch.empty(lanes, dtype=torch.float32, device=device)
+        self.peak = torch.empty(lanes, dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(lanes, dtype=torch.int32, device=device)  # 0 again after each kernel
+
+    @staticmethod
+    def lanes_for(spans: int, heads: int, kv_heads: int) -> int:
+        """Lanes that decoding up to `spans` at once takes, for any capacity up to it."""
+        return max(count * heads * decode_splits(count, kv_heads)[0] for count in range(1, spans + 1))
+
+    @property
+    def bytes(self) -> int:
+        """Device memory that it holds."""
+        return self.acc.nbytes + self.total.nbytes + self.peak.nbytes + self.arrivals.nbytes
+
+
+def write_kv(kv: PagedKv, layer: int, step: StepTensors, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Stores the step's keys and values, each (tokens, kv_heads, head_dim) with contiguous heads, at step.slots."""
+    tokens, kv_heads, head_dim = key.shape
+    if key.stride(2) != 1 or value.stride(2) != 1:
+        raise ValueError(f"a head's elements must be contiguous; strides are {key.stride()} and {value.stride()}")
+    if tokens != len(step.slots):
+        raise ValueError(f"{tokens} keys for {len(step.slots)} slots")
+    key_start, value_start = kv.starts(layer)
+    write_kv_kernel[(tokens,)](
+        kv.pages,
+        step.slots,
+        key,
+        value,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        key_start,
+        value_start,
+        kv.page_elements,
+        kv.block_elements,
+        SLOTS_PER_PAGE=kv.slots_per_page,
+        BLOCK_TOKENS=kv.spec.block_tokens,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        WIDTH=_power_of_2(kv_heads * head_dim),
+        num_warps=4,
+    )
+
+
+def attend(
+    kv: PagedKv,
+    layer: int,
+    step: StepTensors,
+    query: torch.Tensor,
+    out: torch.Tensor,
+    workspace: Workspace,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Attention of a step's queries to the keys and values in the pages, the step's own included (write_kv first).
+
+    A query at position p sees the keys at positions (p - window, p], or [0, p]. Its scores are scaling * q.k, capped to
+    softcap * tanh(score / softcap); `sinks`, (heads,), are one more logit of each head in the softmax's denominator.
+
+    query: (tokens, heads, head_dim) with contiguous heads; out: the same shape, contiguous. Rows of `out` that
+    belong to no span are not written (see StepTensors.decode_rows). Raises ValueError where the tensors do not fit.
+    """
+    _, heads, head_dim = query.shape
+    group = heads // kv.spec.kv_heads
+    if query.stride(2) != 1 or not out.is_contiguous() or out.shape != query.shape:
+        raise ValueError(f"unfit tensors: query strides {query.stride()}, out {tuple(out.shape)} {out.stride()}")
+    if group * kv.spec.kv_heads != heads or head_dim != kv.spec.head_dim:
+        raise ValueError(f"queries of {heads} heads of {head_dim} do not fit {kv.spec}")
+    if scaling <= 0:
+        raise ValueError(f"scaling must be above 0, not {scaling}")
+    scale = scaling if softcap is not None else scaling * _LOG2E
+    width = _power_of_2(head_dim)
+    key_start, value_start = kv.starts(layer)
+    where = (query.stride(0), query.stride(1), key_start, value_start, kv.page_elements, kv.block_elements)
+    spans = len(step.decode_rows)
+    if spans > 0:
+        splits, least_keys = decode_splits(spans, kv.spec.kv_heads)
+        if spans * heads * splits > workspace.lanes or head_dim > workspace.head_dim:
+            raise ValueError(
+                f"the workspace has {workspace.lanes} lanes of {workspace.head_dim}; {spans} spans of {heads} heads "
+                f"take {spans * heads * splits} of {head_dim} (see Workspace.lanes_for)"
+            )
+        tuning = _fitted(DECODE_TUNING[width], kv.spec)
+        members = _power_of_2(group)
+        decode_kernel[(kv.spec.kv_heads, spans, splits)](
+            kv.pages,
+            query,
+            out,
+            step.decode_rows,
+            step.decode_keys,
+            step.decode_blocks,
+            step.blocks,
+            sinks,
+            workspace.acc,
+            workspace.total,
+            workspace.peak,
+            workspace.arrivals,
+            *where,
+            scale,
+            softcap,
+            window,
+            SLOTS_PER_PAGE=kv.slots_per_page,
+            BLOCK_TOKENS=kv.spec.block_tokens,
+            KV_HEADS=kv.spec.kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            SPLITS=splits,
+            LEAST_KEYS=max(least_keys, tuning.keys),
+            BLOCK_M=max(16, members),  # tensor cores take 16 rows at least
+            BLOCK_N=tuning.keys,
+            BLOCK_D=width,
+            BLOCK_G=members,
+            GATHER=max(1, min(16, 8192 // (members * width))),
+            num_warps=tuning.warps,
+            num_stages=tuning.stages,
+        )
+    if len(step.tiles) > 0:
+        tuning = _fitted(PREFILL_TUNING[width], kv.spec)
+        prefill_kernel[(heads, len(step.tiles))](
+            kv.pages,
+            query,
+            out,
+            step.tiles,
+            step.blocks,
+            sinks,
+            *where,
+            scale,
+            softcap,
+            window,
+            SLOTS_PER_PAGE=kv.slots_per_page,
+            BLOCK_TOKENS=kv.spec.block_tokens,
+            KV_HEADS=kv.spec.kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_M=TILE,
+            BLOCK_N=tuning.keys,
+            BLOCK_D=width,
+            num_warps=tuning.warps,
+            num_stages=tuning.stages,
+        )
+
+
+def _power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not below it; at least 1."""
+    return 1 << (number - 1).bit_length()
+
+
+def _fitted(tuning: Tuning, spec: KvSpec) -> Tuning:
+    """The table is for 2-byte elements; wider ones take as much shared memory with fewer keys."""
+    return Tuning(max(16, tuning.keys * 2 // spec.dtype.itemsize), tuning.warps, tuning.stages)
