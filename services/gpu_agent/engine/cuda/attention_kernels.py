@@ -76,13 +76,13 @@ def _load_rows(base, rows, seen, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """
     dim = tl.arange(0, BLOCK_D)
     pointers = base + rows[:, None] + dim[None, :]
-    if seen is None:
-        if HEAD_DIM == BLOCK_D:
-            return tl.load(pointers)
-        else:
-            return tl.load(pointers, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+    if seen is not None:
+        loaded = tl.load(pointers, mask=seen[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        loaded = tl.load(pointers)
     else:
-        return tl.load(pointers, mask=seen[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+        loaded = tl.load(pointers, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+    return loaded
 
 
 @triton.jit
@@ -197,11 +197,14 @@ def decode_kernel(
     key_base = pages + key_start + kv_head * HEAD_DIM
     value_base = pages + value_start + kv_head * HEAD_DIM
     offsets = tl.arange(0, BLOCK_N)
+    # Block numbers are read one turn ahead: keys and values can then be fetched as deep as the pipeline goes.
+    block = tl.load(block_list + (low + offsets) // BLOCK_TOKENS, mask=low + offsets < high, other=0)
     for at in range(low, high, BLOCK_N):
         position = at + offsets
         seen = (position >= first) & (position < high)
-        block = tl.load(block_list + position // BLOCK_TOKENS, mask=seen, other=0)
         places = _block_start(block, page_elements, block_elements, SLOTS_PER_PAGE)
+        ahead = position + BLOCK_N
+        block = tl.load(block_list + ahead // BLOCK_TOKENS, mask=ahead < high, other=0)
         places += (position % BLOCK_TOKENS) * (KV_HEADS * HEAD_DIM)
         key = _load_rows(key_base, places, seen, HEAD_DIM, BLOCK_D)
         value = _load_rows(value_base, places, seen, HEAD_DIM, BLOCK_D)
@@ -279,19 +282,20 @@ def _sweep(
 ):
     """A tile of queries over the key tiles of [low, high). EDGE: some query does not see some of the keys."""
     offsets = tl.arange(0, BLOCK_N)
+    block = tl.load(block_list + (low + offsets) // BLOCK_TOKENS, mask=low + offsets < end, other=0)
     for at in range(low, high, BLOCK_N):
         position = at + offsets
         if EDGE:
             seen = (position >= first) & (position < end)
-            block = tl.load(block_list + position // BLOCK_TOKENS, mask=seen, other=0)
             visible = position[None, :] <= q_position[:, None]
             if window is not None:
                 visible &= position[None, :] > q_position[:, None] - window
         else:
             seen = None
             visible = None
-            block = tl.load(block_list + position // BLOCK_TOKENS)
         places = _block_start(block, page_elements, block_elements, SLOTS_PER_PAGE)
+        ahead = position + BLOCK_N
+        block = tl.load(block_list + ahead // BLOCK_TOKENS, mask=ahead < end, other=0)
         places += (position % BLOCK_TOKENS) * TOKEN
         key = _load_rows(key_base, places, seen, HEAD_DIM, BLOCK_D)
         value = _load_rows(value_base, places, seen, HEAD_DIM, BLOCK_D)
