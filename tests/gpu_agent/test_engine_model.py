@@ -82,7 +82,6 @@ def test_other_architectures_give_the_same_tokens(kind: str, tmp_path: Path) -> 
         (tf.BertConfig(**SMALL, num_attention_heads=4), "not causal|logits of chosen tokens"),
         (tf.FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), "cannot build"),
         (tf.T5Config(), "cannot build"),
-        (tf.LlamaConfig(**SMALL, **HEADS, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "batch"),
         (tf.LlamaConfig(**SMALL, **HEADS, is_causal=False), "is_causal"),
         (tf.Lfm2Config(**SMALL, layer_types=["conv", "full_attention", "conv"]), r"kinds \['conv'\]"),
     ],

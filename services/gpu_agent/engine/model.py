@@ -21,8 +21,8 @@ _HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions",
 _COMPUTED = {"softcap", "s_aux"}
 # Layers whose mask is the causal one, or that within the window passed to the attention function.
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-# These recompute their frequencies from the longest sequence of a batch.
-_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+# Rotary embeddings that transformers computes anew when the longest sequence of a batch exceeds a length.
+_LENGTH_DEPENDENT_ROPE = {"longrope", "dynamic"}
 _PROBE_TOKENS = 8
 # Mixtures of experts: one grouped GEMM over the tokens sorted by expert. It waits for nothing from the GPU, so that it
 # can be captured, and is exact on the CPU too; on the meta device torch has it for bfloat16 only.
@@ -58,29 +58,45 @@ class BoundModel:
         return logits
 
 
-def inspect_model(config: Any, dtype: torch.dtype, block_tokens: int = 16) -> KvSpec:
+def inspect_model(config: Any, dtype: torch.dtype, block_tokens: int = 16, context_tokens: int | None = None) -> KvSpec:
     """What KV cache a model needs, from transformers' config of it. Needs no memory.
 
-    Raises UnsupportedArchitecture where the engine cannot serve it.
+    context_tokens: the longest context that will be served; without it, the longest the model was made for. Raises
+    UnsupportedArchitecture where the engine cannot serve it.
     """
-    return _kv_spec(inspect_attention(config), dtype, block_tokens)
+    kv_spec = _kv_spec(inspect_attention(config), dtype, block_tokens)
+    _check_context(config, context_tokens)
+    return kv_spec
 
 
 def inspect_attention(config: Any) -> tuple[LayerAttention, ...]:
     """What attention each of a model's layers does, in layer order. Needs no memory; raises UnsupportedArchitecture."""
-    return _layers(_on_meta(config))
+    module = _on_meta(config)
+    _fix_frequencies(module)
+    _check_config(module)
+    facts = _probe(module)
+    name = type(module).__name__
+    if [fact.layer for fact in facts] != list(range(module.config.get_text_config().num_hidden_layers)):
+        raise UnsupportedArchitecture(f"{name} does not attend once in each of its layers")
+    shapes = {(fact.kv_heads, fact.head_dim) for fact in facts}
+    if len(shapes) != 1:
+        raise UnsupportedArchitecture(f"{name} has layers with different KV heads: {sorted(shapes)}")
+    _check_windows(module, [fact.window for fact in facts])
+    return tuple(facts)
 
 
 def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_tokens: int = 16) -> BoundModel:
     """Builds transformers' class for a config with its tensors over `weights`, which need not be resident yet.
 
-    The binding is made once and outlives eviction and reload. Raises UnsupportedArchitecture.
+    The binding is made once and outlives eviction and reload; what the class computes itself (rotary frequencies) is on
+    the weights' device. The context served must have been checked by inspect_model. Raises UnsupportedArchitecture.
     """
+    attention = inspect_attention(config)
     module = _on_meta(config)
-    attention = _layers(module)
     # Before the parameters are bound: transformers' initialisation then finds them on the meta device, where writing
     # random numbers to them does nothing.
     _fill_buffers(module)
+    _fix_frequencies(module)
     _bind(module, layout, weights)
     return BoundModel(module, _kv_spec(attention, layout.dtype, block_tokens), attention)
 
@@ -105,19 +121,6 @@ def _kv_spec(attention: tuple[LayerAttention, ...], dtype: torch.dtype, block_to
     return KvSpec(len(attention), attention[0].kv_heads, attention[0].head_dim, dtype, block_tokens)
 
 
-def _layers(module: PreTrainedModel) -> tuple[LayerAttention, ...]:
-    _check_config(module)
-    facts = _probe(module)
-    name = type(module).__name__
-    if [fact.layer for fact in facts] != list(range(module.config.get_text_config().num_hidden_layers)):
-        raise UnsupportedArchitecture(f"{name} does not attend once in each of its layers")
-    shapes = {(fact.kv_heads, fact.head_dim) for fact in facts}
-    if len(shapes) != 1:
-        raise UnsupportedArchitecture(f"{name} has layers with different KV heads: {sorted(shapes)}")
-    _check_windows(module, [fact.window for fact in facts])
-    return tuple(facts)
-
-
 def _check_config(module: PreTrainedModel) -> None:
     """Refuses what the probe cannot see."""
     name, config = type(module).__name__, module.config.get_text_config()
@@ -132,11 +135,44 @@ def _check_config(module: PreTrainedModel) -> None:
     strange = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if strange:
         raise UnsupportedArchitecture(f"{name} has layers of the kinds {sorted(strange)}")
+
+
+def _check_context(config: Any, context_tokens: int | None) -> None:
+    """Refuses contexts beyond the length up to which the model's rotary embeddings are the same for all sequences."""
+    text = config.get_text_config()
+    own = getattr(text, "max_position_embeddings", None)
+    context = own if context_tokens is None else context_tokens
+    for rope in _rope_parameters(text):
+        kind = rope.get("rope_type")
+        if kind not in _LENGTH_DEPENDENT_ROPE:
+            continue
+        limit = rope.get("original_max_position_embeddings", own) if kind == "longrope" else own
+        if context is None or limit is None or context > limit:
+            raise UnsupportedArchitecture(
+                f"its rotary embeddings ({kind}) depend on the longest sequence of a batch where that exceeds {limit} "
+                f"tokens; set limits.max_context_tokens to at most {limit}"
+            )
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     rope = getattr(config, "rope_parameters", None) or {}
     # Flat, or one dictionary per kind of layer.
-    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    if batch_dependent := kinds & _BATCH_DEPENDENT_ROPE:
-        raise UnsupportedArchitecture(f"{name} uses rotary embeddings that depend on the batch: {batch_dependent}")
+    return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+
+
+def _fix_frequencies(module: PreTrainedModel) -> None:
+    """Keeps rotary frequencies that depend on the length of sequences as they are: those of short ones.
+
+    transformers looks at the batch in each pass to choose them, which a captured graph could not. See _check_context.
+    """
+    for part in module.modules():
+        kind = getattr(part, "rope_type", None)
+        if isinstance(kind, str) and kind in _LENGTH_DEPENDENT_ROPE:
+            part.rope_type = "default"  # it is only asked whether it is one of those
+        elif isinstance(kind, dict):
+            part.rope_type = {
+                layer: "default" if of_layer in _LENGTH_DEPENDENT_ROPE else of_layer for layer, of_layer in kind.items()
+            }
 
 
 def _probe(module: PreTrainedModel) -> list[LayerAttention]:
@@ -193,8 +229,8 @@ def _probe(module: PreTrainedModel) -> list[LayerAttention]:
         raise UnsupportedArchitecture(f"{type(module).__name__} cannot be served: {error}") from error
     except Exception as error:  # foreign code: whatever it raises means that it does not fit
         raise UnsupportedArchitecture(
-            f"the attention of {type(module).__name__} does not go through transformers' attention interface: "
-            f"{_brief(error)}"
+            f"{type(module).__name__} cannot run over the engine's attention, or does what depends on the numbers "
+            f"that it computes with: {_brief(error)}"
         ) from error
     return facts
 
@@ -262,6 +298,10 @@ def _bind(module: PreTrainedModel, layout: ImageLayout, weights: WeightRange) ->
         path, _, attribute = name.rpartition(".")
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         setattr(module.get_submodule(path), attribute, bound[place.name] if is_parameter else bound[place.name].data)
+    device = next(iter(bound.values())).device
+    for name, buffer in list(module.named_non_persistent_buffers()):
+        path, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(path), attribute, buffer.to(device))
 
 
 def _brief(error: Exception) -> str:

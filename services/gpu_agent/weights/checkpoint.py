@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from services.gpu_agent.weights.conversion import TensorSource, find_sources
 from services.gpu_agent.weights.errors import CheckpointError, Problem
 from services.gpu_agent.weights.safetensors_files import (
     DTYPES,
     StoredTensor,
-    StoredWeights,
-    read_pieces,
     read_weights,
     some,
 )
@@ -36,7 +36,7 @@ _ALWAYS_IGNORED = r"rotary_emb\.inv_freq"
 class Checkpoint:
     """A checkpoint that transformers' class can be built from, tensor by tensor.
 
-    `tensors` are in the order of the model's modules, tied ones once, each under its first name in the model;
+    `tensors` are the model's, in the order of its modules, tied ones once, each under its first name in the model;
     `aliases` leads from a tied tensor's other names to that name.
     """
 
@@ -44,9 +44,10 @@ class Checkpoint:
     config: dict[str, Any]  # config.json as it is
     model_config: Any  # the same as transformers' PretrainedConfig
     architecture: str  # transformers' class name
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, TensorSource]
     aliases: dict[str, str]
-    dtype: torch.dtype  # what config.json names, else what most tensors are stored as
+    dtype: torch.dtype  # what config.json names, else what most numbers are stored as
+    delicate: dict[torch.dtype, frozenset[str]]  # tensors that the model's class keeps in float32 beside such a dtype
     eos_token_ids: tuple[int, ...]
     fingerprint: str  # hex; tells one version of a checkpoint from another
 
@@ -92,7 +93,7 @@ class Checkpoint:
                 f"{resolved} holds {some([str(name) for name in stated])}, which cannot be served; "
                 f"for model type {model_config.model_type!r} only {architecture} can",
             )
-        tensors, aliases = _match(model, architecture, weights)
+        tensors, aliases = _match(model, architecture, weights.tensors)
         return cls(
             folder=resolved,
             config=config,
@@ -100,7 +101,8 @@ class Checkpoint:
             architecture=architecture,
             tensors=tensors,
             aliases=aliases,
-            dtype=_dtype(model_config, tensors),
+            dtype=_dtype(model_config, weights.tensors),
+            delicate={dtype: _delicate(model, tensors, dtype) for dtype in DTYPES.values()},
             eos_token_ids=_eos_token_ids(resolved, config, access),
             fingerprint=hashlib.sha256(raw_config + weights.digest).hexdigest(),
         )
@@ -184,7 +186,7 @@ def _model_config(folder: Path, config: dict[str, Any]) -> Any:
     return parsed
 
 
-def _build(config: Any, stored_tensors: int) -> torch.nn.Module:
+def _build(config: Any, stored_tensors: int) -> PreTrainedModel:
     """The model without memory: its names, shapes and ties."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if not isinstance(layers, int) or not 0 < layers <= stored_tensors:
@@ -194,7 +196,7 @@ def _build(config: Any, stored_tensors: int) -> torch.nn.Module:
     try:
         # With a dtype transformers would change torch's default for the whole process while it builds; it also writes
         # to the config it is given.
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=None, trust_remote_code=False
         )
     except Exception as error:  # as above
@@ -210,36 +212,38 @@ def _bad_config(error: Exception) -> CheckpointError:
 
 
 def _match(
-    model: torch.nn.Module, architecture: str, weights: StoredWeights
-) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Finds the stored tensor for each of the model's, in the model's order, and the tied names."""
+    model: PreTrainedModel, architecture: str, stored: dict[str, StoredTensor]
+) -> tuple[dict[str, TensorSource], dict[str, str]]:
+    """Finds the source of each of the model's tensors, in the model's order, and the tied names."""
     names_of: dict[int, list[str]] = {}  # by identity: tied parameters are one object
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         names_of.setdefault(id(tensor), []).append(name)
+    sources = find_sources(model, stored)
     patterns = [_ALWAYS_IGNORED, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     faults = [
         f"{name} is not part of the model"
-        for name in sorted(weights.tensors.keys() - state.keys())
+        for name in sources.unused
         if not any(re.search(pattern, name) for pattern in patterns)
     ]
-    tensors: dict[str, StoredTensor] = {}
+    faults += sources.faults
+    tensors: dict[str, TensorSource] = {}
     aliases: dict[str, str] = {}
     for first, *others in names_of.values():
         aliases.update(dict.fromkeys(others, first))
-        stored = [weights.tensors[name] for name in (first, *others) if name in weights.tensors]
-        if not stored:
+        found = {name: sources.found[name] for name in (first, *others) if name in sources.found}
+        if not found:
             faults.append(f"{first} is missing")
             continue
         shape = tuple(state[first].shape)
         faults += [
-            f"{tensor.name} has shape {list(tensor.shape)} and not {list(shape)}"
-            for tensor in stored
-            if tensor.shape != shape
+            f"{name} has shape {list(source.shape)} and not {list(shape)}"
+            for name, source in found.items()
+            if source.shape != shape
         ]
-        if len(stored) > 1 and not faults:
-            _check_equal(stored)
-        tensors[first] = stored[0]
+        if len(found) > 1 and not faults:
+            _check_equal(found)
+        tensors[first] = next(iter(found.values()))
     if faults:
         raise CheckpointError(
             Problem.INVALID,
@@ -248,27 +252,37 @@ def _match(
     return tensors, aliases
 
 
-def _check_equal(stored: Sequence[StoredTensor]) -> None:
+def _check_equal(found: dict[str, TensorSource]) -> None:
     """Tied tensors may be stored more than once, but then they must be the same."""
-    first, *others = stored
+    first, *others = found.values()
     if not all(_equal(first, other) for other in others):
-        names = " and ".join(tensor.name for tensor in stored)
         raise CheckpointError(
-            Problem.INVALID, f"config.json ties {names}, but they differ; set tie_word_embeddings to false there"
+            Problem.INVALID,
+            f"config.json ties {' and '.join(found)}, but they differ; set tie_word_embeddings to false there",
         )
 
 
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    return one.dtype == other.dtype and all(
-        torch.equal(a, b) for a, b in zip(read_pieces(one), read_pieces(other), strict=True)
-    )
+def _equal(one: TensorSource, other: TensorSource) -> bool:
+    pairs = itertools.zip_longest(one.read(), other.read())
+    return all(a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
-def _dtype(model_config: Any, tensors: dict[str, StoredTensor]) -> torch.dtype:
+def _delicate(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> frozenset[str]:
+    """The tensors that transformers' own loading keeps in float32 when the others have this dtype."""
+    plan = model._get_dtype_plan(dtype)
+    # Patterns as transformers reads them, found anywhere in a name.
+    patterns = [pattern.replace("*", ".*") for pattern, kept in plan.items() if kept is torch.float32]
+    return frozenset(name for name in names if any(re.search(pattern, name) for pattern in patterns))
+
+
+def _dtype(model_config: Any, stored: dict[str, StoredTensor]) -> torch.dtype:
     stated = getattr(model_config, "dtype", None)
     if isinstance(stated, torch.dtype) and stated in DTYPES.values():
         return stated
-    return Counter(tensor.dtype for tensor in tensors.values()).most_common(1)[0][0]
+    numbers: Counter[torch.dtype] = Counter()
+    for tensor in stored.values():
+        numbers[tensor.dtype] += math.prod(tensor.shape)
+    return numbers.most_common(1)[0][0]
 
 
 def _eos_token_ids(folder: Path, config: dict[str, Any], access: _Access) -> tuple[int, ...]:

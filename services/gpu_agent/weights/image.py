@@ -18,7 +18,6 @@ import torch
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
 from services.gpu_agent.weights.layout import ImageLayout, TensorPlace
-from services.gpu_agent.weights.safetensors_files import read_pieces
 
 _FORMAT = 2  # 2: the matrices of a layer before its vectors, a dtype for each tensor
 _UNFINISHED = ".unfinished"
@@ -157,7 +156,7 @@ def _write_pages(checkpoint: Checkpoint, layout: ImageLayout, file: IO[bytes], p
     pages = _PageWriter(file, layout.page_bytes)
     for place in layout.tensors:
         pages.write(bytes(place.offset - pages.position))
-        for piece in read_pieces(checkpoint.tensors[place.name]):
+        for piece in checkpoint.tensors[place.name].read():
             pages.write(_converted(piece, place))
             progress(pages.position, layout.total_bytes)
     pages.write(bytes(layout.total_bytes - pages.position))

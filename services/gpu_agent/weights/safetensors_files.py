@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ _PIECE_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as a safetensors header describes it. `offset` is in bytes from the file's begin."""
+    """One tensor as a safetensors header describes it, or a part. `offset` is in bytes from the file's begin."""
 
     name: str
     dtype: torch.dtype
@@ -148,6 +149,18 @@ def _read_header(file: Path, name: str, digest: hashlib._Hash) -> list[StoredTen
             opened.seek(offset)
             digest.update(opened.read(min(_SAMPLE_BYTES, end - begin)))
     return tensors
+
+
+def rows_of(tensor: StoredTensor, begin: int, end: int) -> StoredTensor:
+    """The rows [begin, end) of a tensor, a row being along its last dimension, as a tensor (rows, length)."""
+    length = tensor.shape[-1]
+    row_bytes = length * tensor.dtype.itemsize
+    return dataclasses.replace(
+        tensor,
+        shape=(end - begin, length),
+        offset=tensor.offset + begin * row_bytes,
+        nbytes=(end - begin) * row_bytes,
+    )
 
 
 def read_pieces(tensor: StoredTensor) -> Iterator[torch.Tensor]:
