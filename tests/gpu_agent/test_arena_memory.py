@@ -1,13 +1,11 @@
-"""The arena on a real memfd: data stays where it was put, addresses stay valid, nothing is left behind."""
+"""The arena on real memory, the host's and the GPU's: data stays where it was put, addresses stay valid."""
 
 from __future__ import annotations
 
 import gc
-import mmap
-import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,36 +14,28 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from services.gpu_agent.arena.arena import Arena, ArenaClosed, WeightRange
-from services.gpu_agent.arena.host import HostMemory
 from services.gpu_agent.arena.pages import OutOfPages
+from tests.gpu_agent.arena_backends import CUDA, EACH, HOST, Backend
 
 torch.set_num_threads(1)
 
-PAGE = mmap.PAGESIZE
-PER_PAGE = PAGE // 4  # float32 numbers
 TOTAL = 10
 NAMES = st.sampled_from(["a", "b", "c"])
 
 
+@pytest.fixture(params=EACH)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    kind: Backend = request.param
+    return kind
+
+
 @pytest.fixture
-def arena() -> Iterator[Arena]:
-    made = Arena(HostMemory(PAGE, TOTAL))
+def arena(backend: Backend) -> Iterator[Arena]:
+    made = Arena(backend.memory(TOTAL))
     yield made
     made.check()
+    backend.settle()
     made.close()
-
-
-def mappings() -> int:
-    return Path("/proc/self/maps").read_text().count("memfd:warmserve-arena")
-
-
-def descriptors() -> int:
-    links = (
-        os.readlink(f"/proc/self/fd/{fd}")
-        for fd in os.listdir("/proc/self/fd")
-        if os.path.lexists(f"/proc/self/fd/{fd}")
-    )
-    return sum("memfd:warmserve-arena" in link for link in links)
 
 
 class Model:
@@ -53,22 +43,25 @@ class Model:
 
     def __init__(self, weights: WeightRange) -> None:
         self.weights = weights
-        self.tensor = weights.tensor(torch.float32, (weights.num_pages, PER_PAGE), 0)
+        self.tensor = weights.tensor(torch.float32, (weights.num_pages, weights.page_bytes // 4), 0)
         self.expected: list[float] = []
 
 
 class Everything(RuleBasedStateMachine):
     """Random orders from several owners; after each one, every owner finds its own data where it left it."""
 
+    backend: ClassVar[Backend]
+
     def __init__(self) -> None:
         super().__init__()
-        self.arena = Arena(HostMemory(PAGE, TOTAL))
-        self.kv_view = self.arena.kv_view(torch.float32).view(TOTAL, PER_PAGE)
+        self.arena = Arena(self.backend.memory(TOTAL))
+        self.kv_view = self.arena.kv_view(torch.float32).view(TOTAL, self.backend.per_page)
         self.models: dict[str, Model] = {}
         self.kv: dict[str, dict[int, float]] = {}
         self.next_value = 0.0
 
     def teardown(self) -> None:
+        self.backend.settle()
         self.arena.close()
 
     def value(self) -> float:
@@ -79,13 +72,14 @@ class Everything(RuleBasedStateMachine):
         weights = sum(len(model.expected) for model in self.models.values())
         return TOTAL - weights - sum(map(len, self.kv.values()))
 
-    @rule(name=NAMES, pages=st.integers(1, TOTAL + 1), short=st.integers(0, PAGE - 1))
-    def add(self, name: str, pages: int, short: int) -> None:
+    @rule(name=NAMES, pages=st.integers(1, TOTAL + 1), short=st.floats(0, 1, exclude_max=True))
+    def add(self, name: str, pages: int, short: float) -> None:
+        page = self.backend.page
         if name in self.models:
             with pytest.raises(ValueError, match="already"):
-                self.arena.add_weights(name, PAGE)
+                self.arena.add_weights(name, page)
         else:
-            self.models[name] = Model(self.arena.add_weights(name, pages * PAGE - short))
+            self.models[name] = Model(self.arena.add_weights(name, pages * page - int(short * page)))
             assert self.models[name].weights.num_pages == pages
 
     @rule(name=NAMES)
@@ -121,6 +115,7 @@ class Everything(RuleBasedStateMachine):
         def fill(index: int, page: torch.Tensor) -> None:
             assert index == len(model.expected)
             page.view(torch.float32).fill_(value)
+            self.backend.settle()
             if not well:
                 raise OSError("the disk failed")
 
@@ -172,20 +167,31 @@ class Everything(RuleBasedStateMachine):
                 assert bool((self.kv_view[page] == value).all())
 
 
-Everything.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestEverything = Everything.TestCase
+class OnHost(Everything):
+    backend = HOST
 
 
-def test_a_tensor_made_once_is_right_over_other_physical_pages(arena: Arena) -> None:
-    weights = arena.add_weights("m", 3 * PAGE)
-    tensor = weights.tensor(torch.float32, (3, PER_PAGE), 0)
+class OnCuda(Everything):
+    backend = CUDA
+
+
+TestEverythingOnHost = OnHost.TestCase
+TestEverythingOnHost.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestEverythingOnCuda = pytest.mark.gpu(OnCuda.TestCase)
+TestEverythingOnCuda.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_tensor_made_once_is_right_over_other_physical_pages(arena: Arena, backend: Backend) -> None:
+    per_page = backend.per_page
+    weights = arena.add_weights("m", 3 * backend.page)
+    tensor = weights.tensor(torch.float32, (3, per_page), 0)
     weights.grow(3)
-    content = torch.arange(3.0 * PER_PAGE).view(3, PER_PAGE)
+    content = torch.arange(3.0 * per_page).view(3, per_page).to(arena.device)
     tensor.copy_(content)
     address = tensor.data_ptr()
-    kv = arena.kv_view(torch.float32).view(TOTAL, PER_PAGE)
+    kv = arena.kv_view(torch.float32).view(TOTAL, per_page)
     before = [int(kv[page, 0].item()) for page in range(3)]
-    assert before == [0, PER_PAGE, 2 * PER_PAGE]  # through the KV range, the model is on pages 0 to 2
+    assert before == [0, per_page, 2 * per_page]  # through the KV range, the model is on pages 0 to 2
 
     weights.shrink(0)
     taken = arena.take_kv("other", 3)
@@ -198,79 +204,74 @@ def test_a_tensor_made_once_is_right_over_other_physical_pages(arena: Arena) -> 
     assert bool((kv[taken] == -1.0).all())  # the pages it had are another's, untouched
 
 
-def protection(address: int) -> str:
-    """How this process may touch an address, as the kernel sees it: rw-s for shared memory, ---p for a reservation."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, permissions = line.split()[:2]
-        begin, end = (int(part, 16) for part in span.split("-"))
-        if begin <= address < end:
-            return permissions
-    return "unmapped"
-
-
-def test_a_stale_tensor_cannot_reach_pages_that_have_another_owner(arena: Arena) -> None:
-    weights = arena.add_weights("m", 3 * PAGE)
+def test_a_stale_tensor_cannot_reach_pages_that_have_another_owner(arena: Arena, backend: Backend) -> None:
+    weights = arena.add_weights("m", 3 * backend.page)
     address = weights.tensor(torch.uint8, (1,), 0).data_ptr()
+    places = [address + i * backend.page for i in range(3)]
+    assert [backend.mapped(place) for place in places] == [False, False, False]
     weights.grow(3)
-    assert [protection(address + i * PAGE) for i in range(3)] == ["rw-s", "rw-s", "rw-s"]
+    assert [backend.mapped(place) for place in places] == [True, True, True]
     weights.shrink(1)
-    assert [protection(address + i * PAGE) for i in range(3)] == ["rw-s", "---p", "---p"]
+    assert [backend.mapped(place) for place in places] == [True, False, False]
     stale = weights.tensor(torch.uint8, (1,), 0)
     weights.remove()
-    assert protection(stale.data_ptr()) == "---p"
+    assert stale.data_ptr() == address
+    assert not backend.mapped(address)
     del weights, stale
     gc.collect()
-    assert protection(address) != "rw-s"
+    assert not backend.mapped(address)
 
 
-def test_tensors_at_offsets_share_the_pages(arena: Arena) -> None:
-    weights = arena.add_weights("m", 2 * PAGE)
+def test_tensors_at_offsets_share_the_pages(arena: Arena, backend: Backend) -> None:
+    page = backend.page
+    weights = arena.add_weights("m", 2 * page)
     weights.grow(2)
-    whole = weights.tensor(torch.uint8, (2 * PAGE,), 0)
+    whole = weights.tensor(torch.uint8, (2 * page,), 0)
     whole.zero_()
-    across = weights.tensor(torch.bfloat16, (4, 8), PAGE - 32)
+    across = weights.tensor(torch.bfloat16, (4, 8), page - 32)
     across.fill_(1.0)
-    assert bool((whole[PAGE - 32 : PAGE + 32].view(torch.bfloat16) == 1.0).all())
+    assert bool((whole[page - 32 : page + 32].view(torch.bfloat16) == 1.0).all())
     assert int(whole.count_nonzero()) == 64
-    assert torch.equal(weights.page_view(1), whole[PAGE:])
+    assert torch.equal(weights.page_view(1), whole[page:])
+    assert whole.device == across.device == weights.device == arena.device
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "offset", "message"),
+    ("shape", "pages", "offset", "message"),
     [
-        (torch.float32, (PER_PAGE + 1,), 0, "leaves the range"),
-        (torch.float32, (1,), PAGE, "leaves the range"),
-        (torch.float32, (1,), -4, "leaves the range"),
-        (torch.float32, (1,), 2, "not a multiple of 4"),
-        (torch.float32, (0, 4), 0, "no elements"),
-        (torch.float32, (-1, -4), 0, "no elements"),
+        ((2,), 1, -4, "leaves the range"),
+        ((1,), 1, 0, "leaves the range"),
+        ((1,), 0, -4, "leaves the range"),
+        ((1,), 0, 2, "not a multiple of 4"),
+        ((0, 4), 0, 0, "no elements"),
+        ((-1, -4), 0, 0, "no elements"),
     ],
 )
 def test_a_tensor_outside_the_range_is_refused(
-    arena: Arena, dtype: torch.dtype, shape: tuple[int, ...], offset: int, message: str
+    arena: Arena, backend: Backend, shape: tuple[int, ...], pages: int, offset: int, message: str
 ) -> None:
-    weights = arena.add_weights("m", PAGE)
+    weights = arena.add_weights("m", backend.page)
     with pytest.raises(ValueError, match=message):
-        weights.tensor(dtype, shape, offset)
+        weights.tensor(torch.float32, shape, pages * backend.page + offset)
 
 
-def test_only_resident_pages_can_be_viewed(arena: Arena) -> None:
-    weights = arena.add_weights("m", 3 * PAGE)
+def test_only_resident_pages_can_be_viewed(arena: Arena, backend: Backend) -> None:
+    weights = arena.add_weights("m", 3 * backend.page)
     weights.grow(1)
     with pytest.raises(IndexError, match="page 1 of m is not resident; 1 pages are"):
         weights.page_view(1)
 
 
-def test_pages_beyond_the_free_ones_are_refused_with_the_numbers(arena: Arena) -> None:
-    weights = arena.add_weights("m", (TOTAL + 5) * PAGE)
+def test_pages_beyond_the_free_ones_are_refused_with_the_numbers(arena: Arena, backend: Backend) -> None:
+    weights = arena.add_weights("m", (TOTAL + 5) * backend.page)
     weights.grow(4)
     with pytest.raises(OutOfPages, match=rf"weights of m asked for 8 pages, but only {TOTAL - 4} of {TOTAL}"):
         weights.grow(8)
     assert (weights.resident_pages, arena.free_pages) == (4, TOTAL - 4)
 
 
-def test_a_removed_range_cannot_be_used_and_its_name_is_free(arena: Arena) -> None:
-    weights = arena.add_weights("m", 2 * PAGE)
+def test_a_removed_range_cannot_be_used_and_its_name_is_free(arena: Arena, backend: Backend) -> None:
+    weights = arena.add_weights("m", 2 * backend.page)
     weights.grow(2)
     weights.remove()
     weights.remove()
@@ -278,52 +279,33 @@ def test_a_removed_range_cannot_be_used_and_its_name_is_free(arena: Arena) -> No
     for use in (lambda: weights.grow(1), lambda: weights.shrink(0), lambda: weights.page_view(0)):
         with pytest.raises(ArenaClosed, match="weight range of m was removed"):
             use()
-    arena.add_weights("m", PAGE).grow(1)
+    arena.add_weights("m", backend.page).grow(1)
 
 
-def test_addresses_are_not_used_again_while_a_tensor_lies_over_them(arena: Arena) -> None:
-    weights = arena.add_weights("old", 4 * PAGE)
-    stale = weights.tensor(torch.uint8, (4 * PAGE,), 0)
+def test_addresses_are_not_used_again_while_a_tensor_lies_over_them(arena: Arena, backend: Backend) -> None:
+    weights = arena.add_weights("old", 4 * backend.page)
+    stale = weights.tensor(torch.uint8, (4 * backend.page,), 0)
     weights.remove()
     del weights
-    ranges = [arena.add_weights(f"new{i}", 4 * PAGE) for i in range(8)]
+    ranges = [arena.add_weights(f"new{i}", 4 * backend.page) for i in range(8)]
     addresses = {made.tensor(torch.uint8, (1,), 0).data_ptr() for made in ranges}
-    assert not any(stale.data_ptr() <= address < stale.data_ptr() + 4 * PAGE for address in addresses)
+    assert not any(stale.data_ptr() <= address < stale.data_ptr() + 4 * backend.page for address in addresses)
 
 
-def test_closing_leaves_no_mapping_and_no_descriptor() -> None:
-    gc.collect()
-    before = mappings(), descriptors()
-    for _ in range(3):
-        arena = Arena(HostMemory(PAGE, TOTAL))
-        weights = arena.add_weights("m", 4 * PAGE)
-        tensor = weights.tensor(torch.float32, (PER_PAGE,), 0)
-        kv = arena.kv_view(torch.float32)
-        weights.grow(2)
-        arena.take_kv("i", 3)
-        assert mappings() > before[0]
-        arena.close()
-        arena.close()
-        assert descriptors() == before[1]
-        del arena, weights, tensor, kv
-        gc.collect()
-        assert (mappings(), descriptors()) == before
-
-
-def test_a_kv_view_outlives_close() -> None:
-    arena = Arena(HostMemory(PAGE, 2))
+def test_a_kv_view_outlives_close(backend: Backend) -> None:
+    arena = Arena(backend.memory(2))
     kv = arena.kv_view(torch.uint8)
     arena.close()
     kv.fill_(7)
-    assert int(kv.sum()) == 7 * 2 * PAGE
+    assert int(kv.sum()) == 7 * 2 * backend.page
 
 
-def test_a_closed_arena_refuses_everything_and_says_so() -> None:
-    arena = Arena(HostMemory(PAGE, 2))
-    weights = arena.add_weights("m", PAGE)
+def test_a_closed_arena_refuses_everything_and_says_so(backend: Backend) -> None:
+    arena = Arena(backend.memory(2))
+    weights = arena.add_weights("m", backend.page)
     arena.close()
     for use in (
-        lambda: arena.add_weights("n", PAGE),
+        lambda: arena.add_weights("n", backend.page),
         lambda: arena.take_kv("i", 1),
         lambda: arena.give_kv("i", []),
         lambda: arena.kv_view(torch.uint8),
@@ -333,14 +315,15 @@ def test_a_closed_arena_refuses_everything_and_says_so() -> None:
             use()
 
 
-def test_shrink_waits_for_the_page_that_is_being_filled(arena: Arena) -> None:
-    weights = arena.add_weights("m", 2 * PAGE)
+def test_shrink_waits_for_the_page_that_is_being_filled(arena: Arena, backend: Backend) -> None:
+    weights = arena.add_weights("m", 2 * backend.page)
     filling, go_on = threading.Event(), threading.Event()
 
     def fill(_index: int, page: torch.Tensor) -> None:
         filling.set()
         assert go_on.wait(30)
         page.fill_(1)
+        backend.settle()
 
     loader = threading.Thread(target=weights.append, args=(fill,))
     loader.start()
@@ -358,13 +341,13 @@ def test_shrink_waits_for_the_page_that_is_being_filled(arena: Arena) -> None:
     assert (weights.resident_pages, arena.free_pages) == (0, 1)
 
 
-def test_threads_that_compete_never_share_a_page(arena: Arena) -> None:
-    kv = arena.kv_view(torch.float32).view(TOTAL, PER_PAGE)
+def test_threads_that_compete_never_share_a_page(arena: Arena, backend: Backend) -> None:
+    kv = arena.kv_view(torch.float32).view(TOTAL, backend.per_page)
     failures: list[str] = []
 
     def work(number: int) -> None:
-        weights = arena.add_weights(f"m{number}", 3 * PAGE)
-        tensor = weights.tensor(torch.float32, (3, PER_PAGE), 0)
+        weights = arena.add_weights(f"m{number}", 3 * backend.page)
+        tensor = weights.tensor(torch.float32, (3, backend.per_page), 0)
         for round_ in range(60):
             mark = float(number * 1000 + round_)
             try:
@@ -372,6 +355,7 @@ def test_threads_that_compete_never_share_a_page(arena: Arena) -> None:
                 tensor.fill_(mark)
                 pages = arena.take_kv(f"i{number}", 1)
             except OutOfPages:
+                backend.settle()
                 weights.shrink(0)
                 continue
             kv[pages] = -mark
@@ -390,31 +374,20 @@ def test_threads_that_compete_never_share_a_page(arena: Arena) -> None:
     assert arena.free_pages == TOTAL
 
 
-@pytest.mark.parametrize(
-    ("page_bytes", "num_pages", "message"),
-    [(PAGE + 1, 1, "multiple of"), (0, 1, "multiple of"), (PAGE, 0, "at least one page")],
-)
-def test_sizes_that_make_no_arena_are_refused(page_bytes: int, num_pages: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        HostMemory(page_bytes, num_pages)
-
-
-def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken() -> None:
-    before = descriptors()
-    with pytest.raises(MemoryError, match="configure a smaller arena"):
-        HostMemory(1 << 30, 1 << 20)
-    assert descriptors() == before
-
-
-def test_memory_maps_only_its_own_ranges_and_pages() -> None:
-    one, other = HostMemory(PAGE, 2), HostMemory(PAGE, 2)
-    ours = one.reserve(2 * PAGE)
+def test_memory_maps_only_its_own_ranges_and_pages(backend: Backend) -> None:
+    one, other = backend.memory(2), backend.memory(2)
+    ours = one.reserve(2 * backend.page)
     with pytest.raises(ValueError, match="not, or no longer, one of this memory"):
         other.map(ours, 0, [0])
     with pytest.raises(ValueError, match="leave the range"):
         one.map(ours, 1, [0, 1])
     with pytest.raises(ValueError, match="not all within"):
         one.map(ours, 0, [2])
+    one.map(ours, 1, [0])
+    with pytest.raises(ValueError, match=r"pages \[1\] of the range are mapped already"):
+        one.map(ours, 0, [0, 1])
+    one.unmap(ours, 0, 2)
+    one.map(ours, 0, [0, 1])
     one.release(ours)
     with pytest.raises(ValueError, match="no longer"):
         one.map(ours, 0, [0])
