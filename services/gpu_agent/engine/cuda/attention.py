@@ -8,7 +8,7 @@ first call for a model compiles; do that before capturing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,8 +24,11 @@ _RESIDENT = 264  # programs of the decode kernel that an H100 runs at once: two 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a kernel goes over keys."""
+    """How the programs of a kernel go over queries and keys."""
 
+    queries: int
+    """Rows of queries of one program, which tensor cores take 16 (decode) or 64 (prefill, a divisor of TILE) at least.
+    Decode takes more where more heads share a KV head."""
     keys: int
     """Keys met at once: a power of 2, at least 16."""
     warps: int
@@ -35,18 +38,18 @@ class Tuning:
 
 # By head dimension, rounded up to a power of 2. `python -m benchmarks.attention --sweep` shows others.
 DECODE_TUNING = {
-    16: Tuning(128, 4, 3),
-    32: Tuning(128, 4, 3),
-    64: Tuning(128, 4, 3),
-    128: Tuning(64, 4, 3),
-    256: Tuning(32, 4, 3),
+    16: Tuning(16, 128, 4, 3),
+    32: Tuning(16, 128, 4, 3),
+    64: Tuning(16, 128, 4, 3),
+    128: Tuning(16, 64, 4, 3),
+    256: Tuning(16, 32, 4, 3),
 }
 PREFILL_TUNING = {
-    16: Tuning(128, 8, 3),
-    32: Tuning(128, 8, 3),
-    64: Tuning(128, 8, 3),
-    128: Tuning(64, 8, 3),
-    256: Tuning(64, 8, 2),
+    16: Tuning(128, 128, 8, 3),
+    32: Tuning(128, 128, 8, 3),
+    64: Tuning(128, 128, 8, 3),
+    128: Tuning(128, 128, 8, 2),
+    256: Tuning(128, 64, 8, 2),
 }
 
 
@@ -230,7 +233,7 @@ def attend(
             HEAD_DIM=head_dim,
             SPLITS=splits,
             LEAST_KEYS=max(least_keys, tuning.keys),
-            BLOCK_M=max(16, members),  # tensor cores take 16 rows at least
+            BLOCK_M=max(tuning.queries, members),
             BLOCK_N=tuning.keys,
             BLOCK_D=width,
             BLOCK_G=members,
@@ -240,7 +243,8 @@ def attend(
         )
     if len(step.tiles) > 0:
         tuning = _fitted(PREFILL_TUNING[width], kv.spec)
-        prefill_kernel[(heads, len(step.tiles))](
+        parts = TILE // tuning.queries
+        prefill_kernel[(heads, len(step.tiles) * parts)](
             kv.pages,
             query,
             out,
@@ -256,7 +260,8 @@ def attend(
             KV_HEADS=kv.spec.kv_heads,
             GROUP=group,
             HEAD_DIM=head_dim,
-            BLOCK_M=TILE,
+            PARTS=parts,
+            BLOCK_M=tuning.queries,
             BLOCK_N=tuning.keys,
             BLOCK_D=width,
             num_warps=tuning.warps,
@@ -271,4 +276,4 @@ def _power_of_2(number: int) -> int:
 
 def _fitted(tuning: Tuning, spec: KvSpec) -> Tuning:
     """The table is for 2-byte elements; wider ones take as much shared memory with fewer keys."""
-    return Tuning(max(16, tuning.keys * 2 // spec.dtype.itemsize), tuning.warps, tuning.stages)
+    return replace(tuning, keys=max(16, tuning.keys * 2 // spec.dtype.itemsize))

@@ -325,21 +325,24 @@ def prefill_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid (query heads, tiles): one head of a tile of up to BLOCK_M consecutive queries of one sequence.
+    """Grid (query heads, tiles * PARTS): one head of BLOCK_M queries, a tile being up to PARTS * BLOCK_M of them.
 
     The last tiles come first: they are usually those with most keys, and the longest work must not start last.
     """
     head = tl.program_id(0)
-    tile = tiles + (tl.num_programs(1) - 1 - tl.program_id(1)) * 4
-    count = tl.load(tile + 1)
-    if count == 0:
+    number = tl.num_programs(1) - 1 - tl.program_id(1)
+    tile = tiles + number // PARTS * 4
+    before = number % PARTS * BLOCK_M
+    count = tl.minimum(tl.load(tile + 1) - before, BLOCK_M)
+    if count <= 0:
         return
-    row = tl.load(tile).to(tl.int64)
-    position = tl.load(tile + 2)
+    row = (tl.load(tile) + before).to(tl.int64)
+    position = tl.load(tile + 2) + before
     block_list = blocks + tl.load(tile + 3)
     end = position + count
 
