@@ -31,7 +31,6 @@ class ClusterConfig:
     agents: int = 2
     http_port: int = 0  # 0: the one of the last start, else 8000, else any
     arena_bytes: int = 1 << 30  # of each agent
-    page_bytes: int = 1 << 20
     model_roots: tuple[Path, ...] = ()  # besides the data folder's own
     window_s: float = 300.0
     season_s: float | None = None  # None: the forecaster's own default
@@ -181,7 +180,6 @@ class Cluster:
                 [
                     f"--device-index={index}",
                     f"--arena-bytes={config.arena_bytes}",
-                    f"--page-bytes={config.page_bytes}",
                     f"--image-dir={self.folder.path / 'images'}",
                     f"--model-roots={','.join(map(str, self.model_roots))}",
                     *batch,
