@@ -1,0 +1,168 @@
+"""One model's steps on a GPU: the forward pass over fixed buffers, captured as CUDA graphs for a ladder of shapes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+
+from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.engine.attention import attending
+from services.gpu_agent.engine.cuda import fused
+from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, attend
+from services.gpu_agent.engine.cuda.attention import Workspace as Partials
+from services.gpu_agent.engine.cuda.pack import Ladder, StepShape
+from services.gpu_agent.engine.cuda.rewrite import PendingRope, rewrite
+from services.gpu_agent.engine.cuda.workspace import Workspace
+from services.gpu_agent.engine.model import BoundModel
+from services.gpu_agent.weights.layout import ImageLayout
+
+_log = logging.getLogger(__name__)
+
+
+class CudaModel:
+    """A bound model that can be run and captured. Used by the engine's thread alone.
+
+    It outlives instances, evictions and reloads: weights, KV pages and buffers keep their addresses, so what was
+    captured once stays valid. The weights must be resident while it runs or captures.
+    """
+
+    def __init__(
+        self,
+        model: BoundModel,
+        layout: ImageLayout,
+        weights: WeightRange,
+        arena: Arena,
+        workspace: Workspace,
+        *,
+        max_batch: int,
+        max_tokens: int,
+    ) -> None:
+        self.model = model
+        self.workspace = workspace
+        self.ladder = Ladder(max_batch, max_tokens, TILE)
+        self.captures = 0
+        """Graphs captured, ever: as many as the ladder has shapes, however often the model is evicted."""
+        self.last_tokens = torch.zeros(max_batch, dtype=torch.int32, device=workspace.device)
+        rewritten = rewrite(model.module, layout, weights)
+        self.rewritten = dict(rewritten.parts)
+        self._rope = rewritten.rope
+        spec = model.kv_spec
+        pages = arena.kv_view(spec.dtype)
+        self._kv = PagedKv(pages, spec, arena.page_bytes // spec.dtype.itemsize, spec.slots_per_page(arena.page_bytes))
+        self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shape is captured."""
+        return len(self._graphs) == len(self.ladder.shapes)
+
+    def run(self, shape: StepShape) -> torch.Tensor:
+        """Begins a step whose facts are in the workspace's buffer; returns its logits (shape.rows, vocabulary).
+
+        To be called on the workspace's stream, in inference mode.
+        """
+        graph = self._graphs.get(shape)
+        if graph is None:
+            self._forward(shape)
+        else:
+            graph.replay()
+        return self.workspace.logits(shape.rows, self.model.vocab_size)
+
+    @torch.inference_mode()
+    def capture_next(self) -> bool:
+        """Captures one more shape; False where none was left."""
+        shape = next((shape for shape in self.ladder.shapes if shape not in self._graphs), None)
+        if shape is None:
+            return False
+        began = time.monotonic()
+        with torch.cuda.stream(self.workspace.stream):
+            # A step of padding: whatever is compiled or set up on first use must be before the capture.
+            facts = self.workspace.facts[: shape.sections["blocks"].start]
+            facts.zero_()
+            facts[shape.sections["slots"]] = -1
+            facts[shape.sections["decode_rows"]] = -1
+            self._forward(shape)
+            graph = torch.cuda.CUDAGraph()
+            self.workspace.stream.synchronize()
+            graph.capture_begin(pool=self.workspace.pool, capture_error_mode="thread_local")
+            try:
+                self._forward(shape)
+            finally:
+                graph.capture_end()
+        self._graphs[shape] = graph
+        self.captures += 1
+        _log.debug("captured %s in %.0f ms", shape, (time.monotonic() - began) * 1e3)
+        return True
+
+    def _forward(self, shape: StepShape) -> None:
+        at, facts = shape.sections, self.workspace.facts
+        step = StepTensors(
+            slots=facts[at["slots"]],
+            blocks=facts[at["blocks"]],
+            decode_rows=facts[at["decode_rows"]],
+            decode_keys=facts[at["decode_keys"]],
+            decode_blocks=facts[at["decode_blocks"]],
+            tiles=facts[at["tiles"]].view(-1, 4),
+        )
+        ids = fused.resolve_ids(facts[at["ids"]], self.last_tokens)
+        # Without prefills each token is a sequence's last, and all logits are wanted.
+        rows: Any = facts[at["rows"]] if shape.tiles else 0
+        with attending(_Attention(self._kv, step, self.workspace.partials, self._rope)):
+            output = self.model.module(
+                input_ids=ids[None], position_ids=facts[at["positions"]][None], use_cache=False, logits_to_keep=rows
+            )
+        self.workspace.logits(shape.rows, self.model.vocab_size).copy_(output.logits[0])
+
+
+class _Attention:
+    """The attention of one forward pass (see `Attend`): keys and values into their blocks, then attention over them."""
+
+    def __init__(self, kv: PagedKv, step: StepTensors, partials: Partials, rope: PendingRope) -> None:
+        self._kv = kv
+        self._step = step
+        self._partials = partials
+        self._rope = rope
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        sliding_window: int | None,
+        extra: dict[str, Any],
+    ) -> torch.Tensor:
+        kv, step = self._kv, self._step
+        layer: int = module.layer_idx  # type: ignore[assignment]  # modules' attributes are untyped
+        rope = self._rope.take(query, key)
+        by_token = query[0].transpose(0, 1)
+        fused.rotate_and_store(
+            by_token,
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            (rope[0][0], rope[1][0]) if rope is not None else None,
+            step.slots,
+            kv.pages,
+            layer,
+            kv.spec,
+            kv.page_elements,
+            kv.slots_per_page,
+        )
+        out = torch.empty(by_token.shape, dtype=query.dtype, device=query.device)
+        attend(
+            kv,
+            layer,
+            step,
+            by_token,
+            out,
+            self._partials,
+            scaling=scaling if scaling is not None else query.shape[-1] ** -0.5,
+            window=sliding_window,
+            softcap=extra.get("softcap"),
+            sinks=extra.get("s_aux"),
+        )
+        return out[None]

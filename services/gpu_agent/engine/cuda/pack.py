@@ -1,0 +1,123 @@
+"""A step as integers: which shapes steps are padded to, and where each fact lies in the buffer that a graph reads."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.gpu_agent.engine.step import Part
+
+MAX_PREFILLS = 16  # sequences with more than one token in a step
+_DECODE_LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
+_MIXED_LADDER = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """Capacities of a graph: tokens, one-token parts, query tiles of longer parts, and rows of logits.
+
+    The buffer of a step is its sections one after another, as int32, and behind them the block numbers of all parts.
+    """
+
+    tokens: int
+    decodes: int
+    tiles: int
+    rows: int
+
+    @property
+    def sections(self) -> dict[str, slice]:
+        """Where each fact lies."""
+        sizes = {
+            "ids": self.tokens,
+            "slots": self.tokens,
+            "positions": self.tokens,
+            "decode_rows": self.decodes,
+            "decode_keys": self.decodes,
+            "decode_blocks": self.decodes,
+            "tiles": 4 * self.tiles,
+            "rows": self.rows,
+            "row_slots": self.rows,
+        }
+        sections = {}
+        begin = 0
+        for name, size in sizes.items():
+            sections[name] = slice(begin, begin + size)
+            begin += -(-size // 4) * 4  # 16 bytes, for vector loads
+        sections["blocks"] = slice(begin, None)
+        return sections
+
+
+class Ladder:
+    """The shapes that a model is captured for: decoding only, by sequences; mixed with prefills, by tokens."""
+
+    def __init__(self, max_batch: int, max_tokens: int, tile: int) -> None:
+        """`tile` is the number of queries in a tile of the attention; max_tokens bounds the tokens of one step."""
+        self.decode = [StepShape(tokens=n, decodes=n, tiles=0, rows=n) for n in _rungs(_DECODE_LADDER, max_batch)]
+        self.mixed = [
+            StepShape(tokens=n, decodes=max_batch, tiles=-(-n // tile) + MAX_PREFILLS, rows=max_batch)
+            for n in _rungs(_MIXED_LADDER, max_tokens)
+        ]
+
+    @property
+    def shapes(self) -> list[StepShape]:
+        """All of them, those first that a first request needs."""
+        return [*self.decode[:1], *self.mixed, *self.decode[1:]]
+
+    def fitting(self, parts: Many[Part]) -> StepShape:
+        """The smallest shape that holds a step."""
+        tokens = sum(part.length for part in parts)
+        rungs = self.decode if tokens == len(parts) else self.mixed
+        return rungs[bisect_left(rungs, tokens, key=lambda shape: shape.tokens)]
+
+
+def _rungs(ladder: Many[int], last: int) -> list[int]:
+    return [n for n in ladder if n < last] + [last]
+
+
+def pack(parts: Many[Part], shape: StepShape, block_tokens: int, tile: int, into: NDArray[np.int32]) -> int:
+    """Writes a step into a buffer laid out for `shape`; returns how many of its integers count.
+
+    Facts that a graph reads (see StepTensors): ids (-1 - slot: what that slot chose last), slots of the new keys and
+    values (-1: none, padding), decode_keys 0 and tiles without queries for padding; rows of the logits wanted, and the
+    slots of those they are for.
+    """
+    at = shape.sections
+    used = at["blocks"].start
+    into[:used] = 0
+    into[at["slots"]] = into[at["decode_rows"]] = -1
+    ids, slots, positions = into[at["ids"]], into[at["slots"]], into[at["positions"]]
+    decode_rows, decode_keys = into[at["decode_rows"]], into[at["decode_keys"]]
+    decode_blocks, rows, row_slots = into[at["decode_blocks"]], into[at["rows"]], into[at["row_slots"]]
+    tiles = into[at["tiles"]].reshape(-1, 4)
+    row = num_decodes = num_tiles = num_rows = listed = 0
+    for part in parts:
+        length, start = part.length, part.start
+        blocks = np.asarray(part.blocks, dtype=np.int32)
+        into[used + listed : used + listed + len(blocks)] = blocks
+        if length == 1:
+            ids[row] = part.token_ids[0] if part.token_ids else -1 - part.slot
+            positions[row] = start
+            slots[row] = blocks[start // block_tokens] * block_tokens + start % block_tokens
+            decode_rows[num_decodes] = row
+            decode_keys[num_decodes] = start + 1
+            decode_blocks[num_decodes] = listed
+            num_decodes += 1
+        else:
+            ids[row : row + length] = part.token_ids
+            where = np.arange(start, start + length, dtype=np.int32)
+            positions[row : row + length] = where
+            slots[row : row + length] = blocks[where // block_tokens] * block_tokens + where % block_tokens
+            for first in range(0, length, tile):
+                tiles[num_tiles] = row + first, min(tile, length - first), start + first, listed
+                num_tiles += 1
+        row += length
+        if part.samples:
+            rows[num_rows] = row - 1
+            row_slots[num_rows] = part.slot
+            num_rows += 1
+        listed += len(blocks)
+    return int(used + listed)

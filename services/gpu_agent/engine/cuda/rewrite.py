@@ -1,0 +1,394 @@
+"""Makes a transformers model cheaper to run, without another model class: forwards of its parts are replaced.
+
+Each replacement is proved before it is made: the part's own forward is run on the CPU with small stand-ins for its
+children, and must give what the replacement would compute. A part that differs is left as transformers wrote it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.engine.cuda.fused import gate, rms_norm
+from services.gpu_agent.weights.layout import ImageLayout, fused
+
+_ROPE = "apply_rotary_pos_emb"
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass
+class PendingRope:
+    """Queries and keys whose rotation is left to the attention function, which stores the keys in the same kernel."""
+
+    width: float = 1.0  # of cos and sin, relative to the head size
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+
+    def defer(self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        """Stands for transformers' apply_rotary_pos_emb."""
+        self.query, self.key, self.cos, self.sin = query, key, cos, sin
+        return query, key
+
+    def take(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(cos, sin) still to be applied to these; None where nothing is.
+
+        RuntimeError where the model changed them after what should have been their rotation.
+        """
+        if self.cos is None or self.sin is None:
+            return None
+        if query is not self.query or key is not self.key:
+            raise RuntimeError("the model changes queries or keys behind their rotary embedding")
+        if self.cos.shape[-1] != int(self.width * query.shape[-1]):
+            raise RuntimeError("the model rotates a part of each head only")
+        rope = self.cos, self.sin
+        self.query = self.key = self.cos = self.sin = None
+        return rope
+
+
+@dataclass
+class Rewritten:
+    """What was replaced: the kinds of parts and how many of each."""
+
+    rope: PendingRope = field(default_factory=PendingRope)
+    parts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _NormStyle:
+    eps: float
+    offset: bool
+    rounds: bool
+
+
+def rewrite(module: nn.Module, layout: ImageLayout, weights: WeightRange) -> Rewritten:
+    """Replaces what it can in a model bound to `weights`."""
+    done = Rewritten()
+    names = {part: name for name, part in module.named_modules()}
+    for part, name in names.items():
+        if _fuse_siblings(part, ("q_proj", "k_proj", "v_proj"), name, layout, weights):
+            done.parts["query, key and value projections in one"] += 1
+        if _defer_rope(part, done.rope):
+            done.parts["rotary embedding with the KV write"] += 1
+        if _fuse_gated(part, name, layout, weights):
+            done.parts["gated feed-forward"] += 1
+    norms = {part: style for part in names if (style := norm_style(part)) is not None}
+    for norm, style in norms.items():
+        norm.forward = _NormForward(norm, style)  # type: ignore[assignment, method-assign]
+        done.parts["normalisation"] += 1
+    done.parts["residual sum with the normalisation behind it"] += _chain(module, norms)
+    return done
+
+
+# Norms
+
+
+class _NormForward:
+    """An RMS norm's forward; or, within a chain of layers, what the layer before has computed already."""
+
+    def __init__(self, norm: nn.Module, style: _NormStyle) -> None:
+        self._norm = norm
+        self._style = style
+        self._sum: torch.Tensor | None = None
+        self._normed: torch.Tensor | None = None
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self._sum is not None and hidden_states is self._sum:
+            normed, self._sum, self._normed = self._normed, None, None
+            assert normed is not None
+            return normed
+        return self._compute(hidden_states, None)
+
+    def add(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The norm of the sum; residual becomes the sum."""
+        return self._compute(hidden_states, residual)
+
+    def ahead(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Returns the sum, and keeps its norm for the call with it."""
+        self._normed = self._compute(hidden_states, residual)
+        self._sum = residual
+        return residual
+
+    def _compute(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        style = self._style
+        weight: torch.Tensor = self._norm.weight  # type: ignore[assignment]
+        return rms_norm(hidden_states, weight, style.eps, offset=style.offset, rounds=style.rounds, residual=residual)
+
+
+def norm_style(part: nn.Module) -> _NormStyle | None:
+    """How a module normalises, if it is an RMS norm over its last dimension with a weight."""
+    weight, eps = getattr(part, "weight", None), getattr(part, "variance_epsilon", getattr(part, "eps", None))
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(eps, float) or part._modules:
+        return None
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale = torch.linspace(-0.5, 1.5, 64).bfloat16()
+    stand_in = _stand_in(part)
+    stand_in._parameters["weight"] = nn.Parameter(scale, requires_grad=False)
+    try:
+        with torch.no_grad():
+            found = type(part).forward(stand_in, x)
+    except (TypeError, RuntimeError, AttributeError):  # another kind of module: it wants other arguments
+        return None
+    unit = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    formulas = {
+        _NormStyle(eps, offset=False, rounds=True): scale * unit.bfloat16(),
+        _NormStyle(eps, offset=False, rounds=False): (scale.float() * unit).bfloat16(),
+        _NormStyle(eps, offset=True, rounds=False): ((1.0 + scale.float()) * unit).bfloat16(),
+    }
+    for style, expected in formulas.items():
+        if isinstance(found, torch.Tensor) and torch.equal(found, expected):
+            return style
+    return None
+
+
+# Projections
+
+
+class _Siblings:
+    """Linear layers of one input, computed at once by a matrix that lies over all of theirs."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, sizes: list[int]) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._sizes = sizes
+        self._input: torch.Tensor | None = None
+        self._parts: list[torch.Tensor] = []
+
+    def forward_of(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return self._first if index == 0 else lambda x: self._later(index, x)
+
+    def _first(self, x: torch.Tensor) -> torch.Tensor:
+        self._input = x
+        self._parts = list(F.linear(x, self._weight, self._bias).split(self._sizes, dim=-1))
+        return self._parts[0]
+
+    def _later(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if x is not self._input:
+            raise RuntimeError("the model computes the projections of one layer from different inputs")
+        part = self._parts[index]
+        if index == len(self._sizes) - 1:
+            self._input, self._parts = None, []
+        return part
+
+
+def _fuse_siblings(
+    part: nn.Module, children: tuple[str, ...], name: str, layout: ImageLayout, weights: WeightRange
+) -> bool:
+    linears = [getattr(part, child, None) for child in children]
+    if not all(type(linear) is nn.Linear for linear in linears):
+        return False
+    over = _over(linears, [f"{name}.{child}" for child in children], layout, weights)  # type: ignore[arg-type]
+    if over is None:
+        return False
+    siblings = _Siblings(*over, [linear.out_features for linear in linears])  # type: ignore[union-attr, misc]
+    for index, linear in enumerate(linears):
+        linear.forward = siblings.forward_of(index)  # type: ignore[union-attr, method-assign]
+    return True
+
+
+def _over(
+    linears: list[nn.Linear], names: list[str], layout: ImageLayout, weights: WeightRange
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """One weight and one bias over those of several linear layers, where they lie one behind the other."""
+    biased = {linear.bias is not None for linear in linears}
+    if len(biased) != 1:
+        return None
+    kinds = ["weight", "bias"] if biased.pop() else ["weight"]
+    views = []
+    for kind in kinds:
+        place = fused([layout.place(f"{name}.{kind}") for name in names])
+        if place is None:
+            return None
+        views.append(weights.tensor(place.dtype, place.shape, place.offset))
+    return views[0], views[1] if len(views) > 1 else None
+
+
+def _fuse_gated(part: nn.Module, name: str, layout: ImageLayout, weights: WeightRange) -> bool:
+    """down(act(gate(x)) * up(x)), with gate and up apart or already one."""
+    down = getattr(part, "down_proj", None)
+    if type(down) is not nn.Linear:
+        return False
+    if type(getattr(part, "gate_up_proj", None)) is nn.Linear:
+        activation = gated_activation(part, {"gate_up_proj": nn.Linear(8, 24), "down_proj": nn.Linear(12, 8)})
+        both: nn.Linear = part.gate_up_proj  # type: ignore[assignment]
+        over: tuple[torch.Tensor, torch.Tensor | None] | None = (both.weight, both.bias)
+    elif all(type(getattr(part, child, None)) is nn.Linear for child in ("gate_proj", "up_proj")):
+        activation = gated_activation(
+            part, {"gate_proj": nn.Linear(8, 12), "up_proj": nn.Linear(8, 12), "down_proj": nn.Linear(12, 8)}
+        )
+        pair: list[nn.Linear] = [part.gate_proj, part.up_proj]  # type: ignore[list-item]
+        over = _over(pair, [f"{name}.gate_proj", f"{name}.up_proj"], layout, weights)
+    else:
+        return False
+    if activation is None or over is None:
+        return False
+    weight, bias = over
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return F.linear(gate(F.linear(x, weight, bias), activation), down.weight, down.bias)
+
+    part.forward = forward  # type: ignore[method-assign]
+    return True
+
+
+def gated_activation(part: nn.Module, children: dict[str, nn.Linear]) -> str | None:
+    """Which activation a gated feed-forward uses, if it is one; `children` stand in for its projections."""
+    stand_in = _stand_in(part)
+    stand_in._modules.update(children)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        try:
+            found = type(part).forward(stand_in, x)
+        except (TypeError, RuntimeError, AttributeError):  # it wants other arguments
+            return None
+        if "gate_up_proj" in children:
+            gated, up = children["gate_up_proj"](x).chunk(2, dim=-1)
+        else:
+            gated, up = children["gate_proj"](x), children["up_proj"](x)
+        for activation, compute in _ACTIVATIONS.items():
+            if torch.allclose(found, children["down_proj"](compute(gated) * up), atol=1e-6, rtol=1e-5):
+                return activation
+    return None
+
+
+# Rotary embedding
+
+
+def _defer_rope(part: nn.Module, rope: PendingRope) -> bool:
+    own = type(part).forward
+    if not isinstance(own, FunctionType) or _ROPE not in own.__code__.co_names or hasattr(own, "__wrapped__"):
+        return False
+    width = rotation_width(own.__globals__.get(_ROPE))
+    parameters = getattr(getattr(part, "config", None), "rope_parameters", None) or {}
+    partial = [
+        value.get("partial_rotary_factor", 1.0)
+        for value in (parameters, *parameters.values())
+        if isinstance(value, dict)
+    ]
+    if width is None or any(factor != 1.0 for factor in partial):
+        return False
+    rope.width = width
+    # The same code, seeing one other function: no other model's class or module is touched.
+    seen = {**own.__globals__, _ROPE: rope.defer}
+    forward = FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
+    forward.__kwdefaults__ = own.__kwdefaults__
+    part.forward = MethodType(forward, part)  # type: ignore[method-assign]
+    return True
+
+
+def rotation_width(apply: Any) -> float | None:
+    """How wide the cosines of a rotary embedding are, relative to the head: 1, or 0.5 where each is given once.
+
+    None unless it turns element i together with element i + size / 2, over the whole size.
+    """
+    if not callable(apply):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 1, 3, 8, generator=generator)
+    angles = torch.randn(1, 3, 4, generator=generator)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        low, high = x.chunk(2, dim=-1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+    for width, given in ((1.0, torch.cat((angles, angles), dim=-1)), (0.5, angles)):
+        try:
+            found = apply(q, k, given.cos(), given.sin())
+        except (TypeError, RuntimeError):  # it wants the other form, or something else
+            continue
+        if all(torch.allclose(f, turned(x), atol=1e-6) for f, x in zip(found, (q, k), strict=True)):
+            return width
+    return None
+
+
+# Layers
+
+
+def _chain(module: nn.Module, norms: dict[nn.Module, _NormStyle]) -> int:
+    """Has each layer's residual sums made by the norms behind them; returns how many sums."""
+    sums = 0
+    for layers, last in _stacks(module):
+        usable = all(
+            prenorm_layer(layer) and layer.input_layernorm in norms and layer.post_attention_layernorm in norms
+            for layer in layers
+        )
+        if not usable or last not in norms:
+            continue
+        following = [layer.input_layernorm for layer in layers[1:]] + [last]
+        for layer, behind in zip(layers, following, strict=True):
+            layer.forward = MethodType(_prenorm_forward(behind.forward), layer)  # type: ignore[arg-type, method-assign, union-attr]
+            sums += 2
+    return sums
+
+
+def _stacks(module: nn.Module) -> Iterator[tuple[list[nn.Module], nn.Module | None]]:
+    """Stacks of layers, each with the norm that follows it in the module that holds both."""
+    for part in module.modules():
+        layers, norm = getattr(part, "layers", None), getattr(part, "norm", None)
+        if isinstance(layers, nn.ModuleList) and isinstance(norm, nn.Module):
+            yield list(layers), norm
+
+
+def _prenorm_forward(behind: _NormForward) -> Callable[..., torch.Tensor]:
+    def forward(self: Any, hidden_states: torch.Tensor, **facts: Any) -> torch.Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **facts)
+        normed = self.post_attention_layernorm.forward.add(attended, hidden_states)
+        return behind.ahead(self.mlp(normed), hidden_states)
+
+    return forward
+
+
+class _Tanh(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, **facts: Any) -> tuple[torch.Tensor, None]:
+        return hidden_states.tanh(), None
+
+
+class _Apply(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.forward = function  # type: ignore[method-assign]
+
+
+def prenorm_layer(layer: nn.Module) -> bool:
+    """Whether a layer computes h += attention(norm(h)); h += mlp(norm(h)), and returns h."""
+    names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+    if not all(isinstance(getattr(layer, name, None), nn.Module) for name in names):
+        return False
+    stand_in = _stand_in(layer).eval()
+    stand_in._modules.update(
+        input_layernorm=_Apply(lambda x: x * 0.5 + 1),
+        self_attn=_Tanh(),
+        post_attention_layernorm=_Apply(lambda x: x * 2 - 0.5),
+        mlp=_Apply(torch.sin),
+    )
+    x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            found = type(layer).forward(stand_in, x)
+    except (TypeError, RuntimeError, AttributeError, ValueError):  # it wants other arguments, or an mlp of two results
+        return False
+    middle = x + (x * 0.5 + 1).tanh()
+    expected = middle + (middle * 2 - 0.5).sin()
+    return isinstance(found, torch.Tensor) and torch.allclose(found, expected)
+
+
+def _stand_in(part: nn.Module) -> Any:
+    """A copy of a module whose children and parameters can be replaced without touching the module."""
+    twin = copy.copy(part)
+    twin.__dict__["_modules"] = dict(part._modules)
+    twin.__dict__["_parameters"] = dict(part._parameters)
+    return twin

@@ -1,0 +1,63 @@
+"""Runs an instance's steps on a GPU: while one computes, the next is prepared and launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import torch
+
+from services.gpu_agent.engine.cuda.attention import TILE
+from services.gpu_agent.engine.cuda.fused import store_tokens
+from services.gpu_agent.engine.cuda.model import CudaModel
+from services.gpu_agent.engine.cuda.pack import pack
+from services.gpu_agent.engine.sampling import Sampled, sample
+from services.gpu_agent.engine.sampling_batch import Row, prepare
+from services.gpu_agent.engine.step import Part, StepResult
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step on the stream (see Pending)."""
+
+    sampled: Sampled | None
+    began: torch.cuda.Event
+    ended: torch.cuda.Event
+
+    def result(self) -> StepResult:
+        self.ended.synchronize()
+        choices = self.sampled.choices() if self.sampled is not None else []
+        return StepResult(choices, self.began.elapsed_time(self.ended) / 1e3)
+
+
+class CudaRunner:
+    """A Runner (see step.py) on a GPU. Used by the engine's thread alone."""
+
+    depth = 2
+
+    def __init__(self, model: CudaModel, eos_ids: frozenset[int]) -> None:
+        self._model = model
+        self._eos_ids = eos_ids
+
+    @torch.inference_mode()
+    def launch(self, parts: Many[Part], rows: Many[Row]) -> _Launched:
+        """See Runner."""
+        model, workspace = self._model, self._model.workspace
+        shape = model.ladder.fitting(parts)
+        facts = workspace.buffer()
+        used = pack(parts, shape, model.model.kv_spec.block_tokens, TILE, facts.array)
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(workspace.stream):
+            began.record()
+            workspace.facts[:used].copy_(facts.tensor[:used], non_blocking=True)
+            facts.copied.record()
+            logits = model.run(shape)
+            sampled = None
+            if rows:
+                choices = prepare(rows, model.model.vocab_size, self._eos_ids, workspace.device)
+                chosen = sample(logits[: len(rows)], choices)
+                slots = workspace.facts[shape.sections["row_slots"]]
+                store_tokens(chosen.tokens, slots, model.last_tokens)
+                sampled = chosen.to_host()
+            ended.record()
+        return _Launched(sampled, began, ended)

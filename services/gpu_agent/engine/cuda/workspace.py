@@ -1,0 +1,92 @@
+"""What an agent's models share on a GPU outside the arena: taken at start, and bounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from services.gpu_agent.engine.cuda.attention import Workspace as Partials
+
+_BUFFERS = 3  # steps whose facts may be on their way at once: two under way, and the one being written
+_MAX_VOCABULARY = 1 << 18
+_MAX_HEADS = 64
+_MAX_HEAD_DIM = 256
+_FACTS = 1 << 22  # integers of one step: with 16 tokens in a block, 256 sequences of 256 Ki tokens
+
+
+@dataclass
+class HostBuffer:
+    """The facts of a step on their way to the device, in pinned memory."""
+
+    tensor: torch.Tensor
+    array: NDArray[np.int32]
+    copied: torch.cuda.Event
+
+
+class Workspace:
+    """One stream for all steps of all models, one memory pool for all graphs, and the buffers that they read and write.
+
+    Steps follow one another on the stream, so that they can share everything here.
+    """
+
+    def __init__(self, device: torch.device, max_rows: int, reserve_bytes: int) -> None:
+        """max_rows bounds the sequences, and so the rows of logits, of one step. `reserve_bytes` are set aside for
+        activations, half of them for graphs and half for steps that are not captured. torch.OutOfMemoryError where the
+        device has not as much.
+        """
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.max_rows = max_rows
+        self.facts = torch.zeros(_FACTS, dtype=torch.int32, device=device)
+        self.partials = Partials(Partials.lanes_for(max_rows, _MAX_HEADS, _MAX_HEADS // 8), _MAX_HEAD_DIM, device)
+        self._logits = torch.empty(max_rows * _MAX_VOCABULARY, dtype=torch.float32, device=device)
+        self._buffers = [_host_buffer() for _ in range(_BUFFERS)]
+        self._next = 0
+        with torch.cuda.stream(self.stream):
+            self._reservation = self._reserve(reserve_bytes // 2)
+        torch.cuda.synchronize(device)
+        self._settled = 0
+
+    def logits(self, rows: int, vocabulary: int) -> torch.Tensor:
+        """Where a step leaves its logits: (rows, vocabulary), float32."""
+        return self._logits[: rows * vocabulary].view(rows, vocabulary)
+
+    def buffer(self) -> HostBuffer:
+        """A host buffer that no copy reads any more."""
+        buffer = self._buffers[self._next]
+        self._next = (self._next + 1) % len(self._buffers)
+        buffer.copied.synchronize()
+        return buffer
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Device memory that torch holds in this process, outside the arena."""
+        return torch.cuda.memory_reserved(self.device)
+
+    def settle(self) -> None:
+        """Says that what is reserved now is all there will be, until the next model is captured."""
+        self._settled = self.reserved_bytes
+
+    @property
+    def grown_bytes(self) -> int:
+        """Device memory taken since `settle`; 0 unless something allocates while serving."""
+        return max(0, self.reserved_bytes - self._settled) if self._settled else 0
+
+    def _reserve(self, nbytes: int) -> torch.cuda.CUDAGraph:
+        """Has torch's allocator hold this much for graphs, and as much for steps outside of graphs."""
+        torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        graph = torch.cuda.CUDAGraph()
+        # A captured graph keeps its pool alive; what is freed within the capture is there for later captures.
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        torch.empty(nbytes, dtype=torch.uint8, device=self.device).zero_()
+        graph.capture_end()
+        return graph
+
+
+def _host_buffer() -> HostBuffer:
+    tensor = torch.zeros(_FACTS, dtype=torch.int32, pin_memory=True)
+    return HostBuffer(tensor, tensor.numpy(), torch.cuda.Event())
