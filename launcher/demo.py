@@ -19,7 +19,8 @@ from launcher.traces import Arrival, Rotation, Scale, generate, read_azure
 from launcher.up import deployed_models
 
 # Each of the three models has 70 MiB. An arena, in pages of 1 MiB on the host and 2 MiB on a GPU, has room for one of
-# them and, in the quarter that the placer leaves for it, KV cache: two agents for three models, so whether a model is warm when its turn comes is the forecast's doing.
+# them and, in the quarter that the placer leaves for it, KV cache: two agents for three models, so whether a model is
+# warm when its turn comes is the forecast's doing.
 _ARENA_BYTES = 94 << 20
 _PERIOD_S = 18.0  # in which each model has its turn
 _WINDOW_S = 1.0
