@@ -52,7 +52,12 @@ def paged_attention(
     sliding_window: int | None = None,
     **extra: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls. The mask is None, and dropout 0, in a model that is served."""
+    """What transformers calls. The mask is None, and dropout 0, in a model that is served.
+
+    ValueError where there is a mask: then the model makes one of its own, beside the one that transformers would make.
+    """
+    if attention_mask is not None:
+        raise ValueError("the model makes an attention mask of its own, which the engine does not have")
     return _attend.get()(module, query, key, value, scaling, sliding_window, extra), None
 
 

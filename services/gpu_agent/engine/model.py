@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from services.gpu_agent.arena.arena import WeightRange
@@ -222,7 +223,7 @@ def _probe(module: PreTrainedModel) -> list[LayerAttention]:
     rows = torch.zeros(2, dtype=torch.long, device="meta")
     try:
         _set_experts(module, _PROBED_EXPERTS)
-        with attending(attend), torch.inference_mode():
+        with attending(attend), torch.inference_mode(), _Watch(positions) as watch:
             module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
         _set_experts(module, _EXPERTS)
     except UnsupportedArchitecture as error:
@@ -232,7 +233,25 @@ def _probe(module: PreTrainedModel) -> list[LayerAttention]:
             f"{type(module).__name__} cannot run over the engine's attention, or does what depends on the numbers "
             f"that it computes with: {_brief(error)}"
         ) from error
+    if not watch.used:
+        raise UnsupportedArchitecture(
+            f"{type(module).__name__} takes no positions from outside, so that a batch cannot have several sequences"
+        )
     return facts
+
+
+class _Watch(TorchFunctionMode):
+    """Notes whether a tensor is used for anything."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+        self.used = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.used |= any(value is self._tensor for value in (*args, *kwargs.values()))
+        return func(*args, **kwargs)
 
 
 def _set_experts(module: PreTrainedModel, implementation: str) -> None:

@@ -1,0 +1,221 @@
+"""What model families bring along: scaled positions, biases, ties, experts, and their places in an image."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from services.gpu_agent.engine.attention import LayerAttention, PagedStep, Span, attending
+from services.gpu_agent.engine.kv import KvCache
+from services.gpu_agent.engine.model import UnsupportedArchitecture, build_model, inspect_attention, inspect_model
+from services.gpu_agent.weights.checkpoint import Checkpoint
+from services.gpu_agent.weights.errors import CheckpointError
+from services.gpu_agent.weights.image import open_image, prepare_image
+from services.gpu_agent.weights.layout import fused, plan_layout
+from services.gpu_agent.weights.loader import load
+from tests.gpu_agent.checkpoints import CONFIGS, FAMILIES, HIDDEN, save
+from tests.gpu_agent.serving import arena, generate, greedy, prompt, run, serve, tokens_of
+
+torch.set_num_threads(1)
+
+llama = CONFIGS["llama"]
+THETA = {"rope_theta": 10000.0}
+OTHER = {
+    "vocab_size": 512,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def scaled(rope_type: str, **parameters: Any) -> Callable[[], Any]:
+    return lambda: llama(rope_parameters={"rope_type": rope_type, **THETA, **parameters})
+
+
+def longrope(family: str = "phi3") -> Any:
+    """Frequencies of their own for contexts up to 64 tokens, and others beyond."""
+    return CONFIGS[family](
+        rope_parameters={
+            "rope_type": "longrope",
+            **THETA,
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [2.0 + 0.5 * i for i in range(8)],
+        },
+        original_max_position_embeddings=64,
+    )
+
+
+# What no family of CONFIGS has.
+VARIANTS: dict[str, Callable[[], Any]] = {
+    "linear rope": scaled("linear", factor=4.0),
+    "dynamic rope": scaled("dynamic", factor=4.0),
+    "llama3 rope": scaled(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    ),
+    "yarn rope": scaled("yarn", factor=4.0, original_max_position_embeddings=64),
+    "longrope": longrope,
+    "biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    # Learned positions, and one projection for q, k and v with its columns and rows exchanged.
+    "gpt2": lambda: tf.GPT2Config(vocab_size=512, n_embd=32, n_layer=3, n_head=4, n_positions=128),
+    # Layer norms with biases, rotary embeddings on a part of the head.
+    "stablelm": lambda: tf.StableLmConfig(**OTHER),
+    # Scaled embeddings, residuals and logits.
+    "granite": lambda: tf.GraniteConfig(**OTHER, embedding_multiplier=2.0, residual_multiplier=0.5, logits_scaling=3.0),
+    # Experts that are one tensor on disk too, under other names than in the model.
+    "granite_moe": lambda: tf.GraniteMoeConfig(**OTHER, **EXPERTS),
+    # A shared expert beside the others.
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+        **OTHER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32
+    ),
+    "olmoe": lambda: tf.OlmoeConfig(**OTHER, num_experts=4, num_experts_per_tok=2),
+}
+
+
+def assert_same_tokens(config: Any, folder: Path) -> None:
+    """Prompts of different lengths, in chunks and in a batch, against generate."""
+    memory = arena(50)
+    served, reference = serve(memory, lambda target: save(config, target), folder, "model")
+    served.load()
+    # 30 + 30 tokens are within longrope's 64.
+    instance = served.instance(token_budget=9, max_batch=4, context_tokens=64)
+    prompts = {f"p{n}": prompt(n) for n in (2, 13, 30)}
+    for name, ids in prompts.items():
+        instance.add(greedy(name, ids, 30))
+    outputs = run(instance)
+    expected = {name: generate(reference, ids, 30) for name, ids in prompts.items()}
+    assert {name: tokens_of(outputs, name) for name in prompts} == expected
+    memory.close()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_give_the_same_tokens(variant: str, tmp_path: Path) -> None:
+    assert_same_tokens(VARIANTS[variant](), tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tied_families_give_the_same_tokens(family: str, tmp_path: Path) -> None:
+    """Untied they are tested in test_engine_identity."""
+    assert_same_tokens(CONFIGS[family](tie_word_embeddings=True), tmp_path)
+
+
+def test_the_variants_matter(tmp_path: Path) -> None:
+    """Else the tests above would pass for an engine that ignored what makes a variant."""
+    plain = save(llama(), tmp_path / "plain")
+    expected = generate(plain, prompt(30), 30)
+    for variant in ("linear rope", "llama3 rope", "yarn rope", "biases"):
+        assert generate(save(VARIANTS[variant](), tmp_path / variant), prompt(30), 30) != expected, variant
+
+
+def test_longrope_is_served_up_to_where_it_changes() -> None:
+    config = longrope()
+    with pytest.raises(
+        UnsupportedArchitecture, match=r"exceeds 64 tokens; set limits.max_context_tokens to at most 64"
+    ):
+        inspect_model(config, torch.float32)
+    with pytest.raises(UnsupportedArchitecture, match="longrope"):
+        inspect_model(config, torch.float32, context_tokens=65)
+    assert inspect_model(config, torch.float32, context_tokens=64).layers == 2
+
+
+def test_facts_of_the_attention() -> None:
+    sliding, full, last = inspect_attention(CONFIGS["gemma2"]())
+    assert sliding == LayerAttention(0, 4, 2, 16, window=8, softcap=2.0, sinks=False, scaling=24**-0.5)
+    assert full == LayerAttention(1, 4, 2, 16, window=None, softcap=2.0, sinks=False, scaling=24**-0.5)
+    assert (last.layer, last.window) == (2, 8)
+    first, second = inspect_attention(CONFIGS["gpt_oss"]())
+    assert first == LayerAttention(0, 4, 2, 16, window=8, softcap=None, sinks=True, scaling=0.25)
+    assert (second.window, second.sinks) == (None, True)
+    assert inspect_attention(llama())[0] == LayerAttention(0, 4, 2, 16, None, None, sinks=False, scaling=0.25)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "phi3"])  # whose projections are one already
+def test_projections_that_read_the_same_can_be_fused(family: str, tmp_path: Path) -> None:
+    memory = arena(50)
+    served, reference = serve(memory, FAMILIES[family], tmp_path, family)
+    served.load()
+    layout = served.image.layout
+    groups = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]]
+    state = reference.state_dict()
+    for group in groups:
+        names = [f"model.layers.0.{part}.weight" for part in group]
+        if not all(name in state for name in names):
+            assert family in ("gpt_oss", "mixtral")  # experts in place of an MLP
+            continue
+        place = fused([layout.place(name) for name in names])
+        assert place is not None
+        whole = served.weights.tensor(place.dtype, place.shape, place.offset)
+        assert torch.equal(whole, torch.cat([state[name] for name in names]))
+    memory.close()
+
+
+def test_experts_run_as_one_grouped_product(tmp_path: Path) -> None:
+    """A loop over the experts that are hit would wait for the GPU and could not be captured."""
+    memory = arena(50)
+    served, _ = serve(memory, FAMILIES["qwen3_moe"], tmp_path, "qwen3_moe")
+    assert served.model.module.config._experts_implementation == "grouped_mm"
+    memory.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_computes_what_transformers_does(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The same tensors in the same dtypes: what the class keeps in float32 (GPT-OSS's norms in float16) included."""
+    FAMILIES[family](tmp_path / "m")
+    checkpoint = Checkpoint.open(tmp_path / "m", [tmp_path])
+    page_bytes = 1 << 16
+    layout = plan_layout(checkpoint.shapes, checkpoint.aliases, dtype, page_bytes, checkpoint.delicate[dtype])
+    reference: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", dtype=dtype, attn_implementation="eager"
+    )
+    assert {name: tensor.dtype for name, tensor in reference.named_parameters()} == {
+        place.name: place.dtype for place in layout.tensors
+    }
+    assert family != "gpt_oss" or (torch.float32 in {p.dtype for p in layout.tensors}) == (dtype is torch.float16)
+    memory = arena(layout.num_pages + 2, page_bytes)
+    weights = memory.add_weights("m", layout.total_bytes)
+    model = build_model(checkpoint.model_config, layout, weights)
+    with open_image(prepare_image(checkpoint, layout, tmp_path / "images", lambda done, total: None)) as image:
+        load(image, weights, cancel=threading.Event(), progress=lambda _: None)
+    ids = prompt(20)
+    cache = KvCache(memory, "i", model.kv_spec)
+    table = cache.try_alloc(model.kv_spec.blocks_for(len(ids)))
+    assert table is not None
+    with torch.inference_mode():
+        with attending(PagedStep(cache.tensors, model.kv_spec.block_tokens, [Span(table, 0, len(ids))])):
+            positions = torch.arange(len(ids))[None]
+            got = model.module(input_ids=torch.tensor([ids]), position_ids=positions, use_cache=False).logits
+        expected = reference(torch.tensor([ids])).logits
+    tolerance = 0.02 if dtype is torch.float16 else 0.15  # logits are about 4
+    torch.testing.assert_close(got, expected, rtol=0.0, atol=tolerance)
+    memory.close()
+
+
+def test_experts_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
+    FAMILIES["qwen3_moe"](tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    gate = "model.layers.1.mlp.experts.{}.gate_proj.weight"
+    down = "model.layers.1.mlp.experts.11.down_proj.weight"
+
+    def refused(changed: dict[str, torch.Tensor], reason: str) -> None:
+        save_file(changed, file)
+        with pytest.raises(CheckpointError, match=reason) as caught:
+            Checkpoint.open(tmp_path / "m", [tmp_path])
+        assert "\n" not in caught.value.message
+
+    without = {name: tensor for name, tensor in tensors.items() if name != gate.format(3)}
+    refused(without, r"experts.gate_up_proj cannot be put together from the 23 tensors stored for it")
+    refused({**tensors, gate.format(3): torch.zeros(32, 63)}, "rows differ in length")
+    fewer = {name: tensor for name, tensor in tensors.items() if name != down}
+    refused(fewer, r"experts.down_proj has shape \[11, 64, 32\] and not \[12, 64, 32\]")
