@@ -74,6 +74,8 @@ def open_device(settings: GpuAgentSettings) -> Device:
         device = _open_cuda(settings) if backend == "cuda" else _open_host(settings)
     except (MemoryError, ValueError) as error:
         raise DeviceUnavailable(str(error)) from error
+    except RuntimeError as error:  # how torch and CUDA's driver refuse
+        raise DeviceUnavailable(f"the GPU cannot be used: {error}") from error
     _log.info(
         "device",
         backend=backend,

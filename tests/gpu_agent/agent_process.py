@@ -161,6 +161,7 @@ async def running_agent(
         **common,
         id=agent_id,
         node="n0",
+        backend="host",
         arena_bytes=arena,
         page_bytes="64KiB",
         model_roots=[folder],

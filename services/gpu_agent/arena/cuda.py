@@ -59,15 +59,22 @@ class CudaMemory(Memory):
         nbytes = self.page_bytes * self.num_pages
         free, total = _check("cuMemGetInfo", cu.cuMemGetInfo())
         if nbytes > free:
-            raise MemoryError(_too_little(nbytes, free, total))
+            raise MemoryError(
+                f"an arena of {nbytes / 2**20:.0f} MiB was asked for, but the GPU has {free / 2**20:.0f} of "
+                f"{total / 2**20:.0f} MiB free; configure a smaller arena"
+            )
         handles: list[Any] = []
         try:
             for _ in range(self.num_pages):
                 handles.append(_check("cuMemCreate", cu.cuMemCreate(self.page_bytes, self._properties, 0)))
         except CudaError as error:
+            created = len(handles)
             _release_pages(self._context, handles)
-            if error.code == cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:  # another process was faster
-                raise MemoryError(_too_little(nbytes, _check("cuMemGetInfo", cu.cuMemGetInfo())[0], total)) from error
+            if error.code == cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+                raise MemoryError(
+                    f"the GPU had room for {created} of {self.num_pages} pages of {self.page_bytes / 2**20:.0f} MiB, "
+                    "though more was free a moment ago: another process takes memory too; configure a smaller arena"
+                ) from error
             raise
         return handles
 
@@ -164,13 +171,6 @@ def granularity(device_index: int) -> int:
 def _granularity(properties: cu.CUmemAllocationProp) -> int:
     kind = cu.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
     return int(_check("cuMemGetAllocationGranularity", cu.cuMemGetAllocationGranularity(properties, kind)))
-
-
-def _too_little(nbytes: int, free: int, total: int) -> str:
-    return (
-        f"an arena of {nbytes / 2**20:.0f} MiB was asked for, but the GPU has {free / 2**20:.0f} of "
-        f"{total / 2**20:.0f} MiB free; configure a smaller arena"
-    )
 
 
 def _release_pages(context: Any, handles: list[Any]) -> None:
