@@ -107,6 +107,30 @@ def test_a_tied_tensor_may_be_stored_under_its_other_name(tmp_path: Path) -> Non
     assert checkpoint.tensors["model.embed_tokens.weight"].parts[0].name == "lm_head.weight"
 
 
+def test_a_checkpoint_of_the_model_without_its_head_is_read_where_the_head_is_tied(tmp_path: Path) -> None:
+    """As transformers reads it: such a checkpoint has no common prefix."""
+    model = llama(tmp_path / "m", tied=True)
+
+    def strip(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    edit_tensors(tmp_path / "m", strip)
+    assert opened(tmp_path / "m").shapes == {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    edit_tensors(tmp_path / "m", lambda t: t.update({"model.norm.weight": torch.ones(64)}))
+    refused(tmp_path / "m", Problem.INVALID, "norm.weight and model.norm.weight are both model.norm.weight")
+
+
+def test_what_a_class_keeps_in_float32_is_known(tmp_path: Path) -> None:
+    FAMILIES["gpt_oss"](tmp_path / "m")
+    delicate = opened(tmp_path / "m").delicate
+    assert delicate[torch.float32] == delicate[torch.bfloat16] == frozenset()
+    assert delicate[torch.float16] == {
+        "model.norm.weight",
+        *(f"model.layers.{layer}.{part}_layernorm.weight" for layer in (0, 1) for part in ("input", "post_attention")),
+    }
+
+
 def test_rotary_buffers_of_old_checkpoints_are_left_out(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     assert not any("inv_freq" in name for name in opened(folder).tensors)
@@ -341,8 +365,9 @@ def test_a_model_with_another_head(folder: Path) -> None:
     refused(folder, Problem.INVALID, "holds LlamaForSequenceClassification", "only LlamaForCausalLM can")
 
 
-def test_a_quantised_model(folder: Path) -> None:
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+@pytest.mark.parametrize("quantisation", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "mxfp4"}])
+def test_a_quantised_model(folder: Path, quantisation: dict[str, Any]) -> None:
+    edit_config(folder, quantization_config=quantisation)
     refused(folder, Problem.INVALID, "is quantised")
 
 
