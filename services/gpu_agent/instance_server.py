@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from prometheus_client import Counter
 from redis.exceptions import RedisError
@@ -15,23 +17,21 @@ from services.common.queues import RequestQueue, Taken, Ticket
 from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.engine.loop import EngineLoop
-from services.gpu_agent.engine.sampling_params import SamplingParams
+from services.gpu_agent.engine.sampling_params import Grammar
 from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
+from services.gpu_agent.queued_request import refusal, sequence_of, update_of
 from services.gpu_agent.relay import Relay
-from warmserve.v1 import agent_pb2, inference_pb2
+from warmserve.v1 import agent_pb2
+
+if TYPE_CHECKING:
+    from services.gpu_agent.engine.grammar import GrammarCompiler
 
 _log = logger(__name__)
 _BLOCK_MS = 1000
 _RETRY_S = 0.2
 _LOOK_S = 1.0
 _RELEASE_S = 5.0
-_FINISH = {
-    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
-    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
-    FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
-    FinishReason.DEADLINE: inference_pb2.FINISH_REASON_DEADLINE,
-    FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
-}
+_COMPILERS = 2  # threads in which grammars are compiled
 _TOKENS = Counter("warmserve_gpu_agent_tokens_total", "Tokens generated", ["model"])
 _SEQUENCES = Counter("warmserve_gpu_agent_sequences_total", "Sequences ended", ["model", "finish"])
 
@@ -44,7 +44,11 @@ class _Running:
 
 
 class InstanceServer:
-    """Runs on the event loop. `on_load()` is called whenever the number of running sequences turns zero or non-zero."""
+    """Runs on the event loop.
+
+    `on_load()` is called whenever the number of running sequences turns zero or non-zero. Grammars are compiled in
+    threads of its own, because that may take seconds.
+    """
 
     def __init__(
         self,
@@ -55,6 +59,7 @@ class InstanceServer:
         queue: RequestQueue,
         relay: Relay,
         on_load: Callable[[], None],
+        grammars: GrammarCompiler,
     ) -> None:
         self.instance_id = instance_id
         self.slots = slots
@@ -63,6 +68,9 @@ class InstanceServer:
         self._queue = queue
         self._relay = relay
         self._on_load = on_load
+        self._grammars = grammars
+        self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix=f"grammars {instance_id}")
+        self._compiling: dict[str, asyncio.Task[None]] = {}  # requests that the engine does not have yet
         self._running: dict[str, _Running] = {}
         self._slot_freed = asyncio.Event()
         self._idle = asyncio.Event()
@@ -110,7 +118,8 @@ class InstanceServer:
 
     async def close(self) -> None:
         """Ends what is left of it, and leaves the group of readers."""
-        await end_tasks([self._pulling, *self._ending])
+        await end_tasks([self._pulling, *self._ending, *self._compiling.values()])
+        self._compilers.shutdown(wait=False, cancel_futures=True)
         try:
             async with asyncio.timeout(_RELEASE_S):
                 await self._queue.leave(self._model, self.instance_id)
@@ -124,17 +133,9 @@ class InstanceServer:
             run = self._running.get(output.request_id)
             if run is None or run.attempt != output.attempt:
                 continue
-            update = agent_pb2.SequenceUpdate(
-                request_id=output.request_id,
-                attempt=output.attempt,
-                instance_id=self.instance_id,
-                token_ids=output.token_ids,
-                offset=output.offset,
-                error=output.error,
-            )
             _TOKENS.labels(self._model).inc(len(output.token_ids))
+            update = update_of(output, self.instance_id)
             if output.finish_reason is not None:
-                update.finish_reason = _FINISH[output.finish_reason]
                 _SEQUENCES.labels(self._model, output.finish_reason.value).inc()
                 self._forget(output.request_id)
             by_router[run.relay_address].append(update)
@@ -144,7 +145,10 @@ class InstanceServer:
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Drops sequences that nobody waits for any more."""
         for request_id in request_ids:
-            if request_id in self._running:
+            if request_id in self._compiling:  # the engine does not know it
+                run = self._running[request_id]
+                self.handle([SequenceOutput(request_id, run.attempt, [], 0, FinishReason.CANCELLED)])
+            elif request_id in self._running:
                 self._engine.cancel(request_id)
 
     def cancel_router(self, address: str) -> None:
@@ -208,11 +212,42 @@ class InstanceServer:
             self.handle([SequenceOutput(name, request.attempt, [], request.generated, FinishReason.DEADLINE)])
             return
         try:
-            sequence = _sequence(request)
+            sequence = sequence_of(request)
         except ValueError as error:
-            self.handle([SequenceOutput(name, request.attempt, [], request.generated, FinishReason.ERROR, str(error))])
+            self._refuse(name, str(error))
             return
-        self._engine.submit(self.instance_id, sequence)
+        if sequence.sampling.grammar is None:
+            self._engine.submit(self.instance_id, sequence)
+        else:
+            task = begin_task(self._compile(sequence, sequence.sampling.grammar), f"compile the grammar of {name}")
+            self._compiling[name] = task
+
+    async def _compile(self, sequence: Sequence, grammar: Grammar) -> None:
+        name, attempt, generated = sequence.request_id, sequence.attempt, sequence.num_generated
+        answer = sequence.token_ids[len(sequence.token_ids) - generated :]
+        try:
+            loop = asyncio.get_running_loop()
+            sequence.matcher = await loop.run_in_executor(self._compilers, self._grammars.matcher, grammar, answer)
+        except ValueError as error:
+            if generated:  # it was good enough for an earlier attempt
+                self.handle([SequenceOutput(name, attempt, [], generated, FinishReason.ERROR, str(error))])
+            else:
+                self._refuse(name, str(error))
+        except Exception as error:
+            # Whatever it is, the request must not be lost; another instance may do better.
+            text = f"the grammar could not be compiled: {error!r}"
+            self.handle([SequenceOutput(name, attempt, [], generated, FinishReason.ERROR, text)])
+            raise
+        else:
+            del self._compiling[name]
+            self._engine.submit(self.instance_id, sequence)
+
+    def _refuse(self, name: str, error: str) -> None:
+        """Ends a request that no instance could serve."""
+        run = self._running[name]
+        self._relay.send(run.relay_address, [refusal(name, run.attempt, self.instance_id, error)])
+        _SEQUENCES.labels(self._model, "refused").inc()
+        self._forget(name)
 
     def _drop(self, request_id: str) -> None:
         self._engine.cancel(request_id)
@@ -220,6 +255,9 @@ class InstanceServer:
 
     def _forget(self, request_id: str) -> None:
         run = self._running.pop(request_id)
+        compiling = self._compiling.pop(request_id, None)
+        if compiling is not None and compiling is not asyncio.current_task():
+            compiling.cancel()
         self._tell_redis(run.ticket)
         self._slot_freed.set()
         if not self._running:
@@ -237,22 +275,3 @@ class InstanceServer:
                 return await self._queue.done(ticket)
             except RedisError:
                 await asyncio.sleep(_RETRY_S)
-
-
-def _sequence(request: agent_pb2.QueuedRequest) -> Sequence:
-    sampling = request.sampling
-    return Sequence(
-        request_id=request.request_id,
-        attempt=request.attempt,
-        token_ids=list(request.token_ids),
-        num_generated=request.generated,
-        sampling=SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
-            top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-            top_k=sampling.top_k,
-            seed=sampling.seed,
-            ignore_eos=sampling.ignore_eos,
-        ),
-        deadline=request.deadline_unix_ms / 1e3 if request.deadline_unix_ms else None,
-    )

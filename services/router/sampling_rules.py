@@ -8,6 +8,7 @@ import math
 from services.router.errors import invalid
 from warmserve.v1 import inference_pb2
 
+MAX_TOP_K = 2**31 - 1
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_STOP_TOKENS = 128
@@ -57,6 +58,8 @@ def _check_numbers(sampling: inference_pb2.SamplingParams) -> None:
         check_number("top_p", sampling.top_p, 0.0, 1.0)
         if sampling.top_p == 0.0:
             raise invalid("top_p", "0 leaves no token; use a value above 0, or temperature 0 for the likeliest token")
+    if sampling.top_k > MAX_TOP_K:
+        raise invalid("top_k", f"{sampling.top_k:,} is not between 0 (all tokens) and {MAX_TOP_K:,}")
     if sampling.HasField("min_p"):
         check_number("min_p", sampling.min_p, 0.0, 1.0)
     if sampling.HasField("repetition_penalty"):

@@ -73,6 +73,15 @@ async def until(condition: Callable[[], bool | Awaitable[bool]], what: str, time
         await asyncio.sleep(0.01)
 
 
+def logprob(request: agent_pb2.QueuedRequest, token: int, offset: int) -> inference_pb2.TokenLogprob:
+    """What a PeerAgent says of a token: -offset, and the tokens from itself on as alternatives."""
+    top = [
+        inference_pb2.TopLogprob(token_id=token + i, logprob=-offset - 0.5 * i)
+        for i in range(request.sampling.logprobs)
+    ]
+    return inference_pb2.TokenLogprob(token_id=token, logprob=-offset, top=top)
+
+
 class _Link:
     """An agent's relay stream to one router."""
 
@@ -117,6 +126,9 @@ class PeerAgent:
         self.drops_at = -1  # the token at which it drops a first attempt without being asked
         self.finish = inference_pb2.FINISH_REASON_STOP
         self.error = ""
+        self.error_reason = inference_pb2.FINISH_REASON_ERROR
+        self.sends_logprobs = True
+        self.answer_to: Callable[[agent_pb2.QueuedRequest], Sequence[int]] = lambda request: self.answer
         self.links: dict[str, _Link] = {}
         self._keys = keys
         self._queue = RequestQueue(redis, keys)
@@ -187,19 +199,28 @@ class PeerAgent:
         try:
             link.send(agent_pb2.SequenceUpdate(**head, offset=request.generated))
             if self.error:
-                finish = inference_pb2.FINISH_REASON_ERROR
-                link.send(agent_pb2.SequenceUpdate(**head, finish_reason=finish, error=self.error))
+                link.send(agent_pb2.SequenceUpdate(**head, finish_reason=self.error_reason, error=self.error))
                 return
-            for offset in range(request.generated, len(self.answer)):
+            answer = self.answer_to(request)
+            for offset in range(request.generated, len(answer)):
                 if offset == self.hold_at:
                     await self.go.wait()
-                last = offset == len(self.answer) - 1
+                last = offset == len(answer) - 1
                 full = offset + 1 == request.sampling.max_tokens
                 finish = self.finish if last else inference_pb2.FINISH_REASON_LENGTH if full else 0
                 if offset == self.drops_at and not request.attempt:
                     finish = inference_pb2.FINISH_REASON_CANCELLED
-                tokens = [self.answer[offset]]
-                link.send(agent_pb2.SequenceUpdate(**head, token_ids=tokens, offset=offset, finish_reason=finish))
+                link.send(
+                    agent_pb2.SequenceUpdate(
+                        **head,
+                        token_ids=[answer[offset]],
+                        offset=offset,
+                        finish_reason=finish,
+                        logprobs=[logprob(request, answer[offset], offset)]
+                        if request.sampling.HasField("logprobs") and self.sends_logprobs
+                        else [],
+                    )
+                )
                 if finish:
                     break
         finally:

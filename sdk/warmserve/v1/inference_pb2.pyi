@@ -397,7 +397,7 @@ class Grammar(_message.Message):
     regex: _builtins.str
     """A regular expression that matches the whole output."""
     ebnf: _builtins.str
-    """A grammar in EBNF, whose start rule is `root`."""
+    """A grammar in GBNF, llama.cpp's notation of EBNF, whose start rule is `root`."""
     @_builtins.property
     def choice(self) -> Global___Choices:
         """One of several texts."""
