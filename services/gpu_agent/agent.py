@@ -15,6 +15,7 @@ from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.engine.grammar import GrammarCompiler
 from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.loop import EngineLoop
@@ -310,8 +311,18 @@ class Agent:
             max_batch=slots,
         )
         self._engine.activate(instance)
+        if shard.grammars is None:
+            checkpoint = blueprint.checkpoint
+            shard.grammars = GrammarCompiler(checkpoint.folder, module.vocab_size, checkpoint.eos_token_ids)
         shard.server = InstanceServer(
-            instance_id, shard.name, slots, self._engine, self._queue, self._relay, self._reports.changed
+            instance_id,
+            shard.name,
+            slots,
+            self._engine,
+            self._queue,
+            self._relay,
+            self._reports.changed,
+            shard.grammars,
         )
         shard.server.start_pulling()
         self._enter(shard, ACTIVE, reason, None)

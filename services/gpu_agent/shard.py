@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from services.gpu_agent.arena.arena import ArenaUsage, WeightRange
 from services.gpu_agent.copy_lane import CopyTurn
+from services.gpu_agent.engine.grammar import GrammarCompiler
 from services.gpu_agent.images import Blueprint
 from services.gpu_agent.instance_server import InstanceServer
 from warmserve.v1 import cluster_pb2, common_pb2
@@ -30,6 +31,7 @@ class Shard:
     blueprint: Blueprint | None = None
     weights: WeightRange | None = None
     module: object | None = None  # transformers' class over the weight range
+    grammars: GrammarCompiler | None = None  # made when it first serves
     tier: common_pb2.Tier.ValueType = common_pb2.TIER_REMOTE
     wanted_active: bool = False  # what a load in progress leads to
     abandoned: threading.Event = field(default_factory=threading.Event)  # the load in progress is not wanted any more
