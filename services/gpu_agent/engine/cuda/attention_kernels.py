@@ -144,27 +144,27 @@ def decode_kernel(
     scale,
     softcap,
     window,
+    least_keys,
     SLOTS_PER_PAGE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LEAST_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    """Grid (KV_HEADS, one-token spans, SPLITS): the GROUP query heads of a KV head over one part of the context.
+    """Grid (KV_HEADS, one-token spans, splits): the GROUP query heads of a KV head over one part of the context.
 
-    A context is cut into at most SPLITS parts of at least LEAST_KEYS keys. The program that is last to finish of a
+    A context is cut into at most `splits` parts of at least `least_keys` keys. The program that is last to finish of a
     span and head adds the parts up, in their order, so that the result does not depend on which it was.
     """
     kv_head = tl.program_id(0)
     span = tl.program_id(1)
     split = tl.program_id(2)
+    splits = tl.num_programs(2)
     row = tl.load(rows + span).to(tl.int64)
     end = tl.load(keys + span)
     group = tl.arange(0, BLOCK_M)
@@ -182,7 +182,7 @@ def decode_kernel(
     if window is not None:
         first = tl.maximum(end - window, 0)
     start = first // BLOCK_TOKENS * BLOCK_TOKENS
-    part = tl.maximum(tl.cdiv(tl.cdiv(end - start, SPLITS), BLOCK_N) * BLOCK_N, LEAST_KEYS)
+    part = tl.maximum(tl.cdiv(tl.cdiv(end - start, splits), BLOCK_N) * BLOCK_N, least_keys)
     parts = tl.cdiv(end - start, part)
     if split >= parts:
         return
@@ -216,7 +216,7 @@ def decode_kernel(
         return
 
     pair = span * KV_HEADS + kv_head
-    lane = (pair * SPLITS + split) * GROUP + group
+    lane = (pair * splits + split) * GROUP + group
     tl.store(partial_acc + lane[:, None].to(tl.int64) * HEAD_DIM + dim[None, :], acc, mask=cells)
     tl.store(partial_total + lane, total, mask=inside)
     tl.store(partial_peak + lane, peak, mask=inside)
@@ -233,7 +233,7 @@ def decode_kernel(
         peak_g = tl.full((BLOCK_G,), NOTHING_SEEN, tl.float32)
         for done in range(0, parts, GATHER):
             part_number = done + tl.arange(0, GATHER)
-            lanes = (pair * SPLITS + part_number)[:, None] * GROUP + member[None, :]
+            lanes = (pair * splits + part_number)[:, None] * GROUP + member[None, :]
             there = (part_number < parts)[:, None] & inside_g[None, :]
             peaks = tl.load(partial_peak + lanes, mask=there, other=float("-inf"))
             totals = tl.load(partial_total + lanes, mask=there, other=0.0)
