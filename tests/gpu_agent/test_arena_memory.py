@@ -393,3 +393,19 @@ def test_memory_maps_only_its_own_ranges_and_pages(backend: Backend) -> None:
         one.map(ours, 0, [0])
     one.close()
     other.close()
+
+
+def test_pages_with_gaps_between_them_are_unmapped_together(backend: Backend) -> None:
+    memory = backend.memory(4)
+    target = memory.reserve(6 * backend.page)
+    places = [target.address + index * backend.page for index in range(6)]
+    memory.map(target, 0, [2])
+    memory.map(target, 2, [0, 3])
+    memory.map(target, 5, [1])
+    memory.unmap(target, 1, 2)
+    assert [backend.mapped(place) for place in places] == [True, False, False, True, False, True]
+    stale = target.tensor(torch.uint8, (1,), 0)
+    memory.release(target)
+    assert not any(backend.mapped(place) for place in places)
+    memory.close()
+    del stale
