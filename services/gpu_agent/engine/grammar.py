@@ -20,6 +20,14 @@ _CACHE_BYTES = 256 << 20
 _MAX_SCHEMA_DEPTH = 64  # the compiler's memory grows with the square
 # JSON allows any amount between its parts, of which a model may never find out.
 _MAX_WHITESPACE = 64
+# The characters of a string with minLength or maxLength, as xgrammar 0.2.8 writes them: it lets raw control characters
+# in and keeps all escapes out (its issue 800), so that answers need not be JSON.
+_BOUNDED = re.compile(r"""^(\S+ ::= )\(\(\[\^\\"\\\\\\r\\n\]\)\)$""", re.MULTILINE)
+# Surrogates are left out: a pair of them would count as two.
+_CHARACTER = (
+    r"""([^\0-\x1f\"\\] | "\\" ([\"\\/bfnrt] | "u" ([0-9A-CEFa-cef] [0-9A-Fa-f] | [Dd] [0-7])"""
+    " [0-9A-Fa-f] [0-9A-Fa-f]))"
+)
 # Where in the library an error arose.
 _ORIGIN = re.compile(r"^\[[\d:]+\] \S+\.(?:cc|h):\d+: ")
 
@@ -62,8 +70,7 @@ class GrammarCompiler:
         compiler = self._loaded()
         match grammar.kind:
             case GrammarKind.JSON_SCHEMA:
-                _check_depth(grammar.text)
-                return compiler.compile_json_schema(grammar.text, max_whitespace_cnt=_MAX_WHITESPACE)
+                return compiler.compile_grammar(_from_schema(grammar.text))
             case GrammarKind.JSON_OBJECT:
                 return compiler.compile_json_schema({"type": "object"}, max_whitespace_cnt=_MAX_WHITESPACE)
             case GrammarKind.REGEX:
@@ -129,6 +136,13 @@ class Matcher:
             self._mask[0, -1] &= (1 << self._vocabulary % 32) - 1
         if not self._mask.any():
             raise GrammarError("the grammar can neither go on here nor end with any of the model's tokens")
+
+
+def _from_schema(schema: str) -> xgrammar.Grammar:
+    _check_depth(schema)
+    grammar = xgrammar.Grammar.from_json_schema(schema, max_whitespace_cnt=_MAX_WHITESPACE)
+    rules, bounded = _BOUNDED.subn(lambda rule: rule[1] + _CHARACTER, str(grammar))
+    return xgrammar.Grammar.from_ebnf(rules) if bounded else grammar
 
 
 def _check_depth(schema: str) -> None:
