@@ -67,6 +67,13 @@ class PagedKv:
     page_elements: int
     slots_per_page: int
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what the kernels cannot do."""
+        if self.spec.head_dim > 256:
+            raise ValueError(f"heads of more than 256 elements are not supported: {self.spec.head_dim}")
+        if 16 % self.spec.block_tokens:
+            raise ValueError(f"blocks of {self.spec.block_tokens} tokens do not fit tiles of 16; use 16")
+
     @property
     def block_elements(self) -> int:
         """Elements of one block, all layers."""
@@ -196,7 +203,7 @@ def attend(
     if scaling <= 0:
         raise ValueError(f"scaling must be above 0, not {scaling}")
     scale = scaling if softcap is not None else scaling * _LOG2E
-    width = _power_of_2(head_dim)
+    width = max(16, _power_of_2(head_dim))  # tensor cores multiply 16 elements at least
     key_start, value_start = kv.starts(layer)
     where = (query.stride(0), query.stride(1), key_start, value_start, kv.page_elements, kv.block_elements)
     spans = len(step.decode_rows)

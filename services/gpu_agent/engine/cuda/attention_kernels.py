@@ -196,16 +196,17 @@ def decode_kernel(
     block_list = blocks + tl.load(lists + span)
     key_base = pages + key_start + kv_head * HEAD_DIM
     value_base = pages + value_start + kv_head * HEAD_DIM
+    # Key tiles begin with a block, so only the tile's first block and the block numbers change from turn to turn. The
+    # numbers are read one turn ahead: keys and values can then be fetched as deep as the pipeline goes.
     offsets = tl.arange(0, BLOCK_N)
-    # Block numbers are read one turn ahead: keys and values can then be fetched as deep as the pipeline goes.
-    block = tl.load(block_list + (low + offsets) // BLOCK_TOKENS, mask=low + offsets < high, other=0)
+    entries = block_list + offsets // BLOCK_TOKENS
+    in_block = (offsets % BLOCK_TOKENS) * (KV_HEADS * HEAD_DIM)
+    block = tl.load(entries + low // BLOCK_TOKENS, mask=offsets < high - low, other=0)
     for at in range(low, high, BLOCK_N):
         position = at + offsets
         seen = (position >= first) & (position < high)
-        places = _block_start(block, page_elements, block_elements, SLOTS_PER_PAGE)
-        ahead = position + BLOCK_N
-        block = tl.load(block_list + ahead // BLOCK_TOKENS, mask=ahead < high, other=0)
-        places += (position % BLOCK_TOKENS) * (KV_HEADS * HEAD_DIM)
+        places = _block_start(block, page_elements, block_elements, SLOTS_PER_PAGE) + in_block
+        block = tl.load(entries + (at + BLOCK_N) // BLOCK_TOKENS, mask=offsets < high - at - BLOCK_N, other=0)
         key = _load_rows(key_base, places, seen, HEAD_DIM, BLOCK_D)
         value = _load_rows(value_base, places, seen, HEAD_DIM, BLOCK_D)
         acc, total, peak = _absorb(acc, total, peak, q, key, value, seen[None, :], scale, softcap)
@@ -282,7 +283,9 @@ def _sweep(
 ):
     """A tile of queries over the key tiles of [low, high). EDGE: some query does not see some of the keys."""
     offsets = tl.arange(0, BLOCK_N)
-    block = tl.load(block_list + (low + offsets) // BLOCK_TOKENS, mask=low + offsets < end, other=0)
+    entries = block_list + offsets // BLOCK_TOKENS
+    in_block = (offsets % BLOCK_TOKENS) * TOKEN
+    block = tl.load(entries + low // BLOCK_TOKENS, mask=offsets < end - low, other=0)
     for at in range(low, high, BLOCK_N):
         position = at + offsets
         if EDGE:
@@ -293,10 +296,8 @@ def _sweep(
         else:
             seen = None
             visible = None
-        places = _block_start(block, page_elements, block_elements, SLOTS_PER_PAGE)
-        ahead = position + BLOCK_N
-        block = tl.load(block_list + ahead // BLOCK_TOKENS, mask=ahead < end, other=0)
-        places += (position % BLOCK_TOKENS) * TOKEN
+        places = _block_start(block, page_elements, block_elements, SLOTS_PER_PAGE) + in_block
+        block = tl.load(entries + (at + BLOCK_N) // BLOCK_TOKENS, mask=offsets < end - at - BLOCK_N, other=0)
         key = _load_rows(key_base, places, seen, HEAD_DIM, BLOCK_D)
         value = _load_rows(value_base, places, seen, HEAD_DIM, BLOCK_D)
         acc, total, peak = _absorb(acc, total, peak, q, key, value, visible, scale, softcap)
