@@ -14,7 +14,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from services.gpu_agent.arena.arena import Arena, WeightRange
 from services.gpu_agent.arena.host import HostMemory
 from services.gpu_agent.engine.instance import Instance
+from services.gpu_agent.engine.host_runner import HostRunner
 from services.gpu_agent.engine.kv import KvCache
+from services.gpu_agent.engine.kv_spec import KvSpec
+from services.gpu_agent.engine.kv_tensors import KvTensors
 from services.gpu_agent.engine.model import BoundModel, build_model
 from services.gpu_agent.engine.sampling_params import SamplingParams
 from services.gpu_agent.engine.sequence import Sequence, SequenceOutput
@@ -30,6 +33,11 @@ _ids = itertools.count()
 def arena(num_pages: int, page_bytes: int = PAGE_BYTES) -> Arena:
     """An arena on host memory."""
     return Arena(HostMemory(page_bytes, num_pages))
+
+
+def kv_tensors(arena: Arena, spec: KvSpec) -> KvTensors:
+    """The KV blocks of a model in an arena as tensors."""
+    return KvTensors(arena.kv_view(spec.dtype), arena.page_bytes, spec.slots_per_page(arena.page_bytes), spec)
 
 
 @dataclass
@@ -49,12 +57,16 @@ class Served:
     def instance(self, *, eos: bool = False, clock: Callable[[], float] | None = None, **options: int) -> Instance:
         """A new instance of it."""
         name = f"{self.weights.name}-{next(_ids)}"
+        eos_ids = frozenset(self.checkpoint.eos_token_ids if eos else ())
+        spec = self.model.kv_spec
+        tensors = kv_tensors(self.arena, spec)
         return Instance(
             name,
             self.weights.name,
-            self.model,
-            KvCache(self.arena, name, self.model.kv_spec),
-            eos_ids=self.checkpoint.eos_token_ids if eos else (),
+            HostRunner(self.model, tensors, eos_ids),
+            KvCache(self.arena, name, spec, tensors.clear),
+            vocab_size=self.model.vocab_size,
+            eos_ids=eos_ids,
             context_tokens=options.pop("context_tokens", self.checkpoint.context_tokens or 0),
             **({"clock": clock} if clock else {}),
             **options,

@@ -11,7 +11,7 @@ import torch
 from services.gpu_agent.engine.attention import PagedStep, Span
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.kv_spec import KvSpec
-from tests.gpu_agent.serving import arena
+from tests.gpu_agent.serving import arena, kv_tensors
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8
 
@@ -68,7 +68,7 @@ def test_equals_plain_attention(window: int | None, heads: int, seed: int, featu
     memory = arena(16, page_bytes=4096)
     memory.kv_view(torch.uint8).fill_(0xFF)  # NaN, as another model's weights may look
     spec = KvSpec(LAYERS, KV_HEADS, HEAD_DIM, torch.float32, block_tokens=4)
-    cache = KvCache(memory, "a", spec)
+    cache = KvCache(memory, "a", spec, kv_tensors(memory, spec).clear)
     lengths = [1, 2, 4, 5, 17, 33, 60]
     rng.shuffle(lengths)
     tables = [cache.try_alloc(spec.blocks_for(length)) or [] for length in lengths]
@@ -79,7 +79,7 @@ def test_equals_plain_attention(window: int | None, heads: int, seed: int, featu
         some = [i for i in range(len(lengths)) if done[i] < lengths[i]]
         rng.shuffle(some)
         counts = {i: rng.choice([1, 1, min(3, lengths[i] - done[i]), lengths[i] - done[i]]) for i in some}
-        step = PagedStep(cache.tensors, 4, [Span(tables[i], done[i], counts[i]) for i in some])
+        step = PagedStep(kv_tensors(memory, spec), 4, [Span(tables[i], done[i], counts[i]) for i in some])
         assert step.positions.tolist() == [p for i in some for p in range(done[i], done[i] + counts[i])]
         for layer in range(LAYERS):
             queries = [torch.randn(counts[i], heads, HEAD_DIM) for i in some]

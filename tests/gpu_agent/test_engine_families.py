@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from services.gpu_agent.engine.attention import LayerAttention, PagedStep, Span, attending
-from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.model import UnsupportedArchitecture, build_model, inspect_attention, inspect_model
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.errors import CheckpointError
@@ -22,7 +21,7 @@ from services.gpu_agent.weights.image import open_image, prepare_image
 from services.gpu_agent.weights.layout import fused, plan_layout
 from services.gpu_agent.weights.loader import load
 from tests.gpu_agent.checkpoints import CONFIGS, FAMILIES, HIDDEN, save
-from tests.gpu_agent.serving import arena, generate, greedy, prompt, run, serve, tokens_of
+from tests.gpu_agent.serving import arena, generate, greedy, kv_tensors, prompt, run, serve, tokens_of
 
 torch.set_num_threads(1)
 
@@ -188,11 +187,13 @@ def test_half_precision_computes_what_transformers_does(family: str, dtype: torc
     with open_image(prepare_image(checkpoint, layout, tmp_path / "images", lambda done, total: None)) as image:
         load(image, weights, cancel=threading.Event(), progress=lambda _: None)
     ids = prompt(20)
-    cache = KvCache(memory, "i", model.kv_spec)
-    table = cache.try_alloc(model.kv_spec.blocks_for(len(ids)))
-    assert table is not None
+    spec = model.kv_spec
+    slots = spec.slots_per_page(page_bytes)
+    (page,) = memory.take_kv("i", 1)
+    blocks = [page * slots + slot for slot in range(spec.blocks_for(len(ids)))]
+    assert len(blocks) <= slots
     with torch.inference_mode():
-        with attending(PagedStep(cache.tensors, model.kv_spec.block_tokens, [Span(table, 0, len(ids))])):
+        with attending(PagedStep(kv_tensors(memory, spec), spec.block_tokens, [Span(blocks, 0, len(ids))])):
             positions = torch.arange(len(ids))[None]
             got = model.module(input_ids=torch.tensor([ids]), position_ids=positions, use_cache=False).logits
         expected = reference(torch.tensor([ids])).logits

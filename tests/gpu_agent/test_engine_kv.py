@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.kv_spec import KvSpec
-from tests.gpu_agent.serving import arena
+from tests.gpu_agent.serving import arena, kv_tensors
 
 SPEC = KvSpec(layers=2, kv_heads=2, head_dim=8, dtype=torch.float32, block_tokens=4)  # 1 KiB a block
 
@@ -111,21 +111,22 @@ def test_what_is_written_is_read(layers: int, kv_heads: int, head_dim: int, dtyp
     memory = arena(8, page_bytes=4096)
     spec = KvSpec(layers, kv_heads, head_dim, dtype, block_tokens=4)
     memory.kv_view(torch.uint8).fill_(0xFF)
-    cache = KvCache(memory, "a", spec)
+    tensors = kv_tensors(memory, spec)
+    cache = KvCache(memory, "a", spec, tensors.clear)
     count = 2 * cache.slots_per_page + 1
     blocks = cache.try_alloc(count)
     assert blocks is not None
     table = torch.tensor(blocks)
     tokens = torch.arange(count * 4)
-    places = cache.tensors.token_index(table[tokens // 4], tokens % 4)
+    places = tensors.token_index(table[tokens // 4], tokens % 4)
     written = torch.randn(layers, 2, count * 4, kv_heads, head_dim).to(dtype)
     half = written.clone()
     half[:, :, : 2 * 4] = 0  # not written, and so zero whatever was there before
     late = places.view(count * 4, -1)[8:].flatten()
     for layer in range(layers):
-        cache.tensors.write(layer, late, written[layer, 0, 8:], written[layer, 1, 8:])
+        tensors.write(layer, late, written[layer, 0, 8:], written[layer, 1, 8:])
     for layer in range(layers):
-        keys, values = cache.tensors.read(layer, cache.tensors.block_index(table[None]))
+        keys, values = tensors.read(layer, tensors.block_index(table[None]))
         torch.testing.assert_close(keys[0], half[layer, 0], rtol=0, atol=0)
         torch.testing.assert_close(values[0], half[layer, 1], rtol=0, atol=0)
     cache.close()

@@ -22,6 +22,9 @@ class Blocks:
         self.total = total
         self.unused = set(range(total - elsewhere))
 
+    def share(self, digests: Iterable[bytes]) -> list[int]:
+        return []
+
     def try_alloc(self, count: int) -> list[int] | None:
         return [self.unused.pop() for _ in range(count)] if count <= len(self.unused) else None
 
@@ -39,7 +42,7 @@ def blocks_for(tokens: int) -> int:
 
 
 def scheduler(pool: Blocks, max_batch: int = 8, token_budget: int = 32) -> Scheduler:
-    return Scheduler(pool, blocks_for, max_batch, token_budget)
+    return Scheduler(pool, BLOCK, max_batch, token_budget)
 
 
 def sequence(name: str, prompt: int, max_tokens: int = 5) -> Sequence:

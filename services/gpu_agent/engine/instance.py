@@ -1,19 +1,20 @@
-"""An active model: its sequences, its KV cache, and one step over them."""
+"""An active model: its sequences, its KV cache, and its steps, begun by `launch` and ended by `collect`."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from services.gpu_agent.engine.attention import PagedStep, Span
 from services.gpu_agent.engine.kv import KvCache
-from services.gpu_agent.engine.model import BoundModel
-from services.gpu_agent.engine.sampling import sample
-from services.gpu_agent.engine.sampling_batch import Row, prepare
+from services.gpu_agent.engine.prefix import extend_digests
+from services.gpu_agent.engine.sampling import Choice
+from services.gpu_agent.engine.sampling_batch import Row, TokenHistory
 from services.gpu_agent.engine.scheduler import Chunk, Scheduler
-from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
+from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput, TokenLogprob
+from services.gpu_agent.engine.step import Part, Pending, Runner
 
 _log = logging.getLogger(__name__)
 
@@ -29,7 +30,20 @@ class InstanceStats:
     steps: int
     computed_tokens: int
     generated_tokens: int
+    shared_tokens: int
+    """Prompt tokens that were not computed, because their keys and values were there already."""
     preemptions: int
+    device_seconds: float
+    """How long the device worked on its steps."""
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step under way."""
+
+    pending: Pending
+    chunks: list[tuple[Sequence, list[int], int]]  # who, its blocks then, tokens computed by the end of the step
+    sampling: list[Sequence]  # those that get a token
 
 
 class Instance:
@@ -39,13 +53,15 @@ class Instance:
         self,
         instance_id: str,
         model_name: str,
-        model: BoundModel,
+        runner: Runner,
         kv: KvCache,
         *,
+        vocab_size: int,
         eos_ids: Iterable[int],
         context_tokens: int,
         max_batch: int = 32,
         token_budget: int = 512,
+        max_prefills: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """context_tokens bounds prompt plus answer; token_budget bounds the tokens of one step.
@@ -54,24 +70,47 @@ class Instance:
         """
         self.id = instance_id
         self.model_name = model_name
-        self.stalled = False
-        """The last step computed nothing although there is work: KV pages that others hold are waited for."""
-        self._model = model
+        self.device_seconds = 0.0
+        """How long the device worked on its steps."""
+        self._runner = runner
         self._kv = kv
+        self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self._context_tokens = context_tokens
         self._clock = clock
-        self._scheduler = Scheduler(kv, kv.spec.blocks_for, max_batch, max(token_budget, max_batch))
+        self._scheduler = Scheduler(kv, kv.spec.block_tokens, max_batch, max(token_budget, max_batch), max_prefills)
         self._sequences: dict[tuple[str, int], Sequence] = {}
-        self._ended: list[SequenceOutput] = []  # between steps; told by the next one
+        self._ended: list[SequenceOutput] = []  # between steps; told by the next `news`
+        self._flights: deque[_Flight] = deque()
         self._steps = 0
         self._computed_tokens = 0
         self._generated_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do or tell anything."""
-        return bool(self._sequences or self._ended)
+        """Whether there is anything to compute, to wait for or to tell."""
+        return bool(self._sequences or self._ended or self._flights)
+
+    @property
+    def in_flight(self) -> int:
+        """Steps under way."""
+        return len(self._flights)
+
+    @property
+    def depth(self) -> int:
+        """How many steps may be under way at once: one where the next cannot be prepared without its result."""
+        return 1 if self._scheduler.needs_history else self._runner.depth
+
+    @property
+    def runner_depth(self) -> int:
+        """How many steps the device should have queued, of whichever instances, so that it never waits."""
+        return self._runner.depth
+
+    def step(self) -> list[SequenceOutput]:
+        """Computes one step and returns the news: for those who need not overlap anything."""
+        if self.launch() or self._flights:
+            self.collect()
+        return self.news()
 
     @property
     def next_deadline(self) -> float | None:
@@ -89,11 +128,13 @@ class Instance:
             steps=self._steps,
             computed_tokens=self._computed_tokens,
             generated_tokens=self._generated_tokens,
+            shared_tokens=self._scheduler.shared_tokens,
             preemptions=self._scheduler.preemptions,
+            device_seconds=self.device_seconds,
         )
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence. One that cannot be run ends at once, with the reason, in the next step's outputs.
+        """Queues a sequence. One that cannot be run ends at once, with the reason, in the next `news`.
 
         A sequence that is here already (delivery is at least once) is left as it is.
         """
@@ -101,15 +142,17 @@ class Instance:
         if key in self._sequences:
             _log.warning("request %s, attempt %d, was delivered twice to instance %s", *key, self.id)
             return
-        refusal = self._refusal(sequence)
-        if refusal:
-            self._ended.append(_end(sequence, FinishReason.ERROR, error=refusal))
-        elif reason := self._finish_reason(sequence):
+        try:
+            self._admit(sequence)
+        except ValueError as error:
+            self._ended.append(_end(sequence, FinishReason.ERROR, error=str(error)))
+            return
+        if reason := self._finish_reason(sequence):
             # Resumed behind its last token: nothing is left to generate.
             self._ended.append(_end(sequence, reason))
-        else:
-            self._sequences[key] = sequence
-            self._scheduler.add(sequence)
+            return
+        self._sequences[key] = sequence
+        self._scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
         """Ends all attempts of a request that are here; nothing where there is none."""
@@ -117,77 +160,119 @@ class Instance:
             self._drop(sequence)
             self._ended.append(_end(sequence, FinishReason.CANCELLED))
 
-    def step(self) -> list[SequenceOutput]:
-        """Computes one step. Whatever it raises (NonFiniteLogits among others), the instance must then be closed."""
+    def launch(self) -> bool:
+        """Begins a step; False where there is nothing to compute now. For what it raises, see collect."""
         self._expire()
         schedule = self._scheduler.schedule()
         for sequence, reason in schedule.impossible:
             del self._sequences[sequence.request_id, sequence.attempt]
             self._ended.append(_end(sequence, FinishReason.ERROR, error=reason))
-        self.stalled = not schedule.chunks and not self._ended
-        outputs, self._ended = self._ended, []
-        if schedule.chunks:
-            outputs += self._compute(schedule.chunks)
-        return outputs
+        if not schedule.chunks:
+            return False
+        sampling = [chunk.sequence for chunk in schedule.chunks if chunk.length == chunk.sequence.pending_tokens]
+        rows = [Row(s.sampling, s.num_generated + s.in_flight, s.history, s.matcher) for s in sampling]
+        parts = [_part(chunk) for chunk in schedule.chunks]
+        chunks = []
+        for chunk in schedule.chunks:
+            chunk.sequence.computed_tokens += chunk.length
+            chunks.append((chunk.sequence, chunk.sequence.blocks, chunk.sequence.computed_tokens))
+        for sequence in sampling:
+            sequence.in_flight += 1
+        self._steps += 1
+        self._computed_tokens += sum(chunk.length for chunk in schedule.chunks)
+        self._kv.launched()
+        self._flights.append(_Flight(self._runner.launch(parts, rows), chunks, sampling))
+        return True
+
+    def collect(self) -> None:
+        """Waits for the oldest step under way; what it chose is in the next `news`.
+
+        Whatever it raises (NonFiniteLogits among others), the instance must then be closed.
+        """
+        flight = self._flights[0]
+        result = flight.pending.result()
+        self._flights.popleft()
+        self.device_seconds += result.seconds
+        for sequence, choice in zip(flight.sampling, result.choices, strict=True):
+            sequence.in_flight -= 1
+            if self._sequences.get((sequence.request_id, sequence.attempt)) is sequence:
+                self._ended.append(self._append(sequence, choice))
+        for sequence, blocks, computed in flight.chunks:
+            if blocks is sequence.blocks:  # else it has ended or was preempted
+                self._remember(sequence, computed)
+        self._kv.settled(self._steps - len(self._flights))
+
+    def news(self) -> list[SequenceOutput]:
+        """What has happened since the last call, in order."""
+        news, self._ended = self._ended, []
+        return news
 
     def close(self, error: str) -> list[SequenceOutput]:
-        """Ends every sequence with FinishReason.ERROR and gives all KV pages back."""
-        outputs = self._ended + [_end(s, FinishReason.ERROR, error=error) for s in self._sequences.values()]
-        self._ended = []
+        """Ends every sequence with FinishReason.ERROR and gives all KV pages back. Waits for steps under way."""
+        outputs = self.news() + [_end(s, FinishReason.ERROR, error=error) for s in self._sequences.values()]
         self._sequences.clear()
+        while self._flights:
+            try:
+                self._flights.popleft().pending.result()
+            except RuntimeError as failure:  # that step's, or the one's that the instance is closed for
+                _log.warning("a step of %s that was under way failed too: %s", self.id, failure)
         self._kv.close()
         return outputs
 
-    def _compute(self, chunks: list[Chunk]) -> list[SequenceOutput]:
-        token_ids: list[int] = []
-        spans = []
-        last_rows = []
-        complete = []
-        for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.computed_tokens
-            token_ids += sequence.token_ids[start : start + chunk.length]
-            spans.append(Span(sequence.blocks, start, chunk.length))
-            if chunk.length == sequence.pending_tokens:
-                last_rows.append(len(token_ids) - 1)
-                complete.append(sequence)
-        step = PagedStep(self._kv.tensors, self._kv.spec.block_tokens, spans)
-        logits = self._model.compute(step, token_ids, last_rows)
-        batch = prepare([Row(s.sampling, s.num_generated) for s in complete], logits.shape[-1], self._eos_ids)
-        tokens = [choice.token for choice in sample(logits, batch).choices()]
-        for chunk in chunks:
-            chunk.sequence.computed_tokens += chunk.length
-        self._steps += 1
-        self._computed_tokens += len(token_ids)
-        self._generated_tokens += len(tokens)
-        return [self._append(sequence, token) for sequence, token in zip(complete, tokens, strict=True)]
-
-    def _append(self, sequence: Sequence, token: int) -> SequenceOutput:
-        offset = sequence.num_generated
+    def _append(self, sequence: Sequence, choice: Choice) -> SequenceOutput:
+        offset, token = sequence.num_generated, choice.token
         sequence.token_ids.append(token)
         sequence.num_generated += 1
+        self._generated_tokens += 1
+        if sequence.history is not None:
+            sequence.history.append(token)
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token)
         reason = self._finish_reason(sequence)
         if reason:
             self._drop(sequence)
-        return SequenceOutput(sequence.request_id, sequence.attempt, [token], offset, reason)
+        said = choice.logprobs
+        logprobs = [TokenLogprob(token, said.token, said.top)] if said is not None else []
+        return SequenceOutput(sequence.request_id, sequence.attempt, [token], offset, reason, logprobs=logprobs)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         """Why the sequence has ended, if it has."""
-        if not sequence.sampling.ignore_eos and sequence.num_generated and sequence.token_ids[-1] in self._eos_ids:
+        sampling = sequence.sampling
+        if sequence.num_generated:
+            last = sequence.token_ids[-1]
+            if last in sampling.stop_token_ids or (last in self._eos_ids and not sampling.ignore_eos):
+                return FinishReason.STOP
+        if sequence.matcher is not None and sequence.matcher.is_terminated:
             return FinishReason.STOP
-        if sequence.num_generated >= sequence.sampling.max_tokens or len(sequence.token_ids) >= self._context_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(sequence.token_ids) >= sequence.max_length else None
 
-    def _refusal(self, sequence: Sequence) -> str:
-        """Why a sequence cannot be run; empty where it can."""
+    def _admit(self, sequence: Sequence) -> None:
+        """Prepares a sequence. ValueError where it cannot be run."""
         prompt = len(sequence.token_ids) - sequence.num_generated
         if prompt < 1:
-            return "the prompt is empty"
+            raise ValueError("the prompt is empty")
         if prompt >= self._context_tokens:
-            return f"the prompt has {prompt} tokens; the context holds {self._context_tokens} with the answer"
-        if not all(0 <= token < self._model.vocab_size for token in sequence.token_ids):
-            return f"token ids must be at least 0 and below {self._model.vocab_size}"
-        return ""
+            raise ValueError(
+                f"the prompt has {prompt} tokens; the context holds {self._context_tokens} with the answer"
+            )
+        if not all(0 <= token < self._vocab_size for token in sequence.token_ids):
+            raise ValueError(f"token ids must be at least 0 and below {self._vocab_size}")
+        sampling = sequence.sampling
+        sampling.check_vocabulary(self._vocab_size)
+        sequence.max_length = min(prompt + sampling.max_tokens, self._context_tokens)
+        if sampling.has_penalties:
+            sequence.history = TokenHistory(sequence.token_ids[:prompt], sequence.token_ids[prompt:])
+        if sampling.grammar is not None and sequence.matcher is None:
+            raise ValueError("the request has a grammar that was not compiled")
+
+    def _remember(self, sequence: Sequence, computed: int) -> None:
+        """Has full blocks found by later prompts that begin like this sequence."""
+        block_tokens = self._kv.spec.block_tokens
+        full = computed // block_tokens
+        extend_digests(sequence.digests, sequence.token_ids[: full * block_tokens], block_tokens)
+        new = range(sequence.remembered, full)
+        self._kv.remember([sequence.blocks[i] for i in new], [sequence.digests[i] for i in new])
+        sequence.remembered = max(sequence.remembered, full)
 
     def _expire(self) -> None:
         deadline = self.next_deadline
@@ -202,6 +287,18 @@ class Instance:
     def _drop(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id, sequence.attempt]
+
+
+def _part(chunk: Chunk) -> Part:
+    sequence, start = chunk.sequence, chunk.sequence.computed_tokens
+    end = start + chunk.length
+    return Part(
+        slot=sequence.slot,
+        blocks=sequence.blocks,
+        start=start,
+        token_ids=sequence.token_ids[start:end],
+        samples=end == sequence.num_tokens,
+    )
 
 
 def _end(sequence: Sequence, reason: FinishReason, error: str = "") -> SequenceOutput:

@@ -1,4 +1,4 @@
-"""The engine's thread: the steps of all active instances, one after another."""
+"""The engine's thread: the steps of all active instances, interleaved so that each gets the same share of the device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.gpu_agent.engine.instance import Instance, InstanceStats
 from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
 
 _log = logging.getLogger(__name__)
+
+_UNDER_WAY = 2  # steps, of whichever instances: one that the device works on, and the next
 
 # How long an instance that is short of KV pages waits before it looks again. Pages come back without a word when the
 # loader's thread evicts weights.
@@ -30,6 +32,23 @@ class _Command:
     done: Future[None]
 
 
+@dataclass(frozen=True)
+class _Job:
+    piece: Callable[[], bool]
+    done: Future[None]
+
+
+@dataclass(eq=False)
+class _Active:
+    """An instance and its turn."""
+
+    instance: Instance
+    share: float = 0.0  # seconds of the device that it has had, or would have had if it had always been busy
+    last: float = 0.0  # seconds of its last step, which the next is expected to take
+    expected: deque[float] = field(default_factory=deque)  # of its steps under way; in `share` already
+    stalled: bool = False  # it has work, but waits for KV pages that others hold
+
+
 class EngineLoop:
     """Owns the one engine thread of an agent. All methods may be called from any thread and return at once.
 
@@ -41,15 +60,19 @@ class EngineLoop:
         self,
         on_step: Callable[[str, list[SequenceOutput]], None],
         on_failure: Callable[[str, Exception], None],
+        is_fatal: Callable[[BaseException], bool] = lambda _: False,
     ) -> None:
         """`on_step(instance_id, outputs)` tells news, `on_failure(instance_id, error)` a failed step.
 
         When a step fails, all of the instance's sequences end with FinishReason.ERROR, its KV pages are given back,
-        it is no longer active, and then on_failure is called.
+        it is no longer active, and then on_failure is called. An error that `is_fatal` ends the thread.
         """
         self._on_step = on_step
         self._on_failure = on_failure
-        self._instances: dict[str, Instance] = {}  # changed by the engine's thread only
+        self._is_fatal = is_fatal
+        self._active: dict[str, _Active] = {}  # changed by the engine's thread only
+        self._under_way: deque[_Active] = deque()  # whose steps are, in the device's order
+        self._jobs: deque[_Job] = deque()
         self._commands: deque[_Command] = deque()
         self._changed = threading.Condition()
         self._stopping = False
@@ -86,10 +109,21 @@ class EngineLoop:
         """Ends a request, wherever it runs. It still gets its last output."""
         self._do(lambda: self._cancel(request_id))
 
+    def work(self, piece: Callable[[], bool]) -> Future[None]:
+        """Calls `piece` in the engine's thread, once between any two steps, until it returns False.
+
+        For work that only this thread may do but that must not hold up the instances. The future fails with what
+        `piece` raises.
+        """
+        job = _Job(piece, Future())
+        job.done.set_running_or_notify_cancel()
+        self._do(lambda: self._jobs.append(job))
+        return job.done
+
     def stats(self, instance_id: str) -> InstanceStats | None:
         """Counts of an instance; None where it is not active."""
-        instance = self._instances.get(instance_id)
-        return instance.stats if instance else None
+        active = self._active.get(instance_id)
+        return active.instance.stats if active else None
 
     def stop(self) -> None:
         """Ends all instances and the thread, and waits for it. Stopping twice is stopping once."""
@@ -122,29 +156,100 @@ class EngineLoop:
         try:
             while self._wait():
                 self._obey()
-                for instance in list(self._instances.values()):
-                    if instance.has_work:
-                        self._step(instance)
+                self._turn()
             # What was submitted just before the stop gets its last output too.
             self._obey()
-            for instance_id in list(self._instances):
+            for instance_id in list(self._active):
                 self._deactivate(instance_id, "the agent is stopping")
         finally:
             with self._changed:
                 self._ended = True
-                orphans = list(self._commands)
+                orphans = [command.done for command in self._commands] + [job.done for job in self._jobs]
                 self._commands.clear()
-            for command in orphans:
-                command.done.set_exception(EngineStopped("the engine has stopped"))
+                self._jobs.clear()
+            for orphan in orphans:
+                orphan.set_exception(EngineStopped("the engine has stopped"))
+
+    def _turn(self) -> None:
+        """Begins a step of the instance that has had least of the device, then ends the oldest step, if that is due.
+
+        So that the device need not wait, the next step, of the same instance or of another, is begun before the one
+        that it works on has ended.
+        """
+        if active := self._next():
+            self._guard(active, self._launch)
+        if self._under_way and self._next() is None:
+            self._guard(self._under_way[0], self._collect)
+        for active in list(self._active.values()):
+            if news := active.instance.news():
+                self._on_step(active.instance.id, news)
+        if self._jobs:
+            self._continue(self._jobs[0])
+
+    def _next(self) -> _Active | None:
+        """Whose step is to be begun now; None where enough are under way, or nobody has anything to compute."""
+        busy = [active for active in self._active.values() if active.instance.has_work]
+        shared = len(busy) > 1
+        most = max((active.instance.runner_depth if shared else active.instance.depth for active in busy), default=0)
+        if len(self._under_way) >= most:
+            return None
+        may = [active for active in busy if not active.stalled and active.instance.in_flight < active.instance.depth]
+        return min(may, key=lambda active: active.share, default=None)
+
+    def _launch(self, active: _Active) -> None:
+        if active.instance.launch():
+            self._under_way.append(active)
+            active.expected.append(active.last)
+            active.share += active.last
+        else:
+            # Whatever it waits for: results of its own, or pages, which may take a while.
+            active.stalled = True
+
+    def _collect(self, active: _Active) -> None:
+        before = active.instance.device_seconds
+        self._under_way.popleft()
+        active.instance.collect()
+        took = active.instance.device_seconds - before
+        active.share += took - active.expected.popleft()
+        active.last = took
+        for other in self._active.values():
+            other.stalled = False
+
+    def _guard(self, active: _Active, part: Callable[[_Active], None]) -> None:
+        """Carries out a part of a step. Where it fails, its instance ends, and the others go on unless all is lost."""
+        instance = active.instance
+        try:
+            part(active)
+        except Exception as error:
+            if self._is_fatal(error):
+                raise
+            _log.exception("instance %s of %s failed", instance.id, instance.model_name)
+            self._deactivate(instance.id, f"a step of {instance.model_name} failed: {error}")
+            self._on_failure(instance.id, error)
+
+    def _continue(self, job: _Job) -> None:
+        try:
+            more = job.piece()
+        except Exception as error:
+            self._jobs.popleft()
+            job.done.set_exception(error)
+            if self._is_fatal(error):
+                raise
+        else:
+            if not more:
+                self._jobs.popleft()
+                job.done.set_result(None)
 
     def _wait(self) -> bool:
         """Waits until there is something to do. False when it is time to end."""
         with self._changed:
-            while not self._stopping and not self._commands:
-                busy = [instance for instance in self._instances.values() if instance.has_work]
-                if any(not instance.stalled for instance in busy):
+            while not (self._stopping or self._commands or self._under_way or self._jobs):
+                busy = [active for active in self._active.values() if active.instance.has_work]
+                if any(not active.stalled for active in busy):
                     break
                 self._changed.wait(_STALL_S if busy else None)
+                for active in busy:
+                    active.stalled = False
                 if busy:
                     break
             return not self._stopping
@@ -164,35 +269,29 @@ class EngineLoop:
             else:
                 command.done.set_result(None)
 
-    def _step(self, instance: Instance) -> None:
-        began = time.monotonic()
-        try:
-            outputs = instance.step()
-        except Exception as error:  # one instance's failure, of whatever kind, is not the others'
-            _log.exception("instance %s of %s failed after %.3f s", instance.id, instance.model_name, _since(began))
-            self._deactivate(instance.id, f"a step of {instance.model_name} failed: {error}")
-            self._on_failure(instance.id, error)
-            return
-        if outputs:
-            self._on_step(instance.id, outputs)
-
     def _activate(self, instance: Instance) -> None:
-        if instance.id in self._instances:
+        if instance.id in self._active:
             raise ValueError(f"instance {instance.id} is active already")
-        self._instances[instance.id] = instance
+        self._active[instance.id] = _Active(instance)
 
     def _deactivate(self, instance_id: str, error: str) -> None:
-        instance = self._instances.pop(instance_id, None)
-        if instance is None:
+        active = self._active.pop(instance_id, None)
+        if active is None:
             return
-        outputs = instance.close(error)
+        self._under_way = deque(other for other in self._under_way if other is not active)
+        outputs = active.instance.close(error)
         if outputs:
             self._on_step(instance_id, outputs)
 
     def _submit(self, instance_id: str, sequence: Sequence) -> None:
-        instance = self._instances.get(instance_id)
-        if instance is not None:
-            instance.add(sequence)
+        active = self._active.get(instance_id)
+        if active is not None:
+            if not active.instance.has_work:
+                # Having been idle earns no claim on the others' time.
+                busy = [other.share for other in self._active.values() if other.instance.has_work]
+                active.share = max(active.share, min(busy, default=0.0))
+            active.instance.add(sequence)
+            active.stalled = False
             return
         output = SequenceOutput(
             sequence.request_id,
@@ -205,9 +304,6 @@ class EngineLoop:
         self._on_step(instance_id, [output])
 
     def _cancel(self, request_id: str) -> None:
-        for instance in self._instances.values():
-            instance.cancel(request_id)
-
-
-def _since(began: float) -> float:
-    return time.monotonic() - began
+        for active in self._active.values():
+            active.instance.cancel(request_id)
+            active.stalled = False

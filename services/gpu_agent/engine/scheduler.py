@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
 
+from services.gpu_agent.engine.prefix import extend_digests
 from services.gpu_agent.engine.sequence import Sequence
 
 
 class BlockPool(Protocol):
     """Where KV blocks come from."""
+
+    def share(self, digests: Many[bytes]) -> list[int]:
+        """The blocks of the longest prefix that is there already, held from now on."""
+        ...
 
     def try_alloc(self, count: int) -> list[int] | None:
         """`count` blocks, or None with nothing taken."""
@@ -49,18 +55,30 @@ class Scheduler:
     Every running sequence that decodes gets its token in every step. What is left of the step's token budget goes to
     prefills, in chunks. A sequence starts when there are blocks for all its tokens and one more, so that blocks run
     short only while sequences grow; then the newest one is preempted: it gives its blocks back, waits in front of all
-    others, and is computed anew from its tokens.
+    others, and is computed anew from its tokens, but for the prefix whose blocks are still there.
+
+    Steps may be scheduled before the tokens of the one before are known (Sequence.in_flight).
     """
 
-    def __init__(self, pool: BlockPool, blocks_for: Callable[[int], int], max_batch: int, token_budget: int) -> None:
-        """`blocks_for(tokens)` is the number of blocks that hold so many tokens; token_budget is per step."""
+    def __init__(
+        self,
+        pool: BlockPool,
+        block_tokens: int,
+        max_batch: int,
+        token_budget: int,
+        max_prefills: int | None = None,
+    ) -> None:
+        """token_budget is per step, and max_prefills bounds the chunks of more than one token in a step."""
         if max_batch < 1 or token_budget < max_batch:
             raise ValueError(f"need 1 <= max_batch <= token_budget, not {max_batch} and {token_budget}")
         self.preemptions = 0
+        self.shared_tokens = 0
+        """Tokens that were not computed, because a sequence before had the same beginning."""
         self._pool = pool
-        self._blocks_for = blocks_for
-        self._max_batch = max_batch
+        self._block_tokens = block_tokens
         self._token_budget = token_budget
+        self._max_prefills = max_prefills or max_batch
+        self._slots = list(range(max_batch))[::-1]
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # oldest first
 
@@ -73,6 +91,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that hold blocks."""
         return len(self._running)
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a running sequence's last token must be known before the next is prepared."""
+        return any(sequence.sampling.needs_history for sequence in self._running)
 
     def add(self, sequence: Sequence) -> None:
         """Appends a sequence to the queue."""
@@ -90,21 +113,27 @@ class Scheduler:
         """Decides one step. The caller computes the chunks and then raises each sequence's computed_tokens."""
         self._grow()
         impossible = self._admit()
-        budget = self._token_budget - sum(1 for s in self._running if s.pending_tokens == 1)
+        active = [s for s in self._running if s.wants_more or not s.in_flight]
+        budget = self._token_budget - sum(1 for s in active if s.pending_tokens == 1)
+        prefills = self._max_prefills
         chunks = []
-        for sequence in self._running:
+        for sequence in active:
             if sequence.pending_tokens == 1:
                 chunks.append(Chunk(sequence, 1))
-            elif budget > 0:
+            elif budget > 0 and prefills > 0:
                 length = min(budget, sequence.pending_tokens)
                 budget -= length
+                prefills -= 1
                 chunks.append(Chunk(sequence, length))
         return Schedule(chunks, impossible)
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
 
     def _grow(self) -> None:
         """Sees to it that each running sequence has blocks for all its tokens, at the cost of the newest ones."""
         for sequence in list(self._running):
-            while sequence.blocks and (missing := self._blocks_for(len(sequence.token_ids)) - len(sequence.blocks)) > 0:
+            while sequence.blocks and (missing := self._blocks_for(sequence.num_tokens) - len(sequence.blocks)) > 0:
                 blocks = self._pool.try_alloc(missing)
                 if blocks is None:
                     # The newest may be this sequence itself, which then has no blocks and is left alone.
@@ -114,9 +143,11 @@ class Scheduler:
 
     def _admit(self) -> list[tuple[Sequence, str]]:
         impossible = []
-        prefilling = sum(s.pending_tokens for s in self._running)
-        while self._waiting and len(self._running) < self._max_batch and prefilling < self._token_budget:
+        prefilling = sum(s.pending_tokens for s in self._running if s.pending_tokens > 1)
+        while self._waiting and self._slots and prefilling < self._token_budget:
             sequence = self._waiting[0]
+            if sequence.in_flight:
+                break  # preempted a moment ago; it cannot be computed anew before all its tokens are known
             tokens = len(sequence.token_ids) + 1
             needed, limit = self._blocks_for(tokens), self._pool.limit_blocks()
             if needed > limit:
@@ -124,11 +155,19 @@ class Scheduler:
                 reason = f"{tokens} tokens need {needed} KV blocks, but all free and KV pages hold only {limit}"
                 impossible.append((sequence, reason))
                 continue
-            blocks = self._pool.try_alloc(needed)
+            extend_digests(sequence.digests, sequence.token_ids, self._block_tokens)
+            # At least the last token is computed, for it tells the next one.
+            shared = self._pool.share(sequence.digests[: (len(sequence.token_ids) - 1) // self._block_tokens])
+            blocks = self._pool.try_alloc(needed - len(shared))
             if blocks is None:
+                self._pool.free(shared)
                 break
             self._waiting.popleft()
-            sequence.blocks = blocks
+            sequence.slot = self._slots.pop()
+            sequence.blocks = shared + blocks
+            sequence.remembered = len(shared)
+            sequence.computed_tokens = len(shared) * self._block_tokens
+            self.shared_tokens += sequence.computed_tokens
             self._running.append(sequence)
             prefilling += sequence.pending_tokens
         return impossible
@@ -141,5 +180,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self._pool.free(sequence.blocks)
+        self._slots.append(sequence.slot)
+        sequence.slot = -1
         sequence.blocks = []
         sequence.computed_tokens = 0

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from services.gpu_agent.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from services.gpu_agent.engine.grammar import Matcher
+    from services.gpu_agent.engine.sampling_batch import TokenHistory
 
 
 class FinishReason(StrEnum):
@@ -16,6 +21,17 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     ERROR = "error"
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a token was, by the model's own probabilities, and what else might have come."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm of its probability."""
+    top: list[tuple[int, float]]
+    """The likeliest tokens, as many as sampling.logprobs, likeliest first: (token id, log probability)."""
 
 
 @dataclass(eq=False)
@@ -31,15 +47,39 @@ class Sequence:
     """How many of token_ids, at the end, were generated; so also the offset of the next token in the answer."""
     deadline: float | None = None
     """When to give up, in Unix seconds."""
+    matcher: Matcher | None = None
+    """Where token_ids stand in sampling.grammar; needed where that is set."""
+    max_length: int = 1 << 62
+    """Tokens, prompt included, at which it ends; set by the instance."""
+    in_flight: int = 0
+    """Tokens behind token_ids that steps under way are choosing: the device knows them, the CPU not yet."""
     computed_tokens: int = 0
-    """How many of token_ids have their keys and values in the cache."""
+    """How many tokens have, or will have after the steps under way, their keys and values in the cache."""
+    slot: int = -1
+    """Its place in the batch while it runs."""
     blocks: list[int] = field(default_factory=list)
-    """KV blocks, in order of position."""
+    """KV blocks, in order of position; empty while it waits."""
+    digests: list[bytes] = field(default_factory=list)
+    """Of its full blocks (see prefix.py)."""
+    remembered: int = 0
+    """How many of `blocks` the KV cache knows by their digests."""
+    history: TokenHistory | None = None
+    """Where sampling.has_penalties; set by the instance."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are known, or will be after the steps under way."""
+        return len(self.token_ids) + self.in_flight
 
     @property
     def pending_tokens(self) -> int:
         """Tokens still to be computed before the next one can be chosen; 1 while decoding."""
-        return len(self.token_ids) - self.computed_tokens
+        return self.num_tokens - self.computed_tokens
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether it will need a further token after the steps under way, unless one of those ends it."""
+        return self.num_tokens < self.max_length
 
 
 @dataclass(frozen=True)
@@ -56,3 +96,5 @@ class SequenceOutput:
     """Set when the sequence has ended; nothing follows."""
     error: str = ""
     """What went wrong, with FinishReason.ERROR."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """One for each of token_ids, where sampling.logprobs asks for them."""
