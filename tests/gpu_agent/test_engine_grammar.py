@@ -68,8 +68,10 @@ def accepts(compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerFast, gramm
 @pytest.mark.parametrize(
     ("kind", "text", "inside", "outside"),
     [
-        ("json_schema", json.dumps(SCHEMA), ['{"name": "a", "age": 7}', '{"name":"é\\n","age":150}'], ["{}", "[]"]),
+        ("json_schema", json.dumps(SCHEMA), ['{"name": "a", "age": 7}', '{"name":"éü","age":150}'], ["{}", "[]"]),
         ("json_schema", json.dumps(SCHEMA), ['{"name": "ab", "age": 7}'], ['{"name": "a", "age": 151}', '{"age": 7}']),
+        ("json_schema", '{"type": "string"}', ['"a\\n\\u00e9\\""'], ['"\n"', '"a']),
+        ("json_schema", '{"type": "string", "maxLength": 3}', ['""', '"é😀x"'], ['"\t"', '"abcd"', '"\x11"']),
         ("json_object", "", ["{}", '{"a": [1, null, {"b": "ü"}]}'], ["[]", "3", '{"a": }', ""]),
         ("regex", "[a-c]{2,3}|x+", ["ab", "abc", "xxxx"], ["a", "abca", "", "xa"]),
         ("ebnf", 'root ::= "<" word ">"\nword ::= [a-z]+', ["<ab>", "<z>"], ["<>", "ab"]),
