@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -288,6 +289,19 @@ def test_a_damaged_sidecar(prepared: Prepared, content: bytes | None) -> None:
     sidecar.write_bytes(content)
     with pytest.raises(ImageCorrupt, match="is damaged"):
         open_image(prepared.path)
+
+
+def test_an_image_of_another_format_is_not_read(prepared: Prepared) -> None:
+    """It would be laid out otherwise; preparing again replaces it."""
+    sidecar = prepared.path.with_name(prepared.path.name + ".json")
+    body = {name: value for name, value in json.loads(sidecar.read_text()).items() if name != "crc32"}
+    body["format"] -= 1
+    checksum = zlib.crc32(json.dumps(body, sort_keys=True).encode())
+    sidecar.write_text(json.dumps({**body, "crc32": checksum}))
+    with pytest.raises(ImageCorrupt, match="of another version"):
+        open_image(prepared.path)
+    prepare_image(prepared.checkpoint, prepared.layout, prepared.images, no_progress)
+    open_image(prepared.path).close()
 
 
 @pytest.mark.parametrize("broken", ["image", "sidecar", "no image", "no sidecar"])
