@@ -234,7 +234,8 @@ class Dispatcher:
                 error = update.error or f"instance {update.instance_id} sent no log probabilities"
                 if request.failures < _FAILED_ATTEMPTS:
                     reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=error)
-                    self.put_back(request, reason, cancel=not over)
+                    # A cancellation might reach the next attempt at the same agent; what goes on is told by its next news.
+                    self.put_back(request, reason, cancel=False)
                 else:
                     text = f"failed {request.failures} times, the last time with: {error}"
                     request.fail(RequestError(grpc.StatusCode.INTERNAL, text))
