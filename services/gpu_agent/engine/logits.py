@@ -11,17 +11,22 @@ from services.gpu_agent.engine.sampling_batch import Additions, Masks, Penalties
 def edit_logits(logits: torch.Tensor, batch: SamplingBatch) -> None:
     """Penalises, biases, bans and masks in place; `logits` (rows, vocabulary) is contiguous float32."""
     if batch.penalties is not None:
-        _penalise(logits.view(-1), batch.penalties)
+        _penalise(logits, batch.penalties)
     if batch.additions is not None:
         _add(logits.view(-1), batch.additions)
     if batch.masks is not None:
         _mask(logits, batch.masks)
 
 
-def _penalise(flat: torch.Tensor, penalties: Penalties) -> None:
-    values = flat[penalties.index]
-    values = torch.where(values > 0, values / penalties.repetition, values * penalties.repetition)
-    flat[penalties.index] = values - penalties.reduction
+def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:
+    flat = logits.view(-1)
+    # The total is known, so that the device need not be asked for it.
+    owner = torch.repeat_interleave(penalties.lengths, output_size=len(penalties.tokens))
+    index = penalties.rows[owner] * logits.shape[1] + penalties.tokens
+    repetition, presence, frequency = penalties.rates[owner].unbind(dim=1)
+    values = flat[index]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    flat[index] = values - presence * (penalties.counts > 0) - frequency * penalties.counts
 
 
 def _add(flat: torch.Tensor, additions: Additions) -> None:

@@ -35,8 +35,8 @@ class TokenHistory:
 
     def __init__(self, prompt: Iterable[int], answer: Iterable[int] = ()) -> None:
         """`answer` is what has been generated already, in order; both are token ids."""
-        unique = np.unique(np.fromiter(prompt, np.int64))
-        self._tokens = np.empty(len(unique) + 256, np.int64)
+        unique = np.unique(np.fromiter(prompt, np.int32))
+        self._tokens = np.empty(len(unique) + 256, np.int32)
         self._tokens[: len(unique)] = unique
         self._counts = np.zeros(len(self._tokens), np.int32)
         self._slots = {token: slot for slot, token in enumerate(unique.tolist())}
@@ -53,7 +53,7 @@ class TokenHistory:
         self._counts[slot] += 1
 
     @property
-    def tokens(self) -> npt.NDArray[np.int64]:
+    def tokens(self) -> npt.NDArray[np.int32]:
         """Each token of prompt and answer once."""
         return self._tokens[: len(self._slots)]
 
@@ -87,14 +87,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Penalties:
-    """Sparse changes for tokens that came before; no index comes twice."""
+    """The histories of the rows that have penalties, one after another; no row holds a token twice."""
 
-    index: torch.Tensor
-    """(n,) int64, row * vocabulary + token."""
-    repetition: torch.Tensor
-    """(n,) float32: divides positive logits, multiplies the others."""
-    reduction: torch.Tensor
-    """(n,) float32: taken off afterwards."""
+    tokens: torch.Tensor
+    """(n,) int32."""
+    counts: torch.Tensor
+    """(n,) int32: how often the row's answer holds each."""
+    rows: torch.Tensor
+    """(p,) int64: the rows."""
+    lengths: torch.Tensor
+    """(p,) int64: how many of `tokens` are each row's."""
+    rates: torch.Tensor
+    """(p, 3) float32: repetition, presence and frequency penalty."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def prepare(
     arrays: dict[str, npt.NDArray[np.generic]] = {
         "settings": np.array([_settings(row) for row in rows], np.float64).reshape(-1, 5)
     }
-    _add_penalties(arrays, rows, vocabulary)
+    _add_penalties(arrays, rows)
     _add_additions(arrays, rows, vocabulary, eos_ids)
     _add_masks(arrays, rows, vocabulary)
     logprobs = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
@@ -160,13 +164,9 @@ def prepare(
     return SamplingBatch(
         settings=there["settings"],
         filtered=any(row.params.temperature > 0 and (row.params.top_k or row.params.top_p < 1) for row in rows),
-        penalties=(
-            Penalties(there["penalty_index"], there["repetition"], there["reduction"])
-            if "penalty_index" in there
-            else None
-        ),
-        additions=Additions(there["addition_index"], there["addition"]) if "addition_index" in there else None,
-        masks=Masks(there["mask_rows"], there["mask_words"]) if "mask_rows" in there else None,
+        penalties=Penalties(**_named(there, "penalties.")) if "penalties.rows" in there else None,
+        additions=Additions(**_named(there, "additions.")) if "additions.index" in there else None,
+        masks=Masks(**_named(there, "masks.")) if "masks.rows" in there else None,
         logprob_rows=there.get("logprob_rows"),
         logprobs=logprobs,
     )
@@ -180,22 +180,23 @@ def _settings(row: Row) -> tuple[float, ...]:
     return (temperature, params.top_k, params.top_p, params.min_p, random_unit(params.seed, row.offset))
 
 
-def _add_penalties(arrays: dict[str, npt.NDArray[np.generic]], rows: Many[Row], vocabulary: int) -> None:
-    index, repetition, reduction = [], [], []
-    for i, row in enumerate(rows):
-        params = row.params
-        if not params.has_penalties:
-            continue
-        if row.history is None:
+def _add_penalties(arrays: dict[str, npt.NDArray[np.generic]], rows: Many[Row]) -> None:
+    penalised = [i for i, row in enumerate(rows) if row.params.has_penalties]
+    if not penalised:
+        return
+    histories, rates = [], []
+    for i in penalised:
+        params, history = rows[i].params, rows[i].history
+        if history is None:
             raise ValueError("a row with penalties needs the sequence's token history")
-        counts = row.history.counts
-        index.append(row.history.tokens + i * vocabulary)
-        repetition.append(np.full(len(counts), max(params.repetition_penalty, _MIN_REPETITION), np.float32))
-        reduction.append((counts > 0) * np.float32(params.presence_penalty) + counts * params.frequency_penalty)
-    if index:
-        arrays["penalty_index"] = np.concatenate(index)
-        arrays["repetition"] = np.concatenate(repetition)
-        arrays["reduction"] = np.concatenate(reduction).astype(np.float32)
+        histories.append(history)
+        repetition = max(params.repetition_penalty, _MIN_REPETITION)
+        rates.append((repetition, params.presence_penalty, params.frequency_penalty))
+    arrays["penalties.tokens"] = np.concatenate([history.tokens for history in histories])
+    arrays["penalties.counts"] = np.concatenate([history.counts for history in histories])
+    arrays["penalties.rows"] = np.array(penalised, np.int64)
+    arrays["penalties.lengths"] = np.array([len(history.tokens) for history in histories], np.int64)
+    arrays["penalties.rates"] = np.array(rates, np.float32)
 
 
 def _add_additions(
@@ -213,8 +214,8 @@ def _add_additions(
                 index += [i * vocabulary + token for token in banned]
                 value += [-np.inf] * len(banned)
     if index:
-        arrays["addition_index"] = np.array(index, np.int64)
-        arrays["addition"] = np.array(value, np.float32)
+        arrays["additions.index"] = np.array(index, np.int64)
+        arrays["additions.value"] = np.array(value, np.float32)
 
 
 def _allows_other(mask: npt.NDArray[np.int32], banned: frozenset[int]) -> bool:
@@ -235,8 +236,12 @@ def _add_masks(arrays: dict[str, npt.NDArray[np.generic]], rows: Many[Row], voca
         if matcher is None:
             raise ValueError("a row with a grammar needs the sequence's matcher")
         words[i] = matcher.mask
-    arrays["mask_rows"] = np.array(masked, np.int32)
-    arrays["mask_words"] = words
+    arrays["masks.rows"] = np.array(masked, np.int32)
+    arrays["masks.words"] = words
+
+
+def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _upload(arrays: dict[str, npt.NDArray[np.generic]], device: torch.device) -> dict[str, torch.Tensor]:
