@@ -98,6 +98,7 @@ def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_to
     # random numbers to them does nothing.
     _fill_buffers(module)
     _fix_frequencies(module)
+    _set_experts(module, _EXPERTS)
     _bind(module, layout, weights)
     return BoundModel(module, _kv_spec(attention, layout.dtype, block_tokens), attention)
 
@@ -225,7 +226,6 @@ def _probe(module: PreTrainedModel) -> list[LayerAttention]:
         _set_experts(module, _PROBED_EXPERTS)
         with attending(attend), torch.inference_mode(), _Watch(positions) as watch:
             module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
-        _set_experts(module, _EXPERTS)
     except UnsupportedArchitecture as error:
         raise UnsupportedArchitecture(f"{type(module).__name__} cannot be served: {error}") from error
     except Exception as error:  # foreign code: whatever it raises means that it does not fit
