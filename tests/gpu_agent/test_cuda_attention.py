@@ -183,7 +183,7 @@ def check(case: Case) -> None:
     assert padding[1::2].isnan().all()  # not written
 
 
-SMALL = ((0, 1), (15, 1), (16, 1), (200, 1), (0, 2), (0, 140), (37, 20))
+SMALL = ((0, 1), (16, 1), (200, 1), (0, 140), (37, 2))
 FEATURES: list[dict[str, Any]] = [
     {},
     {"window": 1},
@@ -211,7 +211,13 @@ def test_head_sizes(head_dim: int) -> None:
 
 
 @interpreted
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_long_context() -> None:
+    """It is cut into more parts than are added up at once."""
+    check(Case([(1200, 1)], 1, 1, 16, torch.float32, scaling=1.0, sinks=True))
+
+
+@interpreted
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     spans=st.lists(st.tuples(st.integers(0, 150), st.sampled_from([1, 1, 2, 17, 64, 130])), min_size=1, max_size=4),
     group=st.sampled_from([1, 2, 3]),
@@ -255,7 +261,8 @@ def test_head_sizes_on_a_gpu(head_dim: int, features: dict[str, Any], dtype: tor
 @pytest.mark.parametrize("spans", [1, 3, 64, 200])
 def test_decoding_on_a_gpu(spans: int) -> None:
     rng = random.Random(spans)
-    check(Case([(rng.choice([0, 100, 1000, 5000]) + rng.randrange(100), 1) for _ in range(spans)], 8, 4, 128))
+    ragged = [(rng.choice([0, 100, 1000, 5000]) + rng.randrange(100), 1) for _ in range(spans - 1)]
+    check(Case([*ragged, (30_000, 1)], 8, 4, 128))
 
 
 @pytest.mark.gpu
