@@ -12,7 +12,7 @@ from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.agent import Agent
 from services.gpu_agent.arena.arena import Arena
-from services.gpu_agent.device import open_device
+from services.gpu_agent.device import open_backend, open_device
 from services.gpu_agent.images import Images
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.service import AgentServicer
@@ -32,7 +32,8 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     remove_unfinished(settings.image_dir)
     images = Images(settings, arena.page_bytes, arena.num_pages)
     reports = Reports(settings.id, node.session, node.events, node.keys)
-    agent = Agent(settings.id, arena, images, RequestQueue(node.redis, node.keys), reports, settings.max_batch)
+    queue = RequestQueue(node.redis, node.keys)
+    agent = Agent(settings.id, arena, open_backend(device, arena), images, queue, reports, settings.max_batch)
     agent.start()
     node.server.add(
         agent_pb2_grpc.add_AgentServiceServicer_to_server,

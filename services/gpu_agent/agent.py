@@ -15,11 +15,12 @@ from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.device import is_fatal
+from services.gpu_agent.engine.backend import Backend
 from services.gpu_agent.engine.grammar import GrammarCompiler
 from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache
-from services.gpu_agent.engine.loop import EngineLoop
-from services.gpu_agent.engine.model import BoundModel
+from services.gpu_agent.engine.loop import EngineLoop, EngineStopped
 from services.gpu_agent.engine.sequence import SequenceOutput
 from services.gpu_agent.images import Images
 from services.gpu_agent.instance_server import InstanceServer
@@ -60,20 +61,31 @@ class Agent:
     """
 
     def __init__(
-        self, agent_id: str, arena: Arena, images: Images, queue: RequestQueue, reports: Reports, max_batch: int
+        self,
+        agent_id: str,
+        arena: Arena,
+        backend: Backend,
+        images: Images,
+        queue: RequestQueue,
+        reports: Reports,
+        max_batch: int | None,
     ) -> None:
+        """max_batch: most sequences of an instance where its model does not say; None leaves it to the backend."""
         self._id = agent_id
         self._arena = arena
         self._images = images
         self._queue = queue
         self._reports = reports
-        self._max_batch = max_batch
-        self._loader = Loader(arena, images, reports.changed)
+        self._backend = backend
+        self._loader = Loader(arena, backend, images, max_batch, reports.changed)
         self._stopping = False
         self._shards: dict[str, Shard] = {}
         self._loop = asyncio.get_running_loop()
+        self._lost: asyncio.Future[None] = self._loop.create_future()  # fails when the device is lost
         self._engine = EngineLoop(
-            on_step=partial(self._from_engine, self._on_step), on_failure=partial(self._from_engine, self._on_failure)
+            on_step=partial(self._from_engine, self._on_step),
+            on_failure=partial(self._from_engine, self._on_failure),
+            is_fatal=is_fatal,
         )
         self._relay = Relay(agent_id, self._on_cancel, self._on_router_lost)
         reports.describe = self.residency
@@ -83,11 +95,15 @@ class Agent:
         self._engine.start()
 
     async def ended(self) -> None:
-        """Returns when the engine has ended, and raises what it died of. Without it the agent is of no use."""
-        await asyncio.wrap_future(self._engine.ended)
+        """Returns when the engine has ended, and raises what it or the device died of: the agent is of no more use."""
+        engine = asyncio.wrap_future(self._engine.ended)
+        await asyncio.wait([engine, self._lost], return_when=asyncio.FIRST_COMPLETED)
+        (self._lost if self._lost.done() else engine).result()
 
     def residency(self) -> cluster_pb2.AgentResidency:
         """What is where, now."""
+        if grown := self._backend.grown_bytes:
+            _log.error("device memory outside the arena grew while serving", nbytes=grown)
         usage = self._arena.usage()
         return cluster_pb2.AgentResidency(
             agent_id=self._id,
@@ -171,7 +187,7 @@ class Agent:
                 await asyncio.wait([shard.task])
                 shard.task.result()
             await self.evict(spec.name, 0, reason)
-            shard.module = None
+            shard.program = None
             if shard.weights is not None:
                 await asyncio.to_thread(shard.weights.remove)
             del self._shards[spec.name]  # not before: a later model of that name needs the range's name
@@ -249,16 +265,46 @@ class Agent:
                 return
             if resident == 0:
                 shard.cold_load_ms = took_ms
+            # Once for each model. Who needs it at once does not wait: it is served while it is being prepared.
+            await self._prepare(shard, lambda: not (shard.wanted_active or shard.abandoned.is_set()))
             self._enter(shard, WARM, shard.reason, None)
             copied = (shard.pages_resident - resident) * self._arena.page_bytes
             self._event(shard, cluster_pb2.EVENT_KIND_WARMED, took_ms, copied)
             if shard.wanted_active:
                 self._activate(shard, shard.reason, lasted_ms=took_ms)
+                shard.preparing = begin_task(self._prepare_beside(shard), f"prepare {shard.name}")
         except (CheckpointError, ImageCorrupt, OutOfPages, OSError) as error:
             self._not_ready(shard, error)
         except Exception as error:
             self._not_ready(shard, error)  # whatever it is, the shard must not seem to be loading
+            if is_fatal(error) and not self._lost.done():
+                self._lost.set_exception(error)
             raise
+
+    async def _prepare(self, shard: Shard, go_on: Callable[[], bool]) -> None:
+        """Has the engine prepare the program, piece by piece between other models' steps, as long as it may."""
+        program = shard.program
+        assert program is not None
+        await asyncio.wrap_future(self._engine.work(lambda: go_on() and program.prepare()))
+
+    async def _prepare_beside(self, shard: Shard) -> None:
+        """Prepares the program of an instance that serves already."""
+        try:
+            await self._prepare(shard, lambda: not shard.unprepared.is_set())
+        except EngineStopped:
+            return
+        except Exception as error:
+            # It serves all the same, but not as fast as it should.
+            _log.exception("could not be prepared", model=shard.name)
+            reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=f"could not be prepared: {error}")
+            self._enter(shard, shard.state, reason, cluster_pb2.EVENT_KIND_FAILED)
+
+    async def _end_preparing(self, shard: Shard) -> None:
+        if shard.preparing is not None:
+            shard.unprepared.set()
+            await asyncio.wait([shard.preparing])
+            shard.unprepared.clear()
+            shard.preparing = None
 
     def _not_ready(self, shard: Shard, error: Exception) -> None:
         _log.error("did not become ready", model=shard.name, error=str(error))
@@ -277,6 +323,7 @@ class Agent:
             if shard.state in (ACTIVE, DRAINING):
                 raise BusyError(f"{shard.name} is serving on {self._id}; drain it first")
             await self._abandon_load(shard)
+            await self._end_preparing(shard)
             before = shard.pages_resident
             if shard.weights is None or not before:
                 return shard.state, 0
@@ -292,32 +339,35 @@ class Agent:
     # Serving
 
     def _activate(self, shard: Shard, reason: common_pb2.Reason, lasted_ms: float = 0.0) -> None:
-        blueprint, module = shard.blueprint, shard.module
+        blueprint, program = shard.blueprint, shard.program
         assert blueprint is not None
-        assert isinstance(module, BoundModel)
+        assert program is not None
         began = time.monotonic()
         instance_id = f"{self._id}.{uuid.uuid4().hex[:8]}"
-        kv = KvCache(self._arena, instance_id, blueprint.kv)
+        kv = KvCache(self._arena, instance_id, blueprint.kv, program.clear_page)
         # So that prewarming beside it can never leave an instance without memory to go on.
         kv.reserve(self._kv_reserve(shard))
-        slots = shard.spec.limits.max_batch or self._max_batch
+        eos_ids = frozenset(blueprint.checkpoint.eos_token_ids)
+        limits, vocab_size = program.limits, program.model.vocab_size
         instance = Instance(
             instance_id,
             shard.name,
-            module,
+            program.runner(eos_ids),
             kv,
-            eos_ids=blueprint.checkpoint.eos_token_ids,
-            context_tokens=shard.spec.facts.context_tokens or blueprint.facts.context_tokens,
-            max_batch=slots,
+            vocab_size=vocab_size,
+            eos_ids=eos_ids,
+            context_tokens=shard.context_tokens,
+            max_batch=limits.max_batch,
+            token_budget=limits.token_budget,
+            max_prefills=limits.max_prefills,
         )
         self._engine.activate(instance)
         if shard.grammars is None:
-            checkpoint = blueprint.checkpoint
-            shard.grammars = GrammarCompiler(checkpoint.folder, module.vocab_size, checkpoint.eos_token_ids)
+            shard.grammars = GrammarCompiler(blueprint.checkpoint.folder, vocab_size, eos_ids)
         shard.server = InstanceServer(
             instance_id,
             shard.name,
-            slots,
+            limits.max_batch,
             self._engine,
             self._queue,
             self._relay,

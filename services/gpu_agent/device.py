@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 
 from services.common.telemetry import logger
+from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.host import HostMemory
 from services.gpu_agent.arena.memory import Memory
+from services.gpu_agent.engine.backend import Backend
+from services.gpu_agent.engine.host import HostBackend
 from services.gpu_agent.settings import GpuAgentSettings
 from warmserve.v1 import common_pb2
 
@@ -87,6 +90,18 @@ def open_device(settings: GpuAgentSettings) -> Device:
         workspace_mib=device.workspace_bytes // _MIB,
     )
     return device
+
+
+def open_backend(device: Device, arena: Arena) -> Backend:
+    """What computes on the device. DeviceUnavailable where its memory does not suffice for that."""
+    if device.backend == common_pb2.BACKEND_HOST:
+        return HostBackend(arena)
+    from services.gpu_agent.engine.cuda.backend import CudaBackend
+
+    try:
+        return CudaBackend(arena, device.device, device.workspace_bytes)
+    except torch.OutOfMemoryError as error:
+        raise DeviceUnavailable(f"the workspace is too small: {error}; configure a larger workspace_bytes") from error
 
 
 def is_fatal(error: BaseException) -> bool:

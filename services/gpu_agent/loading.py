@@ -1,4 +1,4 @@
-"""Making a shard's weights resident: its image opened, its module bound, its pages copied when it is their turn."""
+"""Making a shard's weights resident: its image opened, its program built, its pages copied when it is their turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from services.common.telemetry import logger
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.copy_lane import CopyLane, CopyTurn
-from services.gpu_agent.engine.model import build_model
+from services.gpu_agent.engine.backend import Backend
 from services.gpu_agent.images import AbandonedError, Images
 from services.gpu_agent.shard import Shard
 from services.gpu_agent.weights.errors import ImageCorrupt
@@ -22,8 +22,18 @@ _log = logger(__name__)
 class Loader:
     """The loads of one agent, of which one copies at a time. `on_progress()` is called when there is news."""
 
-    def __init__(self, arena: Arena, images: Images, on_progress: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        backend: Backend,
+        images: Images,
+        max_batch: int | None,
+        on_progress: Callable[[], None],
+    ) -> None:
+        """max_batch: most sequences of a model that does not say; None leaves it to the backend."""
         self._arena = arena
+        self._backend = backend
+        self._max_batch = max_batch
         self._images = images
         self._on_progress = on_progress
         self._lane = CopyLane()
@@ -72,7 +82,7 @@ class Loader:
             self._lane.hurry(shard.turn)
 
     async def _bind(self, shard: Shard) -> Image:
-        """The image, and on the first load the module over the weight range."""
+        """The image, and on the first load the program over the weight range."""
         if shard.blueprint is None:
             shard.blueprint = await asyncio.to_thread(self._images.inspect, shard.spec)
             present = await asyncio.to_thread(self._images.present, shard.blueprint)
@@ -83,9 +93,15 @@ class Loader:
             shard.tier = common_pb2.TIER_DISK
             if shard.weights is None:
                 shard.weights = self._arena.add_weights(shard.name, blueprint.layout.total_bytes)
-            if shard.module is None:
-                config = blueprint.checkpoint.model_config
-                shard.module = await asyncio.to_thread(build_model, config, blueprint.layout, shard.weights)
+            if shard.program is None:
+                shard.program = await asyncio.to_thread(
+                    self._backend.program,
+                    blueprint.checkpoint.model_config,
+                    blueprint.layout,
+                    shard.weights,
+                    shard.spec.limits.max_batch or self._max_batch,
+                    shard.context_tokens,
+                )
         except BaseException:
             image.close()
             raise

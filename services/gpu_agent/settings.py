@@ -44,7 +44,12 @@ class GpuAgentSettings(ServiceSettings):
         [Path("/models")], description="folders that checkpoints may be in, separated by commas"
     )
     image_dir: Path = Field(Path("/var/lib/warmserve/images"), description="folder for images, one per node")
-    max_batch: int = Field(8, ge=1, le=1024, description="most sequences an instance runs where a model does not say")
+    max_batch: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="most sequences an instance runs where a model does not say; by default 8, and 64 on a GPU",
+    )
 
     @field_validator("model_roots", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from services.gpu_agent.arena.arena import ArenaUsage, WeightRange
 from services.gpu_agent.copy_lane import CopyTurn
+from services.gpu_agent.engine.backend import Program
 from services.gpu_agent.engine.grammar import GrammarCompiler
 from services.gpu_agent.images import Blueprint
 from services.gpu_agent.instance_server import InstanceServer
@@ -19,7 +20,7 @@ from warmserve.v1 import cluster_pb2, common_pb2
 class Shard:
     """A shard's state and all that belongs to it. Changed on the event loop only.
 
-    The weight range and the module bound to it are made once and kept through evictions.
+    The weight range and the program over it are made once and kept through evictions.
     """
 
     spec: cluster_pb2.ModelSpec
@@ -30,7 +31,9 @@ class Shard:
     entered: float = field(default_factory=time.monotonic)
     blueprint: Blueprint | None = None
     weights: WeightRange | None = None
-    module: object | None = None  # transformers' class over the weight range
+    program: Program | None = None  # the model over the weight range
+    preparing: asyncio.Task[None] | None = None  # the program, for the first time
+    unprepared: threading.Event = field(default_factory=threading.Event)  # is to end: the weights go
     grammars: GrammarCompiler | None = None  # made when it first serves
     tier: common_pb2.Tier.ValueType = common_pb2.TIER_REMOTE
     wanted_active: bool = False  # what a load in progress leads to
@@ -50,6 +53,12 @@ class Shard:
     def name(self) -> str:
         """The model's name."""
         return self.spec.name
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest context served, prompt and answer together; known once there is a blueprint."""
+        assert self.blueprint is not None
+        return int(self.spec.facts.context_tokens or self.blueprint.facts.context_tokens)
 
     @property
     def pages_resident(self) -> int:

@@ -1,10 +1,9 @@
-"""The engine's thread: the steps of all active instances, interleaved so that each gets the same share of the device."""
+"""The engine's thread: the steps of all active instances, each of which gets the same share of the device."""
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future

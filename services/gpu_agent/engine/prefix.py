@@ -67,7 +67,7 @@ class PrefixCache:
         return block in self._idle
 
     def forget(self, block: int | None = None) -> int:
-        """Forgets an idle block, by default the one least recently used, and returns it. KeyError where it is not idle."""
+        """Forgets an idle block, by default the least recently used one, and returns it. KeyError where it is none."""
         if block is None:
             block, _ = self._idle.popitem(last=False)
         else:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 
+from services.gpu_agent.engine.cuda.fused_kernels import (
+    gate_kernel,
+    resolve_ids_kernel,
+    rms_norm_kernel,
+    rotate_and_store_kernel,
+    store_tokens_kernel,
+)
 from services.gpu_agent.engine.kv_spec import KvSpec
 
 _HEADS = 8  # that one program of the rotary kernel moves
@@ -31,7 +37,7 @@ def rms_norm(
     tokens = x.numel() // size // heads
     strides = (x.stride(-3), x.stride(-2)) if x.dim() == 4 else (x.stride(-2), 0)
     block = triton.next_power_of_2(size)
-    _rms_norm[(tokens, heads)](
+    rms_norm_kernel[(tokens, heads)](
         x,
         residual if residual is not None else x,
         weight,
@@ -50,64 +56,14 @@ def rms_norm(
     return out
 
 
-@triton.jit
-def _rms_norm(
-    x,  # type: ignore[no-untyped-def]
-    residual,
-    weight,
-    out,
-    token_stride,
-    head_stride,
-    heads,
-    eps,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    ADDS: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < SIZE
-    dtype = out.dtype.element_ty
-    values = tl.load(x + token * token_stride + head * head_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    row = (token * heads + head) * SIZE
-    if ADDS:
-        values += tl.load(residual + row + columns, mask=inside, other=0.0).to(tl.float32)
-        values = values.to(dtype).to(tl.float32)
-        tl.store(residual + row + columns, values.to(dtype), mask=inside)
-    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if OFFSET:
-        scale += 1.0
-    normed = values * tl.rsqrt(tl.sum(values * values, 0) / SIZE + eps)
-    if ROUNDS:
-        normed = normed.to(dtype).to(tl.float32)
-    tl.store(out + row + columns, (normed * scale).to(dtype), mask=inside)
-
-
 def gate(fused: torch.Tensor, activation: str) -> torch.Tensor:
     """act(first half) * second half of the last dimension. activation: "silu", or "gelu_tanh"."""
     size = fused.shape[-1] // 2
     out = torch.empty((*fused.shape[:-1], size), dtype=fused.dtype, device=fused.device)
     tokens = out.numel() // size
     block = 1024
-    _gate[(tokens, triton.cdiv(size, block))](fused, out, SIZE=size, BLOCK=block, GELU=activation == "gelu_tanh")
+    gate_kernel[(tokens, triton.cdiv(size, block))](fused, out, SIZE=size, BLOCK=block, GELU=activation == "gelu_tanh")
     return out
-
-
-@triton.jit
-def _gate(fused, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < SIZE
-    dtype = out.dtype.element_ty
-    g = tl.load(fused + token * 2 * SIZE + columns, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(fused + token * 2 * SIZE + SIZE + columns, mask=inside, other=0.0).to(tl.float32)
-    # tanh(z) = 2 * sigmoid(2 z) - 1
-    a = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g) if GELU else g)
-    # Rounded as the separate activation would be.
-    tl.store(out + token * SIZE + columns, (a.to(dtype).to(tl.float32) * u).to(dtype), mask=inside)
 
 
 def rotate_and_store(
@@ -133,7 +89,7 @@ def rotate_and_store(
     cos, sin = rope if rope is not None else (query, query)
     block = triton.next_power_of_2(size // 2)
     sections = (triton.cdiv(heads, _HEADS) if rope is not None else 0) + 2 * triton.cdiv(kv_heads, _HEADS)
-    _rotate_and_store[(tokens, sections)](
+    rotate_and_store_kernel[(tokens, sections)](
         query,
         key,
         value,
@@ -160,97 +116,14 @@ def rotate_and_store(
     )
 
 
-@triton.jit
-def _rotate_and_store(
-    query,  # type: ignore[no-untyped-def]
-    key,
-    value,
-    cos,
-    sin,
-    slots,
-    pages,
-    query_stride,
-    key_stride,
-    value_stride,
-    rope_stride,
-    layer_offset,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    ROPE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_ELEMENTS: tl.constexpr,
-    PAGE_ELEMENTS: tl.constexpr,
-    SLOTS_PER_PAGE: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    section = tl.program_id(1)
-    query_sections: tl.constexpr = (HEADS + GROUP - 1) // GROUP if ROPE else 0
-    kv_sections: tl.constexpr = (KV_HEADS + GROUP - 1) // GROUP
-    columns = tl.arange(0, HALF)[None, :]
-    inside = columns < SIZE // 2
-    slot = tl.load(slots + token)
-    if section < query_sections:
-        heads = section * GROUP + tl.arange(0, GROUP)[:, None]
-        mask = inside & (heads < HEADS)
-        base = query + token * query_stride + heads * SIZE + columns
-        c = tl.load(cos + token * rope_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + token * rope_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        low = tl.load(base, mask=mask, other=0.0).to(tl.float32)
-        high = tl.load(base + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
-        tl.store(base, (low * c - high * s).to(query.dtype.element_ty), mask=mask)
-        tl.store(base + SIZE // 2, (high * c + low * s).to(query.dtype.element_ty), mask=mask)
-    elif slot >= 0:
-        kv_section = section - query_sections
-        is_value = kv_section >= kv_sections
-        heads = (kv_section % kv_sections) * GROUP + tl.arange(0, GROUP)[:, None]
-        mask = inside & (heads < KV_HEADS)
-        block = (slot // BLOCK_TOKENS).to(tl.int64)
-        target = block // SLOTS_PER_PAGE * PAGE_ELEMENTS + block % SLOTS_PER_PAGE * BLOCK_ELEMENTS
-        target += layer_offset + slot % BLOCK_TOKENS * (KV_HEADS * SIZE)
-        at = heads * SIZE + columns
-        source = key + token * key_stride
-        if is_value:
-            source = value + token * value_stride
-        low = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
-        high = tl.load(source + at + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
-        if is_value:
-            target += BLOCK_TOKENS * KV_HEADS * SIZE
-        elif ROPE:
-            c = tl.load(cos + token * rope_stride + columns, mask=inside, other=0.0).to(tl.float32)
-            s = tl.load(sin + token * rope_stride + columns, mask=inside, other=0.0).to(tl.float32)
-            turned = low * c - high * s
-            high = high * c + low * s
-            low = turned
-        tl.store(pages + target + at, low.to(pages.dtype.element_ty), mask=mask)
-        tl.store(pages + target + at + SIZE // 2, high.to(pages.dtype.element_ty), mask=mask)
-
-
 def resolve_ids(ids: torch.Tensor, last_tokens: torch.Tensor) -> torch.Tensor:
     """Token ids in which -1 - slot stands for the token that the slot's sequence chose in its last step (int32)."""
     out = torch.empty_like(ids)
     block = 1024
-    _resolve_ids[(triton.cdiv(ids.numel(), block),)](ids, last_tokens, out, ids.numel(), BLOCK=block)
+    resolve_ids_kernel[(triton.cdiv(ids.numel(), block),)](ids, last_tokens, out, ids.numel(), BLOCK=block)
     return out
-
-
-@triton.jit
-def _resolve_ids(ids, last_tokens, out, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    token = tl.load(ids + at, mask=inside, other=0)
-    chosen = tl.load(last_tokens + (-1 - token), mask=inside & (token < 0), other=0)
-    tl.store(out + at, tl.where(token < 0, chosen, token), mask=inside)
 
 
 def store_tokens(tokens: torch.Tensor, slots: torch.Tensor, last_tokens: torch.Tensor) -> None:
     """last_tokens[slots[i]] = tokens[i], for each of `tokens` (rows)."""
-    _store_tokens[(len(tokens),)](tokens, slots, last_tokens)
-
-
-@triton.jit
-def _store_tokens(tokens, slots, last_tokens):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0)
-    tl.store(last_tokens + tl.load(slots + row), tl.load(tokens + row).to(tl.int32))
+    store_tokens_kernel[(len(tokens),)](tokens, slots, last_tokens)

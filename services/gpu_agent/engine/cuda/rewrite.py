@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -87,7 +87,7 @@ def rewrite(module: nn.Module, layout: ImageLayout, weights: WeightRange) -> Rew
             done.parts["gated feed-forward"] += 1
     norms = {part: style for part in names if (style := norm_style(part)) is not None}
     for norm, style in norms.items():
-        norm.forward = _NormForward(norm, style)  # type: ignore[assignment, method-assign]
+        norm.forward = _NormForward(norm, style)
         done.parts["normalisation"] += 1
     done.parts["residual sum with the normalisation behind it"] += _chain(module, norms)
     return done
@@ -172,7 +172,7 @@ class _Siblings:
 
     def _first(self, x: torch.Tensor) -> torch.Tensor:
         self._input = x
-        self._parts = list(F.linear(x, self._weight, self._bias).split(self._sizes, dim=-1))
+        self._parts = list(F.linear(x, self._weight, self._bias).split(self._sizes, dim=-1))  # type: ignore[no-untyped-call]
         return self._parts[0]
 
     def _later(self, index: int, x: torch.Tensor) -> torch.Tensor:
@@ -187,15 +187,15 @@ class _Siblings:
 def _fuse_siblings(
     part: nn.Module, children: tuple[str, ...], name: str, layout: ImageLayout, weights: WeightRange
 ) -> bool:
-    linears = [getattr(part, child, None) for child in children]
-    if not all(type(linear) is nn.Linear for linear in linears):
+    linears = [linear for child in children if type(linear := getattr(part, child, None)) is nn.Linear]
+    if len(linears) != len(children):
         return False
-    over = _over(linears, [f"{name}.{child}" for child in children], layout, weights)  # type: ignore[arg-type]
+    over = _over(linears, [f"{name}.{child}" for child in children], layout, weights)
     if over is None:
         return False
-    siblings = _Siblings(*over, [linear.out_features for linear in linears])  # type: ignore[union-attr, misc]
+    siblings = _Siblings(*over, [linear.out_features for linear in linears])
     for index, linear in enumerate(linears):
-        linear.forward = siblings.forward_of(index)  # type: ignore[union-attr, method-assign]
+        linear.forward = siblings.forward_of(index)  # type: ignore[assignment, method-assign]
     return True
 
 
@@ -240,7 +240,7 @@ def _fuse_gated(part: nn.Module, name: str, layout: ImageLayout, weights: Weight
     def forward(x: torch.Tensor) -> torch.Tensor:
         return F.linear(gate(F.linear(x, weight, bias), activation), down.weight, down.bias)
 
-    part.forward = forward  # type: ignore[method-assign]
+    part.forward = forward
     return True
 
 
@@ -285,7 +285,7 @@ def _defer_rope(part: nn.Module, rope: PendingRope) -> bool:
     seen = {**own.__globals__, _ROPE: rope.defer}
     forward = FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
     forward.__kwdefaults__ = own.__kwdefaults__
-    part.forward = MethodType(forward, part)  # type: ignore[method-assign]
+    part.forward = MethodType(forward, part)
     return True
 
 
@@ -330,7 +330,7 @@ def _chain(module: nn.Module, norms: dict[nn.Module, _NormStyle]) -> int:
             continue
         following = [layer.input_layernorm for layer in layers[1:]] + [last]
         for layer, behind in zip(layers, following, strict=True):
-            layer.forward = MethodType(_prenorm_forward(behind.forward), layer)  # type: ignore[arg-type, method-assign, union-attr]
+            layer.forward = MethodType(_prenorm_forward(cast(Any, behind).forward), layer)
             sums += 2
     return sums
 
@@ -360,7 +360,7 @@ class _Tanh(nn.Module):
 class _Apply(nn.Module):
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.forward = function  # type: ignore[method-assign]
+        self.forward = function
 
 
 def prenorm_layer(layer: nn.Module) -> bool:

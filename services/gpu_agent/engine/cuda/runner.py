@@ -46,7 +46,7 @@ class CudaRunner:
         shape = model.ladder.fitting(parts)
         facts = workspace.buffer()
         used = pack(parts, shape, model.model.kv_spec.block_tokens, TILE, facts.array)
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(workspace.stream):
             began.record()
             workspace.facts[:used].copy_(facts.tensor[:used], non_blocking=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 
 _BUFFERS = 3  # steps whose facts may be on their way at once: two under way, and the one being written
-_MAX_VOCABULARY = 1 << 18
+_MAX_VOCABULARY = 260 << 10
 _MAX_HEADS = 64
 _MAX_HEAD_DIM = 256
 _FACTS = 1 << 22  # integers of one step: with 16 tokens in a block, 256 sequences of 256 Ki tokens
@@ -32,13 +32,14 @@ class Workspace:
     Steps follow one another on the stream, so that they can share everything here.
     """
 
-    def __init__(self, device: torch.device, max_rows: int, reserve_bytes: int) -> None:
-        """max_rows bounds the sequences, and so the rows of logits, of one step. `reserve_bytes` are set aside for
-        activations, half of them for graphs and half for steps that are not captured. torch.OutOfMemoryError where the
-        device has not as much.
+    def __init__(self, device: torch.device, max_rows: int, workspace_bytes: int) -> None:
+        """max_rows bounds the sequences, and so the rows of logits, of one step.
+
+        Half of workspace_bytes, which is all that torch may take, is set aside at once for activations: a quarter for
+        graphs and a quarter for steps that are not captured yet. torch.OutOfMemoryError where that is too much.
         """
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
         self.max_rows = max_rows
         self.facts = torch.zeros(_FACTS, dtype=torch.int32, device=device)
@@ -47,9 +48,22 @@ class Workspace:
         self._buffers = [_host_buffer() for _ in range(_BUFFERS)]
         self._next = 0
         with torch.cuda.stream(self.stream):
-            self._reservation = self._reserve(reserve_bytes // 2)
+            self._reservation = self._reserve(workspace_bytes // 4)
         torch.cuda.synchronize(device)
         self._settled = 0
+
+    def check(self, vocabulary: int, sequences: int, blocks: int) -> None:
+        """ValueError where steps of so many sequences, of so many KV blocks each, do not fit the buffers."""
+        if sequences * vocabulary > self._logits.numel():
+            raise ValueError(
+                f"{sequences} rows of {vocabulary} logits do not fit the agent's buffer of {self._logits.numel()}; "
+                f"deploy with a max_batch of {self._logits.numel() // vocabulary} or less"
+            )
+        if sequences * blocks > _FACTS // 2:
+            raise ValueError(
+                f"{sequences} sequences of {blocks} KV blocks each do not fit the agent's buffers; deploy with a "
+                f"max_batch of {_FACTS // 2 // blocks} or less, or with a shorter context"
+            )
 
     def logits(self, rows: int, vocabulary: int) -> torch.Tensor:
         """Where a step leaves its logits: (rows, vocabulary), float32."""
@@ -89,4 +103,4 @@ class Workspace:
 
 def _host_buffer() -> HostBuffer:
     tensor = torch.zeros(_FACTS, dtype=torch.int32, pin_memory=True)
-    return HostBuffer(tensor, tensor.numpy(), torch.cuda.Event())
+    return HostBuffer(tensor, tensor.numpy(), torch.cuda.Event())  # type: ignore[no-untyped-call]
