@@ -56,12 +56,13 @@ class Images:
             )
         checkpoint = Checkpoint.open(spec.source, self._roots)
         dtype = _DTYPES.get(spec.dtype, checkpoint.dtype)
+        context_tokens = _context_tokens(spec, checkpoint)
         try:
-            kv = inspect_model(checkpoint.model_config, dtype)
+            kv = inspect_model(checkpoint.model_config, dtype, context_tokens=context_tokens)
         except UnsupportedArchitecture as error:
             raise CheckpointError(Problem.INVALID, f"{checkpoint.architecture} cannot be served: {error}") from error
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-        layout = plan_layout(shapes, checkpoint.aliases, dtype, self._page_bytes)
+        layout = plan_layout(shapes, checkpoint.aliases, dtype, self._page_bytes, float32=checkpoint.delicate[dtype])
         check_fits(layout, self._num_pages)
         try:
             kv.slots_per_page(self._page_bytes)
@@ -72,7 +73,7 @@ class Images:
             parameters=checkpoint.parameters,
             shard_bytes=layout.total_bytes,
             kv_bytes_per_token=kv.bytes_per_token,
-            context_tokens=_context_tokens(spec, checkpoint),
+            context_tokens=context_tokens,
             fingerprint=checkpoint.fingerprint,
             layers=checkpoint.layers,
         )

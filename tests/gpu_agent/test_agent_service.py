@@ -16,8 +16,8 @@ import torch
 
 from launcher.backing import Backing, start_redis
 from services.common.queues import RequestQueue
-from services.gpu_agent import loading
 from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.engine import host
 from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.weights.image import Image
 from tests.gpu_agent import checkpoints
@@ -115,7 +115,7 @@ async def test_cold_warm_active_draining_warm_cold(agent: RunningAgent, tmp_path
 async def test_output_is_the_same_after_eviction_and_another_models_use_of_the_pages(
     agent: RunningAgent, tmp_path: Path
 ) -> None:
-    first, second = checkpoints.llama(tmp_path / "a"), checkpoints.qwen3(tmp_path / "b")
+    first, second = checkpoints.llama(tmp_path / "a"), checkpoints.checkpoint("qwen3", tmp_path / "b")
     specs = [await agent.prepare(name, tmp_path / name) for name in ("a", "b")]
     for turn, (spec, model) in enumerate([(specs[0], first), (specs[1], second), (specs[0], first)]):
         await agent.wake(spec)
@@ -452,7 +452,7 @@ async def test_a_load_that_fails_in_an_unforeseen_way_does_not_seem_to_go_on(
 
     checkpoints.llama(tmp_path / "m")
     spec = await agent.prepare("m", tmp_path / "m")
-    monkeypatch.setattr(loading, "build_model", broken)
+    monkeypatch.setattr(host, "build_model", broken)
     await agent.stub.WakeReplica(_wake(agent, spec))
     await agent.residency.wait_for(
         lambda items: any(s.reason.cause == common_pb2.CAUSE_FAILURE for r in items.values() for s in r.shards)
