@@ -95,11 +95,11 @@ class Step:
         block_elements = self.spec.block_bytes // case.dtype.itemsize
         slots_per_page = 3
         page_elements = slots_per_page * block_elements + 8 * 7  # the end of a page belongs to no block
-        self.page_bytes = page_elements * case.dtype.itemsize
         counts = [self.spec.blocks_for(start + length) for start, length in case.spans]
         pages = -(-sum(counts) // slots_per_page) + 2
         memory = torch.full((pages * page_elements,), float("nan"), dtype=case.dtype, device=DEVICE)
         self.kv = PagedKv(memory, self.spec, page_elements, slots_per_page)
+        self.tensors_of_kv = KvTensors(memory, page_elements * case.dtype.itemsize, slots_per_page, self.spec)
         numbers = rng.sample(range(pages * slots_per_page), sum(counts))
         self.lists = [numbers[sum(counts[:i]) :][:count] for i, count in enumerate(counts)]
 
@@ -145,13 +145,14 @@ class Step:
         )
 
     def write(self, layer: int, tensors: StepTensors) -> None:
-        """The earlier tokens' keys and values, as earlier steps wrote them, then this step's."""
+        """The earlier tokens' keys and values, as the CPU's code writes them, then this step's."""
         before = [start for start, _ in self.case.spans]
         slots = [slot for i, start in enumerate(before) for slot in self.slots(i, 0, start)]
         if slots:
-            earlier = replace(tensors, slots=self.ints(slots))
+            earlier = self.ints(slots).long()
             keys, values = ([t[:n] for t, n in zip(all_, before, strict=True)] for all_ in (self.keys, self.values))
-            write_kv(self.kv, layer, earlier, torch.cat(keys), torch.cat(values))
+            index = self.tensors_of_kv.token_index(earlier // 16, earlier % 16)
+            self.tensors_of_kv.write(layer, index, torch.cat(keys), torch.cat(values))
         nothing = torch.full((self.case.padding, *self.keys[0].shape[1:]), float("nan"), device=DEVICE)
         keys, values = ([t[n:] for t, n in zip(all_, before, strict=True)] for all_ in (self.keys, self.values))
         nothing = nothing.to(self.case.dtype)
@@ -308,11 +309,11 @@ def test_a_graph_serves_later_steps() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_written_where_kv_tensors_reads(device: str) -> None:
     """The arena's layout is one, whoever reads it; and nothing else is touched."""
-    case = Case([(0, 5), (20, 1), (30, 20)], padding=2, head_dim=80, dtype=torch.float16)
+    case = Case([(0, 5), (0, 1), (0, 40)], padding=2, head_dim=80, dtype=torch.float16)
     step = Step(case)
     tensors = step.tensors()
     step.write(1, tensors)
-    reader = KvTensors(step.kv.pages, step.page_bytes, step.kv.slots_per_page, step.spec)
+    reader = step.tensors_of_kv
     for i, (start, length) in enumerate(case.spans):
         index = reader.block_index(torch.tensor([step.lists[i]], device=device))
         keys, values = reader.read(1, index)
