@@ -234,7 +234,7 @@ class Dispatcher:
                 error = update.error or f"instance {update.instance_id} sent no log probabilities"
                 if request.failures < _FAILED_ATTEMPTS:
                     reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=error)
-                    # A cancellation might reach the next attempt at the same agent; what goes on is told by its next news.
+                    # Not cancelled, for that might reach the next attempt at the same agent.
                     self.put_back(request, reason, cancel=False)
                 else:
                     text = f"failed {request.failures} times, the last time with: {error}"

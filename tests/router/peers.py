@@ -223,6 +223,10 @@ class PeerAgent:
                 )
                 if finish:
                     break
+        except asyncio.CancelledError:
+            # Heard by nobody where the agent is dying, for its streams are closed by then.
+            link.send(agent_pb2.SequenceUpdate(**head, finish_reason=inference_pb2.FINISH_REASON_CANCELLED))
+            raise
         finally:
             self._sequences.pop(request.request_id, None)
             with contextlib.suppress(RedisError):
