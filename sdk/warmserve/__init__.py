@@ -16,11 +16,24 @@ from warmserve.errors import (
     UnavailableError,
     WarmServeError,
 )
-from warmserve.types import Completion, Message, ModelInfo, Options, Progress, TextDelta, Timing, Usage
+from warmserve.types import (
+    Choice,
+    Completion,
+    Message,
+    ModelInfo,
+    Options,
+    Progress,
+    TextDelta,
+    Timing,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
 
 __all__ = [
     "AsyncClient",
     "AsyncCompletionStream",
+    "Choice",
     "Client",
     "Completion",
     "CompletionStream",
@@ -35,6 +48,8 @@ __all__ = [
     "RequestCancelledError",
     "TextDelta",
     "Timing",
+    "TokenLogprob",
+    "TopLogprob",
     "UnavailableError",
     "Usage",
     "WarmServeError",

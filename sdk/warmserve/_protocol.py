@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +10,9 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
 import grpc
-from google.protobuf.descriptor import EnumDescriptor
 
+from warmserve._enums import enum_word
+from warmserve._options import check_names, set_field, set_options
 from warmserve.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -22,7 +22,7 @@ from warmserve.errors import (
     UnavailableError,
     WarmServeError,
 )
-from warmserve.types import Completion, Message, ModelInfo, Options, Progress, TextDelta, Timing, Usage
+from warmserve.types import Message, ModelInfo, Options, Progress
 from warmserve.v1 import common_pb2, inference_pb2
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -42,20 +42,6 @@ SUGGESTION = "warmserve-suggestion"  # trailing metadata, once per name
 RETRY_AFTER_MS = "warmserve-retry-after-ms"  # trailing metadata
 
 Metadata = tuple[tuple[str, str], ...]
-
-_SAMPLING = {
-    "max_tokens": "an integer of at least 1",
-    "temperature": "a number from 0 to 2",
-    "top_p": "a number above 0 and at most 1",
-    "top_k": "an integer of at least 0",
-    "seed": "an integer from 0 to 2**64 - 1",
-    "ignore_eos": "true or false",
-}
-_PRIORITIES = {
-    "high": common_pb2.PRIORITY_HIGH,
-    "normal": common_pb2.PRIORITY_NORMAL,
-    "low": common_pb2.PRIORITY_LOW,
-}
 
 
 @dataclass(frozen=True)
@@ -104,7 +90,7 @@ def prompt_call(model: str, prompt: str | Sequence[int], options: Options, timeo
     """
     request = inference_pb2.GenerateRequest()
     if isinstance(prompt, str):
-        _set(request, "prompt", prompt, "a text that UTF-8 can carry")
+        set_field(request, "prompt", prompt, "a text that UTF-8 can carry")
     else:
         try:
             request.token_ids.ids.extend(prompt)
@@ -145,28 +131,15 @@ def _finish(
 ) -> Call:
     request_id = options.get("request_id") or new_request_id()
     try:
-        _check_names(options)
+        check_names(options)
         if not re.fullmatch(r"[ -~]{1,128}", request_id):
             raise InvalidRequestError(f"request_id must be 1 to 128 printable ASCII characters, not {request_id!r}")
         timeout = options.get("timeout", default_timeout)
         if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
             raise InvalidRequestError(f"timeout must be a number of seconds above 0, or None, not {timeout!r}")
         request.request_id = request_id
-        _set(request, "model", model, "a text")
-        priority = options.get("priority")
-        if priority is not None:
-            if priority not in _PRIORITIES:
-                raise InvalidRequestError(f"priority must be high, normal or low, not {priority!r}")
-            request.priority = _PRIORITIES[priority]
-        for name, meaning in _SAMPLING.items():
-            value = options.get(name)
-            if value is not None:
-                _set(request.sampling, name, value, meaning)
-        stop = options.get("stop") or ()
-        try:
-            request.sampling.stop.extend([stop] if isinstance(stop, str) else stop)
-        except (TypeError, ValueError) as error:
-            raise InvalidRequestError(f"stop must be a text or a sequence of texts, not {stop!r}") from error
+        set_field(request, "model", model, "a text")
+        set_options(request, options)
         size = request.ByteSize()
         if size > MAX_MESSAGE_BYTES:
             raise InvalidRequestError(
@@ -176,99 +149,6 @@ def _finish(
         error.request_id = request_id
         raise
     return Call(request, metadata_of(request_id), timeout)
-
-
-def _check_names(options: Options) -> None:
-    for name in options:
-        if name not in Options.__annotations__:
-            near = difflib.get_close_matches(name, Options.__annotations__, 1)
-            hint = f"; did you mean {near[0]}?" if near else f": there are {', '.join(Options.__annotations__)}"
-            raise TypeError(f"unknown option {name!r}{hint}")
-
-
-def _set(message: Any, field: str, value: object, meaning: str) -> None:
-    try:
-        setattr(message, field, value)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequestError(f"{field} must be {meaning}, not {value!r}") from error
-
-
-class Answer:
-    """Puts one answer together from the messages of its stream."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.progress: Progress | None = None
-        """Where it stood when it last was reported waiting."""
-        self.completion: Completion | None = None
-        """Set by the last message."""
-        self._text: list[str] = []
-        self._token_ids: list[int] = []
-
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._text)
-
-    def take(self, response: inference_pb2.GenerateResponse) -> Progress | TextDelta | None:
-        """The event in a message; None where it is the end, or of a kind this version does not know.
-
-        Raises WarmServeError where tokens are missing or repeated.
-        """
-        kind = response.WhichOneof("event")
-        if kind == "progress":
-            self.progress = _progress(response.progress)
-            return self.progress
-        if kind == "delta":
-            delta = TextDelta(response.delta.text, tuple(response.delta.token_ids), response.delta.offset)
-            if delta.token_ids and delta.offset != len(self._token_ids):
-                raise WarmServeError(
-                    f"the router sent token {delta.offset} where token {len(self._token_ids)} was due",
-                    request_id=self.call.request_id,
-                )
-            self._text.append(delta.text)
-            self._token_ids.extend(delta.token_ids)
-            return delta
-        if kind == "finished":
-            self.completion = self._complete(response.finished)
-        return None
-
-    def result(self) -> Completion:
-        """The completion, once the stream has ended. Raises WarmServeError where it ended without one."""
-        if self.completion is None:
-            raise WarmServeError(
-                "the router ended the stream before the answer was complete", request_id=self.call.request_id
-            )
-        return self.completion
-
-    def _complete(self, finished: inference_pb2.Finished) -> Completion:
-        timing = finished.timing
-        return Completion(
-            request_id=self.call.request_id,
-            model=self.call.request.model,
-            text=self.text,
-            token_ids=tuple(self._token_ids),
-            finish_reason=enum_word(inference_pb2.FinishReason.DESCRIPTOR, finished.reason),
-            usage=Usage(finished.usage.prompt_tokens, finished.usage.completion_tokens),
-            timing=Timing(
-                found_state=enum_word(common_pb2.ReplicaState.DESCRIPTOR, timing.found_state),
-                queue_ms=timing.queue_ms,
-                prefill_ms=timing.prefill_ms,
-                ttft_ms=timing.ttft_ms,
-                total_ms=timing.total_ms,
-                resumed=timing.resumed,
-            ),
-        )
-
-
-def _progress(message: inference_pb2.Progress) -> Progress:
-    return Progress(
-        state=enum_word(inference_pb2.ProgressState.DESCRIPTOR, message.state),
-        cause=enum_word(common_pb2.Cause.DESCRIPTOR, message.reason.cause),
-        reason=message.reason.text,
-        estimated_wait_ms=message.estimated_wait_ms if message.HasField("estimated_wait_ms") else None,
-        requests_in_progress=message.requests_in_progress,
-    )
 
 
 def models(response: inference_pb2.ListModelsResponse) -> list[ModelInfo]:
@@ -282,15 +162,6 @@ def models(response: inference_pb2.ListModelsResponse) -> list[ModelInfo]:
         )
         for model in response.models
     ]
-
-
-def enum_word(enum: EnumDescriptor, value: int) -> str:
-    """An enum's value as a lower-case word: REPLICA_STATE_WARM is "warm". A newer version's is its number."""
-    known = enum.values_by_number.get(value)
-    if known is None:
-        return str(value)
-    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.name).upper() + "_"
-    return known.name.removeprefix(prefix).lower()
 
 
 def error_of(

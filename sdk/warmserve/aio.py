@@ -10,19 +10,22 @@ from typing import Any, Self, Unpack
 import grpc
 
 from warmserve import _protocol as protocol
+from warmserve._answer import Answer
 from warmserve.types import Completion, Message, ModelInfo, Options, Progress, TextDelta
 from warmserve.v1 import inference_pb2, inference_pb2_grpc
 
 
 class AsyncCompletionStream:
-    """One answer as it is made; an async context manager. Leaving its block before the end cancels the request.
+    """What a request is answered with, as it is made; an async context manager.
+
+    Leaving its block before the end cancels the request.
 
     Iterating gives Progress while the request waits, then TextDelta.
     """
 
     def __init__(self, client: AsyncClient, call: protocol.Call) -> None:
         self._client = client
-        self._answer = protocol.Answer(call)
+        self._answer = Answer(call)
         self._responses: Any = None
         self._closed = False
 
@@ -53,7 +56,9 @@ class AsyncCompletionStream:
         self._answer.result()
 
     async def text_iter(self) -> AsyncIterator[str]:
-        """The answer's text in pieces, none empty."""
+        """The answer's text in pieces, none empty. Raises ValueError where several answers were asked for."""
+        if self._answer.several:
+            raise ValueError("several answers come interleaved; iterate over the stream and look at each delta's index")
         async for event in self:
             if isinstance(event, TextDelta) and event.text:
                 yield event.text
@@ -72,7 +77,7 @@ class AsyncCompletionStream:
 
     @property
     def text(self) -> str:
-        """The text so far."""
+        """The first answer's text so far."""
         return self._answer.text
 
     @property
@@ -220,7 +225,7 @@ class AsyncClient:
             raise
         return call  # its own status says what became of it
 
-    def _error(self, error: Any, answer: protocol.Answer) -> Exception:
+    def _error(self, error: Any, answer: Answer) -> Exception:
         call = answer.call
         return protocol.error_of(
             error, target=self._target, request_id=call.request_id, timeout=call.timeout, progress=answer.progress

@@ -11,19 +11,22 @@ from typing import Any, Self, Unpack
 import grpc
 
 from warmserve import _protocol as protocol
+from warmserve._answer import Answer
 from warmserve.types import Completion, Message, ModelInfo, Options, Progress, TextDelta
 from warmserve.v1 import inference_pb2, inference_pb2_grpc
 
 
 class CompletionStream:
-    """One answer as it is made; a context manager. Leaving its block before the end cancels the request.
+    """What a request is answered with, as it is made; a context manager.
+
+    Leaving its block before the end cancels the request.
 
     Iterating gives Progress while the request waits, then TextDelta.
     """
 
     def __init__(self, client: Client, call: protocol.Call) -> None:
         self._client = client
-        self._answer = protocol.Answer(call)
+        self._answer = Answer(call)
         self._responses: Any = None
         self._closed = False
 
@@ -51,7 +54,9 @@ class CompletionStream:
         self._answer.result()
 
     def text_iter(self) -> Iterator[str]:
-        """The answer's text in pieces, none empty."""
+        """The answer's text in pieces, none empty. Raises ValueError where several answers were asked for."""
+        if self._answer.several:
+            raise ValueError("several answers come interleaved; iterate over the stream and look at each delta's index")
         for event in self:
             if isinstance(event, TextDelta) and event.text:
                 yield event.text
@@ -70,7 +75,7 @@ class CompletionStream:
 
     @property
     def text(self) -> str:
-        """The text so far."""
+        """The first answer's text so far."""
         return self._answer.text
 
     @property
@@ -187,7 +192,7 @@ class Client:
             call.request_id,
         )
 
-    def _error(self, error: Any, answer: protocol.Answer) -> Exception:
+    def _error(self, error: Any, answer: Answer) -> Exception:
         call = answer.call
         return protocol.error_of(
             error, target=self._target, request_id=call.request_id, timeout=call.timeout, progress=answer.progress

@@ -67,8 +67,13 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         if request.model == "never":  # waits until its client goes
             self.cancelled.wait(60)
             return
+        count = 1 if request.model == "fewer" else request.n or 1
         for offset, text in enumerate(PIECES):
-            yield self._delta(request, text, offset + (offset > 1 and request.model == "gap"))
+            for index in range(count):  # the first answer as it is, further ones in capitals
+                said = text.upper() if index else text
+                delta = self._delta(request, said, offset + (offset > 1 and request.model == "gap"))
+                delta.index = index + (request.model == "surplus")
+                yield delta
             if request.model == "stuck" and offset == 1:
                 self.cancelled.wait(60)
                 return
@@ -76,16 +81,18 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the router is stopping")
         if request.model == "unfinished":
             return
-        yield inference_pb2.GenerateResponse(
-            request_id=request.request_id,
-            finished=inference_pb2.Finished(
-                reason=inference_pb2.FINISH_REASON_LENGTH,
-                usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=5),
-                timing=inference_pb2.Timing(
-                    found_state=common_pb2.REPLICA_STATE_WARM, queue_ms=10, prefill_ms=5, ttft_ms=15, total_ms=40
+        for index in range(count):
+            yield inference_pb2.GenerateResponse(
+                request_id=request.request_id,
+                index=index,
+                finished=inference_pb2.Finished(
+                    reason=inference_pb2.FINISH_REASON_STOP if index else inference_pb2.FINISH_REASON_LENGTH,
+                    usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=5),
+                    timing=inference_pb2.Timing(
+                        found_state=common_pb2.REPLICA_STATE_WARM, queue_ms=10, prefill_ms=5, ttft_ms=15, total_ms=40
+                    ),
                 ),
-            ),
-        )
+            )
 
     def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: grpc.ServicerContext
@@ -102,10 +109,14 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
         )
 
     def _delta(self, request: inference_pb2.GenerateRequest, text: str, offset: int) -> inference_pb2.GenerateResponse:
-        return inference_pb2.GenerateResponse(
-            request_id=request.request_id,
-            delta=inference_pb2.TextDelta(text=text, token_ids=[100 + offset], offset=offset),
-        )
+        delta = inference_pb2.TextDelta(text=text, token_ids=[100 + offset], offset=offset)
+        if request.sampling.HasField("logprobs"):
+            top = [
+                inference_pb2.TopLogprob(token_id=100 + offset + i, logprob=-i - 0.5, token=b"\xe6")
+                for i in range(request.sampling.logprobs)
+            ]
+            delta.logprobs.add(token_id=100 + offset, logprob=-0.5, token=text.encode(), top=top)
+        return inference_pb2.GenerateResponse(request_id=request.request_id, delta=delta)
 
 
 def unused_address() -> str:

@@ -100,6 +100,97 @@ def test_chat_sends_the_conversation_and_every_option(server: InferenceServer, c
     assert 10 < (server.remaining_s[0] or 0) < 25  # grpc sends timeouts rounded
 
 
+def test_all_sampling_options_are_sent(server: InferenceServer, call: Call) -> None:
+    call(
+        server.address,
+        "generate",
+        "llama-a",
+        "Hi",
+        min_p=0.1,
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={5: -100, 7: 2.5},
+        logprobs=0,
+        stop_token_ids=(3, 4),
+        min_tokens=2,
+        n=2,
+    )
+    [request] = server.requests
+    assert request.n == 2
+    assert request.sampling == inference_pb2.SamplingParams(
+        min_p=0.1,
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={5: -100, 7: 2.5},
+        logprobs=0,
+        stop_token_ids=[3, 4],
+        min_tokens=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "grammar"),
+    [
+        ({"json_schema": {"type": "object"}}, {"json_schema": '{"type": "object"}'}),
+        ({"json_schema": '{"type":"array"}'}, {"json_schema": '{"type":"array"}'}),
+        ({"json_object": True, "regex": None}, {"json_object": True}),
+        ({"regex": "a+", "json_object": False}, {"regex": "a+"}),
+        ({"ebnf": 'root ::= "a"'}, {"ebnf": 'root ::= "a"'}),
+        ({"choice": ["yes", "no"]}, {"choice": inference_pb2.Choices(texts=["yes", "no"])}),
+        ({"json_object": False}, None),
+    ],
+)
+def test_constraints_are_sent(
+    server: InferenceServer, call: Call, options: dict[str, Any], grammar: dict[str, Any] | None
+) -> None:
+    call(server.address, "generate", "llama-a", "Hi", **options)
+    sampling = server.requests[0].sampling
+    assert sampling.HasField("grammar") == (grammar is not None)
+    assert sampling.grammar == inference_pb2.Grammar(**(grammar or {}))
+
+
+def test_several_answers_are_put_together(server: InferenceServer, call: Call) -> None:
+    completion = call(server.address, "generate", "llama-a", "Hi", n=3)
+    assert [(choice.index, choice.text) for choice in completion.choices] == [
+        (0, TEXT),
+        (1, TEXT.upper()),
+        (2, TEXT.upper()),
+    ]
+    assert [choice.finish_reason for choice in completion.choices] == ["length", "stop", "stop"]
+    assert completion.text == TEXT
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (3, 15)
+    with pytest.raises(warmserve.WarmServeError, match="before the answer was complete"):
+        call(server.address, "generate", "fewer", "Hi", n=2)
+
+
+def test_logprobs_are_given_with_tokens_bytes(server: InferenceServer, call: Call) -> None:
+    completion = call(server.address, "generate", "llama-a", "Hi", logprobs=2)
+    assert [item.token_id for item in completion.logprobs] == list(completion.token_ids)
+    assert b"".join(item.token for item in completion.logprobs).decode() == TEXT
+    top = (warmserve.TopLogprob(100, -0.5, b"\xe6"), warmserve.TopLogprob(101, -1.5, b"\xe6"))
+    assert completion.logprobs[0] == warmserve.TokenLogprob(100, -0.5, b"Once ", top)
+    assert call(server.address, "generate", "llama-a", "Hi").logprobs == ()
+
+
+def test_a_stream_of_several_answers_names_each_deltas_answer(server: InferenceServer) -> None:
+    with Client(server.address) as client, client.stream_generate("llama-a", "Hi", n=2) as stream:
+        with pytest.raises(ValueError, match="interleaved"):
+            next(stream.text_iter())
+        deltas = [event for event in stream if isinstance(event, TextDelta)]
+        assert [delta.index for delta in deltas] == [0, 1] * len(PIECES)
+        assert "".join(delta.text for delta in deltas if delta.index == 1) == TEXT.upper()
+        assert stream.text == TEXT
+
+
+async def test_an_async_stream_of_several_answers_has_no_single_text(server: InferenceServer) -> None:
+    async with AsyncClient(server.address) as client, client.stream_generate("llama-a", "Hi", n=2) as stream:
+        with pytest.raises(ValueError, match="interleaved"):
+            await anext(stream.text_iter())
+        assert len((await stream.read()).choices) == 2
+
+
 def test_token_ids_are_a_prompt(server: InferenceServer, call: Call) -> None:
     call(server.address, "generate", "llama-a", [1, 2, 3])
     assert list(server.requests[0].token_ids.ids) == [1, 2, 3]
@@ -129,6 +220,7 @@ def test_models(server: InferenceServer, call: Call) -> None:
         ("breaks", warmserve.UnavailableError),
         ("gap", warmserve.WarmServeError),
         ("unfinished", warmserve.WarmServeError),
+        ("surplus", warmserve.WarmServeError),
     ],
 )
 def test_failures_are_typed_and_name_the_request(
@@ -154,6 +246,18 @@ def test_failures_are_typed_and_name_the_request(
         ({"temperature": "hot"}, "temperature must be a number"),
         ({"seed": -1}, "seed must be"),
         ({"stop": [1]}, "stop must be"),
+        ({"n": 0}, "n must be an integer from 1 to 16"),
+        ({"n": "two"}, "n must be an integer from 1 to 16"),
+        ({"min_p": "x"}, "min_p must be a number from 0 to 1"),
+        ({"logprobs": -1}, "logprobs must be an integer from 0 to 20"),
+        ({"logprobs": True, "frequency_penalty": "x"}, "frequency_penalty must be a number from -2 to 2"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids must be a sequence of token ids"),
+        ({"logit_bias": {"x": 1}}, "logit_bias must be a mapping from token ids to numbers"),
+        ({"logit_bias": [5]}, "logit_bias must be a mapping from token ids to numbers"),
+        ({"regex": "a", "choice": ["b"]}, "regex and choice were given; give one of them"),
+        ({"regex": 5}, "regex must be a text"),
+        ({"choice": "yes"}, "choice must be a sequence of texts"),
+        ({"json_schema": {"x": b""}}, "json_schema must be JSON"),
         ({"priority": "urgent"}, "priority must be high, normal or low"),
         ({"timeout": 0}, "timeout must be"),
         ({"request_id": "two\nlines"}, "request_id must be"),

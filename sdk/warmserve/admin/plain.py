@@ -6,7 +6,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from warmserve._protocol import enum_word
+from warmserve._enums import enum_word
 
 Plain = dict[str, Any]
 

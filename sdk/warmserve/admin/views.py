@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from warmserve._protocol import enum_word
+from warmserve._enums import enum_word
 from warmserve.admin.plain import Plain, plain
 from warmserve.admin.state import ClusterState
 from warmserve.v1 import cluster_pb2, common_pb2
