@@ -22,7 +22,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from triton.runtime.errors import OutOfResources  # type: ignore[import-untyped]
+from triton.runtime.errors import OutOfResources
 
 from benchmarks.report import Row, report, table
 from services.gpu_agent.engine.cuda import attention
