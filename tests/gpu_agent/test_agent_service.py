@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import threading
 from collections.abc import AsyncIterator
@@ -18,10 +19,12 @@ from launcher.backing import Backing, start_redis
 from services.common.queues import RequestQueue
 from services.gpu_agent.arena.arena import WeightRange
 from services.gpu_agent.engine import host
+from services.gpu_agent.engine.grammar import GrammarCompiler
 from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.weights.image import Image
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent, status_of
+from tests.router.peers import make_tokenizer
 from warmserve.cluster.keys import Keys
 from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2, inference_pb2
 
@@ -472,6 +475,147 @@ async def test_undeploying_a_model_that_was_never_warmed_deletes_its_image(agent
     await agent.node.store.delete(agent.node.keys.model("m"))
     while list((tmp_path / "images").glob("*")):
         await asyncio.sleep(0.01)
+
+
+# What requests can ask for
+
+
+async def test_logprobs_are_the_models_own_and_come_with_every_token(agent: RunningAgent, tmp_path: Path) -> None:
+    model = checkpoints.llama(tmp_path / "m")
+    await agent.wake(await agent.prepare("m", tmp_path / "m"))
+    await _submit(agent, "r0", max_tokens=6, logprobs=3, ignore_eos=True, frequency_penalty=2.0)
+    await _submit(agent, "r1", max_tokens=6, ignore_eos=True)
+    for name in ("r0", "r1"):
+        await agent.relay.finished(name)
+    updates = agent.relay.updates["r0"]
+    tokens = agent.relay.tokens("r0")
+    given = [item for update in updates for item in update.logprobs]
+    assert all(len(update.logprobs) == len(update.token_ids) for update in updates)
+    assert [item.token_id for item in given] == tokens
+    with torch.no_grad():
+        expected_logprobs = model(torch.tensor([PROMPT + tokens])).logits[0].log_softmax(-1)
+    for place, item in enumerate(given):
+        reference = expected_logprobs[len(PROMPT) - 1 + place]
+        assert item.logprob == pytest.approx(reference[item.token_id].item(), abs=1e-4)
+        values, ids = reference.topk(3)
+        assert [other.token_id for other in item.top] == ids.tolist()
+        assert [other.logprob for other in item.top] == pytest.approx(values.tolist(), abs=1e-4)
+    assert not any(update.logprobs for update in agent.relay.updates["r1"])
+
+
+async def test_bias_and_penalties_hold_over_a_resumed_request(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    await agent.wake(await agent.prepare("m", tmp_path / "m"))
+    bias = {70: 50.0, 80: 49.0}
+    await _submit(agent, "r0", max_tokens=6, logit_bias=bias, frequency_penalty=2.0)
+    await agent.relay.finished("r0")
+    assert agent.relay.tokens("r0") == [70, 80, 70, 80, 70, 80]
+    await _submit(agent, "r1", [70, 80, 70], attempt=1, max_tokens=6, logit_bias=bias, frequency_penalty=2.0)
+    await agent.relay.finished("r1", attempt=1)
+    assert [token for update in agent.relay.updates["r1"] for token in update.token_ids] == [80, 70, 80]
+
+
+async def test_stop_tokens_end_the_answer_but_not_before_min_tokens(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    await agent.wake(await agent.prepare("m", tmp_path / "m"))
+    bias = {70: 50.0, 80: 40.0}
+    await _submit(agent, "r0", max_tokens=9, logit_bias=bias, stop_token_ids=[70])
+    await _submit(agent, "r1", max_tokens=9, logit_bias=bias, stop_token_ids=[70], min_tokens=3)
+    for name, tokens in (("r0", [70]), ("r1", [80, 80, 80, 70])):
+        end = await agent.relay.finished(name)
+        assert end.finish_reason == inference_pb2.FINISH_REASON_STOP
+        assert agent.relay.tokens(name) == tokens
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_answers_follow_their_grammar_also_when_resumed(agent: RunningAgent, tmp_path: Path, seed: int) -> None:
+    checkpoints.llama(tmp_path / "m")
+    tokenizer = make_tokenizer(tmp_path / "m")
+    await agent.wake(await agent.prepare("m", tmp_path / "m"))
+    grammars = {
+        "regex": (inference_pb2.Grammar(regex="[ab]{4}c"), r"[ab]{4}c"),
+        "choice": (inference_pb2.Grammar(choice=inference_pb2.Choices(texts=["yes", 'n"o'])), 'yes|n"o'),
+        "ebnf": (inference_pb2.Grammar(ebnf='root ::= "x" | "y" root'), "y*x"),
+        "schema": (inference_pb2.Grammar(json_schema='{"enum": ["red", 5]}'), '"red"|5'),
+    }
+    answers = {}
+    for name, (grammar, pattern) in grammars.items():
+        await _submit(agent, name, max_tokens=200, temperature=1.0, seed=seed, grammar=grammar)
+        end = await agent.relay.finished(name)
+        answers[name] = agent.relay.tokens(name)
+        text = tokenizer.decode(answers[name])
+        if end.finish_reason == inference_pb2.FINISH_REASON_STOP:
+            assert re.fullmatch(pattern, text)
+        else:  # the only one without a bound
+            assert (name, len(answers[name]), set(text)) == ("ebnf", 200, {"y"})
+    whole = answers["regex"]
+    grammar = grammars["regex"][0]
+    await _submit(agent, "again", whole[:2], attempt=1, max_tokens=200, temperature=1.0, seed=seed, grammar=grammar)
+    await agent.relay.finished("again", attempt=1)
+    assert whole[:2] + [token for update in agent.relay.updates["again"] for token in update.token_ids] == whole
+
+
+async def test_what_cannot_be_served_is_refused_and_nothing_else_suffers(agent: RunningAgent, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    checkpoints.llama(tmp_path / "bare")
+    make_tokenizer(tmp_path / "m")
+    for name in ("m", "bare"):
+        instance = await agent.wake(await agent.prepare(name, tmp_path / name))
+    await _submit(agent, "r0", max_tokens=5, grammar=inference_pb2.Grammar(regex="[a"))
+    await _submit(agent, "r1", max_tokens=5, model="bare", grammar=inference_pb2.Grammar(regex="a"))
+    await _submit(agent, "r2", max_tokens=5, temperature=9.0)
+    await _submit(agent, "r3", [5], attempt=1, max_tokens=5, grammar=inference_pb2.Grammar(regex="a"))
+    for name, words in (("r0", "regex"), ("r1", "tokenizer"), ("r2", "temperature")):
+        end = await agent.relay.finished(name)
+        assert end.finish_reason == inference_pb2.FINISH_REASON_REFUSED
+        assert words in end.error
+    # An answer that an earlier attempt gave is not the client's mistake.
+    assert (await agent.relay.finished("r3", attempt=1)).finish_reason == inference_pb2.FINISH_REASON_ERROR
+    await agent.submit("m", "r4", PROMPT, 3)
+    await agent.submit("bare", "r5", PROMPT, 3)
+    for name in ("r4", "r5"):
+        assert (await agent.relay.finished(name)).finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    while await agent.queue.held("bare", [instance]):
+        await asyncio.sleep(0.01)
+
+
+async def test_a_grammar_that_takes_long_to_compile_holds_up_nobody_else_and_can_be_cancelled(
+    agent: RunningAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    make_tokenizer(tmp_path / "m")
+    instance = await agent.wake(await agent.prepare("m", tmp_path / "m"))
+    gate = Gate(monkeypatch, GrammarCompiler, "matcher")
+    for name in ("r0", "r1"):
+        await _submit(agent, name, max_tokens=5, grammar=inference_pb2.Grammar(regex="ab"))
+    await gate.reached()
+    await agent.submit("m", "r2", PROMPT, 4)
+    await agent.relay.finished("r2")
+    await agent.relay.cancels.put("r0")
+    assert (await agent.relay.finished("r0")).finish_reason == inference_pb2.FINISH_REASON_CANCELLED
+    gate.open()
+    assert (await agent.relay.finished("r1")).finish_reason == inference_pb2.FINISH_REASON_STOP
+    while await agent.queue.held("m", [instance]):
+        await asyncio.sleep(0.01)
+    assert not [update for update in agent.relay.updates["r0"] if update.token_ids]
+
+
+async def _submit(
+    agent: RunningAgent, name: str, answer: list[int] | None = None, attempt: int = 0, model: str = "m", **sampling: Any
+) -> None:
+    """Queues a request behind `answer`, the tokens of earlier attempts; greedy unless `sampling` says otherwise."""
+    await agent.queue.put(
+        agent_pb2.QueuedRequest(
+            request_id=name,
+            model=model,
+            attempt=attempt,
+            router_id="test",
+            relay_address=agent.relay_address,
+            token_ids=PROMPT + (answer or []),
+            generated=len(answer or []),
+            sampling=inference_pb2.SamplingParams(**({"temperature": 0} | sampling)),
+        )
+    )
 
 
 def _evict(model: str) -> agent_pb2.EvictReplicaRequest:
