@@ -18,7 +18,7 @@ def request() -> Request:
         client_id="r",
         spec=cluster_pb2.ModelSpec(name="m"),
         prompt=[1, 2],
-        sampling=inference_pb2.SamplingParams(max_tokens=100),
+        sampling=inference_pb2.SamplingParams(max_tokens=100, logprobs=0),
         priority=common_pb2.PRIORITY_NORMAL,
         arrived=0.0,
         arrived_unix_ms=0,
@@ -31,7 +31,13 @@ def request() -> Request:
 
 def update(attempt: int, offset: int, tokens: list[int], instance: str = "i", finish: int = 0):
     return agent_pb2.SequenceUpdate(
-        request_id="r", attempt=attempt, instance_id=instance, offset=offset, token_ids=tokens, finish_reason=finish
+        request_id="r",
+        attempt=attempt,
+        instance_id=instance,
+        offset=offset,
+        token_ids=tokens,
+        finish_reason=finish,
+        logprobs=[inference_pb2.TokenLogprob(token_id=token) for token in tokens],
     )
 
 
@@ -52,6 +58,7 @@ def test_tokens_are_a_gapless_prefix_whatever_comes(news: list[tuple[int, str, i
         outcome = subject.apply(sent, streams[sender], 1.0)
         assert subject.tokens == list(range(len(subject.tokens)))
         assert subject.tokens[: len(before)] == before
+        assert [item.token_id for item in subject.logprobs] == subject.tokens
         if outcome is Outcome.PUT_BACK:
             assert offset > len(before)
             subject.detach()
