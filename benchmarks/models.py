@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from services.gpu_agent.arena.arena import Arena, WeightRange
-from services.gpu_agent.engine.model import BoundModel, build_model
 from services.gpu_agent.weights.layout import ImageLayout, plan_layout
 
 
@@ -53,7 +52,7 @@ def llama_1b() -> LlamaConfig:
 class ArenaModel:
     """A model whose weights are resident."""
 
-    model: BoundModel
+    config: Any
     layout: ImageLayout
     weights: WeightRange
 
@@ -84,4 +83,4 @@ def place(arena: Arena, name: str, config: Any, dtype: torch.dtype = torch.bfloa
             tensor.fill_(1.0)
         else:
             tensor.normal_(0, 0.02)
-    return ArenaModel(build_model(config, layout, weights), layout, weights)
+    return ArenaModel(config, layout, weights)

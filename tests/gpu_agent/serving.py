@@ -13,8 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from services.gpu_agent.arena.arena import Arena, WeightRange
 from services.gpu_agent.arena.host import HostMemory
-from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.host_runner import HostRunner
+from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.kv_tensors import KvTensors
@@ -23,7 +23,7 @@ from services.gpu_agent.engine.sampling_params import SamplingParams
 from services.gpu_agent.engine.sequence import Sequence, SequenceOutput
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.image import Image, open_image, prepare_image
-from services.gpu_agent.weights.layout import plan_layout
+from services.gpu_agent.weights.layout import ImageLayout, plan_layout
 from services.gpu_agent.weights.loader import load
 
 PAGE_BYTES = 1 << 16
@@ -85,6 +85,28 @@ def serve(
     weights = arena.add_weights(name, layout.total_bytes)
     model = build_model(checkpoint.model_config, layout, weights, block_tokens)
     return Served(arena, checkpoint, image, weights, model), reference
+
+
+@dataclass
+class Files:
+    """A checkpoint and its image."""
+
+    checkpoint: Checkpoint
+    layout: ImageLayout
+    image: Image
+
+
+def serve_files(
+    arena: Arena, make: Callable[..., PreTrainedModel], folder: Path, name: str, dtype: torch.dtype
+) -> tuple[Files, WeightRange, PreTrainedModel]:
+    """Saves a checkpoint and reserves its range in an arena on any device, with nothing resident or bound."""
+    reference = make(folder / name, dtype=dtype)
+    checkpoint = Checkpoint.open(folder / name, [folder])
+    layout = plan_layout(
+        checkpoint.shapes, checkpoint.aliases, dtype, arena.page_bytes, float32=checkpoint.delicate[dtype]
+    )
+    image = open_image(prepare_image(checkpoint, layout, folder / "images", lambda done, total: None))
+    return Files(checkpoint, layout, image), arena.add_weights(name, layout.total_bytes), reference
 
 
 def generate(reference: PreTrainedModel, prompt: list[int], tokens: int, eos: int | None = None) -> list[int]:

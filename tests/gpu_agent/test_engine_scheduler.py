@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gpu_agent.engine.scheduler import Schedule, Scheduler
 from services.gpu_agent.engine.sampling_params import SamplingParams
+from services.gpu_agent.engine.scheduler import Schedule, Scheduler
 from services.gpu_agent.engine.sequence import Sequence
 
 BLOCK = 4

@@ -48,7 +48,7 @@ PREFILL_TUNING = {
     16: Tuning(128, 128, 8, 3),
     32: Tuning(128, 128, 8, 3),
     64: Tuning(128, 128, 8, 3),
-    128: Tuning(128, 128, 8, 2),
+    128: Tuning(128, 64, 8, 3),
     256: Tuning(128, 64, 8, 2),
 }
 
@@ -114,7 +114,7 @@ def decode_splits(spans: int, kv_heads: int) -> tuple[int, int]:
     left running alone, so long contexts are cut even then.
     """
     pairs = spans * kv_heads
-    return min(64, max(4, _RESIDENT // pairs)), min(512, max(64, 1 << (pairs - 1).bit_length()))
+    return min(64, max(4, _RESIDENT // pairs)), min(1024, max(64, 2 << (pairs - 1).bit_length()))
 
 
 class Workspace:

@@ -1,0 +1,246 @@
+"""The engine on a GPU: the same answers alone and in a batch, captured or not, across evictions; what fails, alone."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.engine.instance import Instance
+from services.gpu_agent.engine.kv import KvCache
+from services.gpu_agent.engine.loop import EngineLoop
+from services.gpu_agent.engine.sampling_params import SamplingParams
+from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
+from services.gpu_agent.weights.loader import load
+from tests.gpu_agent.checkpoints import FAMILIES
+from tests.gpu_agent.serving import Files, greedy, prompt, run, serve_files, tokens_of
+
+pytestmark = pytest.mark.gpu
+
+PAGE_BYTES = 2 << 20
+# float32, so that greedy tokens can be told from transformers' own: the engine's arithmetic is the same.
+SAME_TOKENS = ["llama", "qwen3", "gemma2", "gpt_oss"]
+
+
+@dataclass
+class Model:
+    """A checkpoint served on the GPU."""
+
+    arena: Arena
+    files: Files
+    weights: WeightRange
+    program: Any  # a CudaProgram, which cannot be imported without CUDA
+    reference: PreTrainedModel
+    made: int = 0
+
+    def instance(self, **options: int) -> Instance:
+        self.made += 1
+        name = f"{self.weights.name}-{self.made}"
+        limits = self.program.limits
+        return Instance(
+            name,
+            self.weights.name,
+            self.program.runner(frozenset()),
+            KvCache(self.arena, name, self.program.model.kv_spec),
+            vocab_size=self.program.model.vocab_size,
+            eos_ids=(),
+            context_tokens=512,
+            **{
+                "max_batch": limits.max_batch,
+                "token_budget": limits.token_budget,
+                "max_prefills": limits.max_prefills,
+                **options,
+            },
+        )
+
+    def load(self) -> None:
+        assert load(self.files.image, self.weights, cancel=threading.Event(), progress=lambda _: None).complete
+
+    def generate(self, ids: list[int], tokens: int) -> list[int]:
+        with torch.inference_mode():
+            output = self.reference.generate(
+                torch.tensor([ids], device="cuda"), do_sample=False, max_new_tokens=tokens, pad_token_id=0
+            )
+        return output[0, len(ids) :].tolist()
+
+
+@dataclass
+class World:
+    arena: Arena
+    backend: Any  # a CudaBackend
+    folder: Path
+    models: dict[str, Model] = field(default_factory=dict)
+
+    def model(self, family: str, dtype: torch.dtype = torch.float32) -> Model:
+        name = f"{family}-{dtype}"
+        if name not in self.models:
+            files, weights, reference = serve_files(self.arena, FAMILIES[family], self.folder, name, dtype)
+            program = self.backend.program(files.checkpoint.model_config, files.layout, weights, 8, 512)
+            model = Model(self.arena, files, weights, program, reference.cuda())
+            model.load()
+            while program.prepare():
+                pass
+            self.models[name] = model
+        return self.models[name]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    from services.gpu_agent.arena.cuda import CudaMemory
+    from services.gpu_agent.engine.cuda.backend import CudaBackend
+
+    arena = Arena(CudaMemory(PAGE_BYTES, 96, 0))
+    return World(arena, CudaBackend(arena, torch.device("cuda", 0), 1 << 30), tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("family", SAME_TOKENS)
+def test_tokens_are_those_of_transformers(world: World, family: str) -> None:
+    model = world.model(family)
+    instance = model.instance(token_budget=32)  # prompts in chunks, mixed with others' decoding
+    asked = {f"r{n}": prompt(n) for n in (1, 5, 33, 64, 150)}
+    for name, ids in asked.items():
+        instance.add(greedy(name, ids, 24))
+    outputs = run(instance)
+    for name, ids in asked.items():
+        assert tokens_of(outputs, name) == model.generate(ids, 24)
+    instance.close("")
+
+
+def test_sampling_does_not_depend_on_the_batch(world: World) -> None:
+    model = world.model("llama")
+
+    def ask(instance: Instance, count: int) -> list[list[int]]:
+        for i in range(count):
+            params = SamplingParams(20, temperature=0.9, top_p=0.95, top_k=40, seed=i)
+            instance.add(Sequence(f"s{i}", 0, prompt(20, i), params))
+        outputs = run(instance)
+        instance.close("")
+        return [tokens_of(outputs, f"s{i}") for i in range(count)]
+
+    assert ask(model.instance(), 8)[0] == ask(model.instance(), 1)[0]
+
+
+def test_eviction_and_reload_capture_nothing_anew(world: World) -> None:
+    model = world.model("llama")
+    instance = model.instance()
+    instance.add(greedy("a", prompt(40), 20))
+    before = tokens_of(run(instance), "a")
+    instance.close("")
+    captures = model.program.cuda.captures
+    assert captures == len(model.program.cuda.ladder.shapes)
+    torch.cuda.synchronize()
+    model.weights.shrink(0)
+    filler = world.arena.take_kv("somebody else", 5)  # so that the weights come to lie on other pages
+    model.load()
+    world.arena.give_kv("somebody else", filler)
+    assert not model.program.prepare()
+    again = model.instance()
+    again.add(greedy("b", prompt(40), 20))
+    assert tokens_of(run(again), "b") == before
+    assert model.program.cuda.captures == captures
+    again.close("")
+
+
+def test_a_common_prefix_is_computed_once(world: World) -> None:
+    model = world.model("llama")
+    instance = model.instance()
+    instance._kv.reserve(4)
+    shared = prompt(70)
+    instance.add(greedy("a", [*shared, 5], 8))
+    run(instance)
+    instance.add(greedy("b", [*shared, 6], 8))
+    answer = tokens_of(run(instance), "b")
+    assert instance.stats.shared_tokens == 64
+    assert answer == model.generate([*shared, 6], 8)
+    instance.close("")
+
+
+def test_serving_takes_no_memory_outside_the_arena(world: World) -> None:
+    model = world.model("llama")
+    for params in (
+        SamplingParams(10, temperature=0.0),
+        SamplingParams(10, top_k=20, top_p=0.9, min_p=0.01, seed=1, presence_penalty=0.5, logit_bias={7: 2.0}),
+        SamplingParams(10, logprobs=5),
+    ):
+        instance = model.instance()
+        for i in range(8):
+            instance.add(Sequence(f"m{i}", 0, prompt(30 + i), params))
+        run(instance)
+        instance.close("")
+    world.backend.workspace.settle()
+    instance = model.instance()
+    for i in range(40):
+        options = {"temperature": 0.5 + i / 40, "top_k": i, "logprobs": i % 6, "seed": i}
+        instance.add(Sequence(f"n{i}", 0, prompt(10 + 8 * i), SamplingParams(10 + i, **options)))
+    run(instance)
+    instance.close("")
+    assert world.backend.grown_bytes == 0
+
+
+@dataclass
+class Listener:
+    outputs: list[SequenceOutput] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def on_step(self, _: str, outputs: list[SequenceOutput]) -> None:
+        with self.changed:
+            self.outputs += outputs
+            self.changed.notify_all()
+
+    def on_failure(self, instance_id: str, _: Exception) -> None:
+        with self.changed:
+            self.failures.append(instance_id)
+            self.changed.notify_all()
+
+    def wait_ended(self, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: sum(o.finish_reason is not None for o in self.outputs) >= count, 60)
+
+
+def test_an_instance_with_damaged_weights_fails_alone(world: World) -> None:
+    good, bad = world.model("llama"), world.model("qwen3")
+    listener = Listener()
+    engine = EngineLoop(listener.on_step, listener.on_failure)
+    one, two = good.instance(), bad.instance()
+    bad.weights.page_view(0).fill_(0xFF)
+    torch.cuda.synchronize()
+    engine.activate(one)
+    engine.activate(two)
+    engine.submit(one.id, greedy("good", prompt(20), 40))
+    engine.submit(two.id, greedy("bad", prompt(20), 40))
+    engine.start()
+    listener.wait_ended(2)
+    engine.stop()
+    assert listener.failures == [two.id]
+    end = next(o for o in listener.outputs if o.request_id == "bad")
+    assert end.finish_reason is FinishReason.ERROR
+    assert tokens_of(listener.outputs, "good") == good.generate(prompt(20), 40)
+    bad.weights.shrink(0)
+    bad.load()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_moe"])
+def test_half_precision_agrees_with_itself_in_and_out_of_a_batch(world: World, family: str) -> None:
+    """Log probabilities of the first tokens, within what bfloat16 can tell, alone and beside seven others."""
+    model = world.model(family, torch.bfloat16)
+
+    def first(count: int) -> dict[int, float]:
+        instance = model.instance()
+        for i in range(count):
+            instance.add(Sequence(f"h{i}", 0, prompt(30, i), SamplingParams(1, temperature=0.0, logprobs=5)))
+        outputs = run(instance)
+        instance.close("")
+        (mine,) = [o for o in outputs if o.request_id == "h0"]
+        return dict(mine.logprobs[0].top)
+
+    alone, beside = first(1), first(8)
+    common = alone.keys() & beside.keys()
+    assert len(common) >= 3
+    assert all(alone[token] == pytest.approx(beside[token], abs=0.15) for token in common)
