@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
+import torch
+
 from services.gpu_agent.engine.attention import PagedStep, Span
 from services.gpu_agent.engine.kv_tensors import KvTensors
 from services.gpu_agent.engine.model import BoundModel
@@ -34,6 +36,7 @@ class HostRunner:
         self._kv = kv
         self._eos_ids = eos_ids
 
+    @torch.inference_mode()
     def launch(self, parts: Many[Part], rows: Many[Row]) -> _Done:
         """See Runner. Raises what the computation fails with."""
         began = time.monotonic()
