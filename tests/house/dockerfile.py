@@ -15,6 +15,7 @@ from dockerfile_parse import DockerfileParser
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "deploy/Dockerfile"
 COMPOSE = ROOT / "deploy/compose.yaml"
+COMPOSE_GPU = ROOT / "deploy/compose.gpu.yaml"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _apply(target: Target, instruction: str, value: str) -> Target:
             return target
         case "RUN" if value.startswith("pip install "):
             return replace(target, installs=(*target.installs, value))
-        case "RUN" if value.startswith("useradd "):
+        case "RUN" if value.startswith(("useradd ", "apt-get ")):  # the machine has its own
             return target
         case "ENV":
             pairs = dict(pair.split("=", 1) for pair in shlex.split(value))
@@ -76,8 +77,8 @@ def _apply(target: Target, instruction: str, value: str) -> Target:
             raise ValueError(f"{instruction} {value}: teach this reader, and the test that follows it, what it does")
 
 
-def read_compose() -> dict[str, Any]:
-    """The compose file with variables at their defaults."""
-    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", COMPOSE.read_text())
+def read_compose(file: Path = COMPOSE) -> dict[str, Any]:
+    """A compose file with variables at their defaults."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", file.read_text())
     content: dict[str, Any] = yaml.safe_load(text)
     return content

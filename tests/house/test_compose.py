@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from services.common.settings import ENV_PREFIX, ServiceSettings, load_settings
-from tests.house.dockerfile import COMPOSE, read_compose, read_targets
+from services.gpu_agent.settings import GpuAgentSettings
+from tests.house.dockerfile import COMPOSE, COMPOSE_GPU, read_compose, read_targets
 
 SETTINGS = {
     "router": "services.router.settings.RouterSettings",
@@ -37,8 +38,23 @@ def environment(service: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in told.items() if name.startswith(ENV_PREFIX)}
 
 
-def test_the_compose_file_follows_the_compose_specification() -> None:
-    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", COMPOSE]
+def settings_from(
+    told: dict[str, str], kind: type[ServiceSettings], target: str, monkeypatch: pytest.MonkeyPatch
+) -> ServiceSettings:
+    """The settings of a service with these variables alone."""
+    unknown = [variable for variable in told if variable.removeprefix(ENV_PREFIX).lower() not in kind.model_fields]
+    assert not unknown
+    for variable in [variable for variable in os.environ if variable.startswith(ENV_PREFIX)]:
+        monkeypatch.delenv(variable)
+    for variable, value in told.items():
+        assert isinstance(value, str), f"{variable} needs quotes in the compose file"
+        monkeypatch.setenv(variable, value)
+    return load_settings(kind, target, [])  # ends the process, with the reason, where a value is wrong
+
+
+@pytest.mark.parametrize("file", [COMPOSE, COMPOSE_GPU], ids=["host", "gpu"])
+def test_the_compose_file_follows_the_compose_specification(file: Path) -> None:
+    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", file]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
@@ -53,14 +69,7 @@ def test_every_variable_is_a_setting_and_its_value_a_valid_one(name: str, monkey
     target = SERVICES[name]["build"]["target"]
     kind = settings_class(target)
     told = environment(SERVICES[name])
-    unknown = [variable for variable in told if variable.removeprefix(ENV_PREFIX).lower() not in kind.model_fields]
-    assert not unknown
-    for variable in [variable for variable in os.environ if variable.startswith(ENV_PREFIX)]:
-        monkeypatch.delenv(variable)
-    for variable, value in told.items():
-        assert isinstance(value, str), f"{variable} needs quotes in the compose file"
-        monkeypatch.setenv(variable, value)
-    settings = load_settings(kind, target, [])  # ends the process, with the reason, where a value is wrong
+    settings = settings_from(told, kind, target, monkeypatch)
     assert settings.etcd_endpoints == ["etcd:2379"]
     assert settings.redis_url == "redis://redis:6379/0"
     assert settings.host == "0.0.0.0"
@@ -100,3 +109,18 @@ def test_what_must_outlive_a_container_is_on_a_volume() -> None:
     for name, variable in (("gpu-agent-0", "WARMSERVE_IMAGE_DIR"), ("forecaster", "WARMSERVE_DATA_DIR")):
         volumes = {mount.split(":")[1]: mount.split(":")[0] for mount in SERVICES[name]["volumes"]}
         assert volumes[environment(SERVICES[name])[variable]] in read_compose()["volumes"]
+
+
+def test_on_gpus_the_same_agents_get_them_and_take_all_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    override = read_compose(COMPOSE_GPU)["services"]
+    agents = {name for name, service in SERVICES.items() if service["build"]["target"] == "gpu-agent"}
+    assert set(override) == agents
+    for name, service in override.items():
+        (device,) = service["deploy"]["resources"]["reservations"]["devices"]
+        # A GPU has the same number in the container as on the node: the placer forms groups by it.
+        assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", "all", ["gpu"])
+        told = {k: v for k, v in (environment(SERVICES[name]) | service["environment"]).items() if v is not None}
+        settings = settings_from(told, GpuAgentSettings, "gpu-agent", monkeypatch)
+        assert isinstance(settings, GpuAgentSettings)
+        assert settings.backend == "cuda"
+        assert settings.arena_bytes is None

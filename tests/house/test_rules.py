@@ -137,12 +137,12 @@ def test_all_that_we_need_is_pinned_at_the_version_that_is_tested() -> None:
             name, _, version = line.partition("==")
             pins[canonicalize_name(name)] = version
     needed = closure(["warmserve-server[all,dev]", "warmserve[admin]"])
-    assert {"torch", "grpcio", "pytest", "typer"} <= needed.keys()
+    assert {"torch", "triton", "xgrammar", "grpcio", "pytest", "typer"} <= needed.keys()
     loose = []
     for name, version in needed.items():
         if name in ("warmserve", "warmserve-server", "setuptools"):
             continue
-        if name.startswith(("nvidia-", "cuda-")) or name == "triton":
+        if name.startswith("nvidia-") or name == "cuda-toolkit":
             continue  # each build of torch names its own
         if pins.get(name) != version.partition("+")[0]:
             loose.append(f"{name}=={version}")
