@@ -193,13 +193,14 @@ class Instance:
         result = flight.pending.result()
         self._flights.popleft()
         self.device_seconds += result.seconds
+        # Before any of them ends, so that even an answer of one token leaves its prompt behind.
+        for sequence, blocks, computed in flight.chunks:
+            if blocks is sequence.blocks:  # else it has ended or was preempted
+                self._remember(sequence, computed)
         for sequence, choice in zip(flight.sampling, result.choices, strict=True):
             sequence.in_flight -= 1
             if self._sequences.get((sequence.request_id, sequence.attempt)) is sequence:
                 self._ended.append(self._append(sequence, choice))
-        for sequence, blocks, computed in flight.chunks:
-            if blocks is sequence.blocks:  # else it has ended or was preempted
-                self._remember(sequence, computed)
         self._kv.settled(self._steps - len(self._flights))
 
     def news(self) -> list[SequenceOutput]:

@@ -96,9 +96,9 @@ class KvCache:
         for block, digest in zip(blocks, digests, strict=True):
             self._prefixes.add(block, digest)
 
-    def free(self, blocks: Iterable[int]) -> None:
-        """A sequence holds these no more. ValueError where nobody held one."""
-        for block in blocks:
+    def free(self, blocks: Many[int]) -> None:
+        """A sequence holds these, in order of position, no more. ValueError where nobody held one."""
+        for block in reversed(blocks):  # so that the end of a prefix is forgotten before what it builds upon
             if block not in self._holders:
                 raise ValueError(f"KV block {block} is not allocated in {self.owner}")
             self._holders[block] -= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,8 +22,8 @@ class BlockPool(Protocol):
         """`count` blocks, or None with nothing taken."""
         ...
 
-    def free(self, blocks: Iterable[int]) -> None:
-        """Takes blocks back."""
+    def free(self, blocks: Many[int]) -> None:
+        """Takes blocks back, in order of position."""
         ...
 
     def limit_blocks(self) -> int:
@@ -113,7 +112,7 @@ class Scheduler:
         """Decides one step. The caller computes the chunks and then raises each sequence's computed_tokens."""
         self._grow()
         impossible = self._admit()
-        active = [s for s in self._running if s.wants_more or not s.in_flight]
+        active = self._active()
         budget = self._token_budget - sum(1 for s in active if s.pending_tokens == 1)
         prefills = self._max_prefills
         chunks = []
@@ -127,12 +126,16 @@ class Scheduler:
                 chunks.append(Chunk(sequence, length))
         return Schedule(chunks, impossible)
 
+    def _active(self) -> list[Sequence]:
+        """The running sequences but those that the steps under way bring to their length."""
+        return [s for s in self._running if s.wants_more or not s.in_flight]
+
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
 
     def _grow(self) -> None:
-        """Sees to it that each running sequence has blocks for all its tokens, at the cost of the newest ones."""
-        for sequence in list(self._running):
+        """Sees to it that each sequence that goes on has blocks for all its tokens, at the cost of the newest ones."""
+        for sequence in self._active():
             while sequence.blocks and (missing := self._blocks_for(sequence.num_tokens) - len(sequence.blocks)) > 0:
                 blocks = self._pool.try_alloc(missing)
                 if blocks is None:
