@@ -70,7 +70,10 @@ class Ladder:
     def fitting(self, parts: Many[Part]) -> StepShape:
         """The smallest shape that holds a step."""
         tokens = sum(part.length for part in parts)
-        rungs = self.decode if tokens == len(parts) else self.mixed
+        # In a decoding step the logits' rows are the tokens, so all parts must want theirs. The last token that the
+        # budget left for a prompt may be one by itself and not the prompt's last.
+        decoding = tokens == len(parts) and all(part.samples for part in parts)
+        rungs = self.decode if decoding else self.mixed
         return rungs[bisect_left(rungs, tokens, key=lambda shape: shape.tokens)]
 
 
