@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 import pytest
@@ -209,3 +210,151 @@ def test_everything_ends_and_bounds_hold(
             assert len(pool.unused) == total
             return
     raise AssertionError("some sequence never ended")
+
+
+def test_what_ends_with_the_steps_under_way_takes_no_more_blocks() -> None:
+    """A sequence's last token is not computed, so it needs no room; the newer one is not preempted for it."""
+    pool = Blocks(4)
+    s = scheduler(pool, token_budget=64)
+    first, second = sequence("a", 7, max_tokens=2), sequence("b", 7, max_tokens=2)
+    for q in (first, second):
+        q.max_length = 9
+        s.add(q)
+    for _ in range(2):
+        plan = s.schedule()
+        assert lengths(plan).keys() == {"a", "b"}
+        for chunk in plan.chunks:
+            chunk.sequence.computed_tokens += chunk.length
+            chunk.sequence.in_flight += 1
+    assert lengths(s.schedule()) == {}
+    assert s.preemptions == 0
+    assert not pool.unused
+
+
+class Device:
+    """Computes what is scheduled, and tells of it a step late."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.flights: deque[list[Sequence]] = deque()
+        self.ended: set[str] = set()
+
+    def launch(self, schedule: Schedule) -> None:
+        for chunk in schedule.chunks:
+            s = chunk.sequence
+            assert len(s.blocks) >= blocks_for(s.computed_tokens + chunk.length)
+            # What decodes may go on before its last token is known; prompts are known.
+            assert chunk.length == 1 or s.computed_tokens + chunk.length <= len(s.token_ids)
+        self.flights.append([c.sequence for c in schedule.chunks if c.length == c.sequence.pending_tokens])
+        for chunk in schedule.chunks:
+            chunk.sequence.computed_tokens += chunk.length
+        for s in self.flights[-1]:
+            s.in_flight += 1
+
+    def collect(self, stops: set[tuple[str, int]]) -> None:
+        """`stops`: (who, after how many tokens)."""
+        for s in self.flights.popleft():
+            s.in_flight -= 1
+            if s.request_id in self.ended:
+                continue
+            s.token_ids.append(1)
+            s.num_generated += 1
+            if len(s.token_ids) == s.max_length or (s.request_id, s.num_generated) in stops:
+                self.end(s)
+
+    def end(self, s: Sequence) -> None:
+        self.ended.add(s.request_id)
+        self.scheduler.remove(s)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(0, 12), st.integers(1, 40), st.integers(1, 20)), min_size=1, max_size=12),
+    total=st.integers(1, 24),
+    max_batch=st.integers(1, 6),
+    extra_budget=st.integers(0, 20),
+    max_prefills=st.integers(1, 3),
+    cancelled=st.dictionaries(st.integers(0, 11), st.integers(0, 9)),
+    stops=st.sets(st.tuples(st.integers(0, 11).map(str), st.integers(1, 9))),
+    elsewhere=st.dictionaries(st.integers(0, 40), st.integers(0, 24)),
+)
+def test_steps_before_the_last_results_are_known(
+    requests: list[tuple[int, int, int]],
+    total: int,
+    max_batch: int,
+    extra_budget: int,
+    max_prefills: int,
+    cancelled: dict[int, int],
+    stops: set[tuple[str, int]],
+    elsewhere: dict[int, int],
+) -> None:
+    """requests: (step of arrival, prompt, max_tokens); cancelled: who, how long after; elsewhere: blocks that others
+    hold from a step on."""
+    pool = Blocks(total)
+    budget = max_batch + extra_budget
+    s = Scheduler(pool, BLOCK, max_batch, budget, max_prefills)
+    device = Device(s)
+    everyone = [sequence(str(i), prompt, tokens) for i, (_, prompt, tokens) in enumerate(requests)]
+    for q in everyone:
+        q.max_length = len(q.token_ids) + q.sampling.max_tokens
+    arrived: set[int] = set()
+    taken: set[int] = set()
+    slots: dict[str, int] = {}
+    for step in range(4000):
+        if step > 40:
+            elsewhere[step] = 0
+        if step in elsewhere:
+            pool.unused |= taken
+            taken = {pool.unused.pop() for _ in range(min(elsewhere[step], len(pool.unused)))}
+        for i, (arrival, _, _) in enumerate(requests):
+            if i not in arrived and arrival <= step:
+                arrived.add(i)
+                s.add(everyone[i])
+            if i in arrived and str(i) not in device.ended and arrival + cancelled.get(i, 1 << 30) <= step:
+                device.end(everyone[i])
+        plan = s.schedule()
+        for q, _ in plan.impossible:
+            assert blocks_for(len(q.token_ids) + 1) > total
+            device.ended.add(q.request_id)
+        assert sum(chunk.length for chunk in plan.chunks) <= budget
+        assert sum(chunk.length > 1 for chunk in plan.chunks) <= max_prefills
+        running = [q for q in everyone if q.blocks]
+        assert len(running) == s.num_running <= max_batch
+        assert len({q.slot for q in running}) == len(running)
+        assert all(0 <= q.slot < max_batch for q in running)
+        assert all(q.slot == slots.get(q.request_id, q.slot) for q in running)
+        slots = {q.request_id: q.slot for q in running}
+        held = [block for q in everyone for block in q.blocks]
+        assert len(set(held)) == len(held)
+        assert pool.unused == set(range(total)) - set(held) - taken
+        assert all(q.num_tokens <= q.max_length for q in everyone)
+        planned = lengths(plan)
+        for q in running:
+            assert q.pending_tokens != 1 or q.request_id in planned or not q.wants_more
+        if plan.chunks:
+            device.launch(plan)
+        if len(device.flights) == 2 or (device.flights and not plan.chunks):
+            device.collect(stops)
+        if len(device.ended) == len(requests) and not device.flights:
+            assert (s.num_running, s.num_waiting) == (0, 0)
+            assert len(pool.unused | taken) == total
+            return
+    raise AssertionError("some sequence never ended")
+
+
+def test_a_preempted_sequence_waits_for_its_tokens() -> None:
+    pool = Blocks(4, elsewhere=2)
+    s = scheduler(pool)
+    q = sequence("a", 7, max_tokens=20)
+    s.add(q)
+    s.schedule()
+    q.computed_tokens, q.in_flight = 7, 1
+    assert lengths(s.schedule()) == {"a": 1}
+    q.computed_tokens, q.in_flight = 8, 2
+    assert lengths(s.schedule()) == {}  # a third block is not to be had
+    assert (q.computed_tokens, q.blocks, q.slot, s.preemptions) == (0, [], -1, 1)
+    pool.unused.update((2, 3))
+    assert lengths(s.schedule()) == {}
+    q.token_ids += [1, 1]
+    q.in_flight = 0
+    assert lengths(s.schedule()) == {"a": 9}
