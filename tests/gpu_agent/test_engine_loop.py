@@ -174,6 +174,89 @@ def test_an_instance_that_was_idle_has_no_claim_on_the_others_time(listener: Lis
     engine.stop()
 
 
+def test_who_was_never_there_has_no_claim_on_the_time_of_who_is_idle_just_now() -> None:
+    memory = arena(40, page_bytes=4096)
+    listener = Listener()
+
+    def on_step(instance_id: str, outputs: list[SequenceOutput]) -> None:
+        if not any(o.request_id == "new" for o in listener.outputs) and outputs[0].request_id == "new":
+            engine.submit("old", greedy("again", prompt(4), 100))
+        listener.on_step(instance_id, outputs)
+
+    engine = EngineLoop(on_step, listener.on_failure)
+    engine.activate(clockwork(memory, "old", Clockwork(0.001)))
+    engine.submit("old", greedy("old", prompt(4), 600))
+    engine.start()
+    listener.wait_ended("old")
+    engine.activate(clockwork(memory, "new", Clockwork(0.001)))
+    engine.submit("new", greedy("new", prompt(4), 900))
+    listener.wait_ended("new", "again")
+    engine.stop()
+    came = listener.order.index("new")
+    assert listener.order[came : came + 250].count("old") == 100
+
+
+def test_work_takes_turns(listener: Listener) -> None:
+    engine = EngineLoop(listener.on_step, listener.on_failure)
+    done: list[str] = []
+
+    def work(name: str, pieces: int) -> Callable[[], bool]:
+        def piece() -> bool:
+            done.append(name)
+            return done.count(name) < pieces
+
+        return piece
+
+    jobs = [engine.work(work(name, pieces)) for name, pieces in (("long", 4), ("short", 1), ("other", 2))]
+    engine.start()
+    for job in jobs:
+        job.result(PATIENCE)
+    assert done == ["long", "short", "other", "long", "other", "long", "long"]
+    engine.stop()
+
+
+def test_work_does_not_keep_an_instance_from_pages_that_come_back(listener: Listener) -> None:
+    memory = arena(4, page_bytes=4096)
+    engine = EngineLoop(listener.on_step, listener.on_failure)
+    engine.activate(clockwork(memory, "short of pages", Clockwork(0.001)))
+    taken = memory.take_kv("somebody", memory.free_pages)
+    engine.submit("short of pages", greedy("a", prompt(4), 5))
+    pieces = 0
+
+    def piece() -> bool:
+        nonlocal pieces
+        pieces += 1
+        if pieces == 3:
+            memory.give_kv("somebody", taken)
+        return pieces < 1000 and not any(o.finish_reason for o in listener.outputs)
+
+    job = engine.work(piece)
+    engine.start()
+    job.result(PATIENCE)
+    listener.wait_ended("a")
+    assert 3 < pieces < 100
+    engine.stop()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_work_is_never_left_waiting_when_the_engine_dies() -> None:
+    jobs = []
+
+    def on_step(instance_id: str, outputs: list[SequenceOutput]) -> None:
+        jobs.append(engine.work(lambda: False))
+        raise RuntimeError("the device is lost")
+
+    engine = EngineLoop(on_step, lambda instance_id, error: None)
+    engine.activate(clockwork(arena(4, page_bytes=4096), "it", Clockwork(0.001)))
+    engine.submit("it", greedy("a", prompt(4), 5))
+    engine.start()
+    with pytest.raises(RuntimeError, match="device is lost"):
+        engine.ended.result(PATIENCE)
+    (job,) = jobs
+    with pytest.raises(EngineStopped):
+        job.result(PATIENCE)
+
+
 def test_the_next_step_begins_before_the_last_has_ended(listener: Listener) -> None:
     memory = arena(40, page_bytes=4096)
     alone, runner = EngineLoop(listener.on_step, listener.on_failure), Clockwork(0.001)

@@ -71,6 +71,7 @@ class EngineLoop:
         self._is_fatal = is_fatal
         self._active: dict[str, _Active] = {}  # changed by the engine's thread only
         self._under_way: deque[_Active] = deque()  # whose steps are, in the device's order
+        self._served = 0.0  # the largest share at which a step was begun: where those that were idle go on
         self._jobs: deque[_Job] = deque()
         self._commands: deque[_Command] = deque()
         self._changed = threading.Condition()
@@ -109,14 +110,17 @@ class EngineLoop:
         self._do(lambda: self._cancel(request_id))
 
     def work(self, piece: Callable[[], bool]) -> Future[None]:
-        """Calls `piece` in the engine's thread, once between any two steps, until it returns False.
+        """Calls `piece` in the engine's thread between steps, until it returns False. Several such jobs take turns.
 
         For work that only this thread may do but that must not hold up the instances. The future fails with what
-        `piece` raises.
+        `piece` raises, and with EngineStopped where the thread ends before that.
         """
         job = _Job(piece, Future())
         job.done.set_running_or_notify_cancel()
-        self._do(lambda: self._jobs.append(job))
+        with self._changed:
+            self._check_running()
+            self._jobs.append(job)
+            self._changed.notify()
         return job.done
 
     def stats(self, instance_id: str) -> InstanceStats | None:
@@ -136,11 +140,14 @@ class EngineLoop:
         command = _Command(run, Future())
         command.done.set_running_or_notify_cancel()  # an order once given cannot be cancelled
         with self._changed:
-            if self._ended or self._stopping:
-                raise EngineStopped("the engine has stopped")
+            self._check_running()
             self._commands.append(command)
             self._changed.notify()
         return command.done
+
+    def _check_running(self) -> None:
+        if self._ended or self._stopping:
+            raise EngineStopped("the engine has stopped")
 
     def _run(self) -> None:
         try:
@@ -184,6 +191,7 @@ class EngineLoop:
                 self._on_step(active.instance.id, news)
         if self._jobs:
             self._continue(self._jobs[0])
+            self._look_again()  # pages may have come back meanwhile
 
     def _next(self) -> _Active | None:
         """Whose step is to be begun now; None where enough are under way, or nobody has anything to compute."""
@@ -197,6 +205,7 @@ class EngineLoop:
 
     def _launch(self, active: _Active) -> None:
         if active.instance.launch():
+            self._served = max(self._served, active.share)
             self._under_way.append(active)
             active.expected.append(active.last)
             active.share += active.last
@@ -211,8 +220,11 @@ class EngineLoop:
         took = active.instance.device_seconds - before
         active.share += took - active.expected.popleft()
         active.last = took
-        for other in self._active.values():
-            other.stalled = False
+        self._look_again()
+
+    def _look_again(self) -> None:
+        for active in self._active.values():
+            active.stalled = False
 
     def _guard(self, active: _Active, part: Callable[[_Active], None]) -> None:
         """Carries out a part of a step. Where it fails, its instance ends, and the others go on unless all is lost."""
@@ -235,7 +247,9 @@ class EngineLoop:
             if self._is_fatal(error):
                 raise
         else:
-            if not more:
+            if more:
+                self._jobs.rotate(-1)
+            else:
                 self._jobs.popleft()
                 job.done.set_result(None)
 
@@ -286,9 +300,8 @@ class EngineLoop:
         active = self._active.get(instance_id)
         if active is not None:
             if not active.instance.has_work:
-                # Having been idle earns no claim on the others' time.
-                busy = [other.share for other in self._active.values() if other.instance.has_work]
-                active.share = max(active.share, min(busy, default=0.0))
+                # Having been idle, or not yet there, earns no claim on the others' time: they may be idle too just now.
+                active.share = max(active.share, self._served)
             active.instance.add(sequence)
             active.stalled = False
             return
@@ -305,4 +318,4 @@ class EngineLoop:
     def _cancel(self, request_id: str) -> None:
         for active in self._active.values():
             active.instance.cancel(request_id)
-            active.stalled = False
+        self._look_again()
