@@ -32,6 +32,7 @@ from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sampling_params import SamplingParams
 from services.gpu_agent.engine.sequence import Sequence, SequenceOutput
+from services.gpu_agent.weights.layout import fused
 
 PAGE_BYTES = 32 << 20
 ARENA_BYTES = 44 << 30  # leaves room for transformers' own copy of the model
@@ -76,6 +77,7 @@ class Served:
             max_batch=limits.max_batch,
             token_budget=limits.token_budget,
             max_prefills=limits.max_prefills,
+            prefill_budget=limits.prefill_budget,
         )
 
 
@@ -111,6 +113,8 @@ def main() -> None:
         parser.error("needs a CUDA device")
     torch.cuda.set_device(DEVICE)
     limits = measure_limits()
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction(WORKSPACE_BYTES / total, DEVICE)  # as an agent does
     arena = Arena(CudaMemory(PAGE_BYTES, ARENA_BYTES // PAGE_BYTES, 0))
     backend = CudaBackend(arena, DEVICE, WORKSPACE_BYTES)
     rows: list[Row] = []
@@ -119,6 +123,7 @@ def main() -> None:
         *step_rows(large, limits, Targets(6.6, 7.6, 10.5)),
         *prefill_rows(large, limits, {128: 11, 1024: 27, 4096: 105}),
     ]
+    rows += floor_rows(large, limits)
     burst = throughput(large)
     rows += [*burst, Row("8B: graphs captured once for all batches", large.capture_s, "s")]
     rows += memory_rows(backend)
@@ -127,22 +132,34 @@ def main() -> None:
     ratios = [row.ratio or 0 for row in rows[:3]]
     rows += step_rows(small[0], limits, None, ratios)
     rows += prefill_rows(small[0], limits, None)
+    rows += floor_rows(small[0], limits)
     rows += together(small)
     arena.close()
     del small, large, backend, arena
     gc.collect()
     torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
     rows += transformers_rows(burst[0])
     report("engine", rows, arguments.json)
 
 
 def measure_limits() -> Limits:
     """Bandwidth of a large device copy, counting reads and writes; rate of a large bf16 matrix product."""
-    one, two = (torch.empty(2 << 30, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    copy = gpu_time(lambda: two.copy_(one))
-    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    product = gpu_time(lambda: a @ b)
-    return Limits(2 * one.nbytes / copy, 2 * 8192**3 / product)
+    limits = Limits(copy_bandwidth(), product_rate())
+    torch.cuda.empty_cache()
+    return limits
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second."""
+    source, target = (torch.empty(2 << 30, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    return 2 * source.nbytes / gpu_time(lambda: target.copy_(source))
+
+
+def product_rate() -> float:
+    """Operations per second of a bf16 matrix product."""
+    left, right = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / gpu_time(lambda: left @ right)
 
 
 def gpu_time(work: Callable[[], object], repeats: int = 15) -> float:
@@ -241,6 +258,41 @@ def decode_step(served: Served, batch: int, context: int, steps: int = 60, **sam
     busy = (instance.device_seconds - device) / steps
     instance.close("measured")
     return wall, busy
+
+
+def floor_rows(served: Served, limits: Limits) -> list[Row]:
+    """What no kernel of ours is in: the matrix products of a decode step alone, as one graph."""
+    layout, weights, config = served.placed.layout, served.placed.weights, served.placed.config
+    matrices = []
+    for layer in range(config.num_hidden_layers):
+        for names in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        ):
+            over = fused([layout.place(f"model.layers.{layer}.{name}.weight") for name in names])
+            assert over is not None
+            matrices.append(weights.tensor(over.dtype, over.shape, over.offset))
+    head = layout.place("lm_head.weight")
+    matrices.append(weights.tensor(head.dtype, head.shape, head.offset))
+    rows = []
+    for batch in (1, 32, 64):
+        inputs = {
+            width: torch.randn(batch, width, device=DEVICE, dtype=torch.bfloat16)
+            for width in {matrix.shape[1] for matrix in matrices}
+        }
+        with torch.inference_mode():
+            graph = torch.cuda.CUDAGraph()
+            for matrix in matrices:  # cuBLAS sets itself up
+                torch.nn.functional.linear(inputs[matrix.shape[1]], matrix)
+            with torch.cuda.graph(graph):
+                for matrix in matrices:
+                    torch.nn.functional.linear(inputs[matrix.shape[1]], matrix)
+        limit = served.placed.step_bytes / limits.bytes_per_s * 1e3
+        name = f"{served.name}: floor: the matrix products of a decode step alone, {batch} rows"
+        rows.append(Row(name, gpu_time(graph.replay) * 1e3, "ms", limit, "weights over the bus"))
+    return rows
 
 
 def prefill_rows(served: Served, limits: Limits, targets: dict[int, float] | None) -> list[Row]:

@@ -30,10 +30,11 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     arena = Arena(device.memory)
     settings.image_dir.mkdir(parents=True, exist_ok=True)
     remove_unfinished(settings.image_dir)
-    images = Images(settings, arena.page_bytes, arena.num_pages)
+    backend = open_backend(device, arena, settings.max_batch)
+    images = Images(settings, arena, backend)
     reports = Reports(settings.id, node.session, node.events, node.keys)
     queue = RequestQueue(node.redis, node.keys)
-    agent = Agent(settings.id, arena, open_backend(device, arena), images, queue, reports, settings.max_batch)
+    agent = Agent(settings.id, arena, backend, images, queue, reports)
     agent.start()
     node.server.add(
         agent_pb2_grpc.add_AgentServiceServicer_to_server,

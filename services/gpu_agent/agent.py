@@ -68,16 +68,14 @@ class Agent:
         images: Images,
         queue: RequestQueue,
         reports: Reports,
-        max_batch: int | None,
     ) -> None:
-        """max_batch: most sequences of an instance where its model does not say; None leaves it to the backend."""
         self._id = agent_id
         self._arena = arena
         self._images = images
         self._queue = queue
         self._reports = reports
         self._backend = backend
-        self._loader = Loader(arena, backend, images, max_batch, reports.changed)
+        self._loader = Loader(arena, backend, images, reports.changed)
         self._stopping = False
         self._shards: dict[str, Shard] = {}
         self._loop = asyncio.get_running_loop()
@@ -360,6 +358,7 @@ class Agent:
             max_batch=limits.max_batch,
             token_budget=limits.token_budget,
             max_prefills=limits.max_prefills,
+            prefill_budget=limits.prefill_budget,
         )
         self._engine.activate(instance)
         if shard.grammars is None:

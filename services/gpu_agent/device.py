@@ -92,14 +92,17 @@ def open_device(settings: GpuAgentSettings) -> Device:
     return device
 
 
-def open_backend(device: Device, arena: Arena) -> Backend:
-    """What computes on the device. DeviceUnavailable where its memory does not suffice for that."""
+def open_backend(device: Device, arena: Arena, max_batch: int | None) -> Backend:
+    """What computes on the device; max_batch bounds the sequences of any model.
+
+    DeviceUnavailable where the device's memory does not suffice for it.
+    """
     if device.backend == common_pb2.BACKEND_HOST:
-        return HostBackend(arena)
+        return HostBackend(arena, max_batch)
     from services.gpu_agent.engine.cuda.backend import CudaBackend
 
     try:
-        return CudaBackend(arena, device.device, device.workspace_bytes)
+        return CudaBackend(arena, device.device, device.workspace_bytes, max_batch)
     except torch.OutOfMemoryError as error:
         raise DeviceUnavailable(f"the workspace is too small: {error}; configure a larger workspace_bytes") from error
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.engine.backend import Backend
 from services.gpu_agent.engine.kv import KvSpec
 from services.gpu_agent.engine.model import UnsupportedArchitecture, inspect_model
 from services.gpu_agent.settings import GpuAgentSettings
@@ -42,11 +44,12 @@ class Blueprint:
 class Images:
     """The images of one node. Its methods read and write files: call them in a thread."""
 
-    def __init__(self, settings: GpuAgentSettings, page_bytes: int, num_pages: int) -> None:
+    def __init__(self, settings: GpuAgentSettings, arena: Arena, backend: Backend) -> None:
         self._roots = settings.model_roots
         self._folder: Path = settings.image_dir
-        self._page_bytes = page_bytes
-        self._num_pages = num_pages
+        self._page_bytes = arena.page_bytes
+        self._num_pages = arena.num_pages
+        self._backend = backend
 
     def inspect(self, spec: cluster_pb2.ModelSpec) -> Blueprint:
         """Checks a checkpoint completely, writing nothing. Raises CheckpointError."""
@@ -59,8 +62,11 @@ class Images:
         context_tokens = _context_tokens(spec, checkpoint)
         try:
             kv = inspect_model(checkpoint.model_config, dtype, context_tokens=context_tokens)
+            self._backend.check(checkpoint.model_config, dtype, kv, spec.limits.max_batch or None, context_tokens)
         except UnsupportedArchitecture as error:
             raise CheckpointError(Problem.INVALID, f"{checkpoint.architecture} cannot be served: {error}") from error
+        except ValueError as error:
+            raise CheckpointError(Problem.INVALID, str(error)) from error
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         layout = plan_layout(shapes, checkpoint.aliases, dtype, self._page_bytes, float32=checkpoint.delicate[dtype])
         check_fits(layout, self._num_pages)

@@ -27,13 +27,10 @@ class Loader:
         arena: Arena,
         backend: Backend,
         images: Images,
-        max_batch: int | None,
         on_progress: Callable[[], None],
     ) -> None:
-        """max_batch: most sequences of a model that does not say; None leaves it to the backend."""
         self._arena = arena
         self._backend = backend
-        self._max_batch = max_batch
         self._images = images
         self._on_progress = on_progress
         self._lane = CopyLane()
@@ -99,7 +96,7 @@ class Loader:
                     blueprint.checkpoint.model_config,
                     blueprint.layout,
                     shard.weights,
-                    shard.spec.limits.max_batch or self._max_batch,
+                    shard.spec.limits.max_batch or None,
                     shard.context_tokens,
                 )
         except BaseException:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 
 PAGE_BYTES = 2 << 20
 # float32, so that greedy tokens can be told from transformers' own: the engine's arithmetic is the same.
-SAME_TOKENS = ["llama", "qwen3", "gemma2", "gpt_oss"]
+SAME_TOKENS = ["llama", "mistral", "qwen3", "gemma2", "phi3", "olmo2"]
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Model:
                 "max_batch": limits.max_batch,
                 "token_budget": limits.token_budget,
                 "max_prefills": limits.max_prefills,
+                "prefill_budget": limits.prefill_budget,
                 **options,
             },
         )
@@ -102,7 +103,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.mark.parametrize("family", SAME_TOKENS)
 def test_tokens_are_those_of_transformers(world: World, family: str) -> None:
     model = world.model(family)
-    instance = model.instance(token_budget=32)  # prompts in chunks, mixed with others' decoding
+    instance = model.instance(token_budget=32, prefill_budget=48)  # prompts in chunks, mixed with others' decoding
     asked = {f"r{n}": prompt(n) for n in (1, 5, 33, 64, 150)}
     for name, ids in asked.items():
         instance.add(greedy(name, ids, 24))
@@ -226,9 +227,12 @@ def test_an_instance_with_damaged_weights_fails_alone(world: World) -> None:
     bad.load()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2", "phi3"])
 def test_half_precision_agrees_with_itself_in_and_out_of_a_batch(world: World, family: str) -> None:
-    """Log probabilities of the first tokens, within what bfloat16 can tell, alone and beside seven others."""
+    """Log probabilities of the first tokens, within what bfloat16 can tell, alone and beside seven others.
+
+    Not of mixtures of experts: what rounding does to a random router's choice has no bound.
+    """
     model = world.model(family, torch.bfloat16)
 
     def first(count: int) -> dict[int, float]:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.model import BoundModel
 from services.gpu_agent.engine.step import Runner
 from services.gpu_agent.weights.layout import ImageLayout
@@ -20,6 +23,8 @@ class StepLimits:
     """Sequences."""
     token_budget: int
     """Tokens, those of prompts and of decoding together."""
+    prefill_budget: int
+    """Tokens where nobody decodes."""
     max_prefills: int
     """Sequences with more than one token."""
 
@@ -57,13 +62,19 @@ class Program(Protocol):
 class Backend(Protocol):
     """The agent's device."""
 
+    def check(self, config: Any, dtype: torch.dtype, kv: KvSpec, max_batch: int | None, context_tokens: int) -> None:
+        """Refuses what this device cannot serve although the engine could; needs no memory.
+
+        Raises UnsupportedArchitecture, and ValueError where the limits asked for do not fit the device's buffers.
+        """
+        ...
+
     def program(
         self, config: Any, layout: ImageLayout, weights: WeightRange, max_batch: int | None, context_tokens: int
     ) -> Program:
         """Builds a model over `weights`, which need not be resident. To be called in a thread; takes a second or so.
 
-        max_batch None: as many as the device is best at. Raises UnsupportedArchitecture, and ValueError where the
-        model does not fit the device's buffers.
+        max_batch None: the agent's own. Raises what check raises.
         """
         ...
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from services.gpu_agent.arena.arena import Arena, WeightRange
 from services.gpu_agent.engine.backend import StepLimits
 from services.gpu_agent.engine.host_runner import HostRunner
+from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.kv_tensors import KvTensors
 from services.gpu_agent.engine.model import BoundModel, build_model
 from services.gpu_agent.weights.layout import ImageLayout
@@ -21,7 +24,8 @@ class HostProgram:
 
     def __init__(self, model: BoundModel, arena: Arena, max_batch: int) -> None:
         self.model = model
-        self.limits = StepLimits(max_batch, max(_TOKEN_BUDGET, max_batch), max_batch)
+        budget = max(_TOKEN_BUDGET, max_batch)
+        self.limits = StepLimits(max_batch, budget, budget, max_batch)
         spec = model.kv_spec
         slots = spec.slots_per_page(arena.page_bytes)
         self._kv = KvTensors(arena.kv_view(spec.dtype), arena.page_bytes, slots, spec)
@@ -45,11 +49,16 @@ class HostBackend:
 
     grown_bytes = 0
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, max_batch: int | None = None) -> None:
+        """max_batch: sequences of a model that does not say."""
         self._arena = arena
+        self._max_batch = max_batch or _MAX_BATCH
+
+    def check(self, config: Any, dtype: torch.dtype, kv: KvSpec, max_batch: int | None, context_tokens: int) -> None:
+        """See Backend: the CPU takes whatever the engine takes."""
 
     def program(
         self, config: Any, layout: ImageLayout, weights: WeightRange, max_batch: int | None, context_tokens: int
     ) -> HostProgram:
         """See Backend."""
-        return HostProgram(build_model(config, layout, weights), self._arena, max_batch or _MAX_BATCH)
+        return HostProgram(build_model(config, layout, weights), self._arena, max_batch or self._max_batch)

@@ -62,9 +62,11 @@ class Instance:
         max_batch: int = 32,
         token_budget: int = 512,
         max_prefills: int | None = None,
+        prefill_budget: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """context_tokens bounds prompt plus answer; token_budget bounds the tokens of one step.
+        """context_tokens bounds prompt plus answer; token_budget bounds the tokens of one step, and
+        prefill_budget those of a step in which nobody decodes.
 
         Each running sequence gets a token in each step, so the budget is never less than max_batch.
         """
@@ -78,7 +80,9 @@ class Instance:
         self._eos_ids = frozenset(eos_ids)
         self._context_tokens = context_tokens
         self._clock = clock
-        self._scheduler = Scheduler(kv, kv.spec.block_tokens, max_batch, max(token_budget, max_batch), max_prefills)
+        self._scheduler = Scheduler(
+            kv, kv.spec.block_tokens, max_batch, max(token_budget, max_batch), max_prefills, prefill_budget
+        )
         self._sequences: dict[tuple[str, int], Sequence] = {}
         self._ended: list[SequenceOutput] = []  # between steps; told by the next `news`
         self._flights: deque[_Flight] = deque()
@@ -256,7 +260,7 @@ class Instance:
             raise ValueError(
                 f"the prompt has {prompt} tokens; the context holds {self._context_tokens} with the answer"
             )
-        if not all(0 <= token < self._vocab_size for token in sequence.token_ids):
+        if min(sequence.token_ids) < 0 or max(sequence.token_ids) >= self._vocab_size:
             raise ValueError(f"token ids must be at least 0 and below {self._vocab_size}")
         sampling = sequence.sampling
         sampling.check_vocabulary(self._vocab_size)

@@ -86,6 +86,11 @@ def inspect_attention(config: Any) -> tuple[LayerAttention, ...]:
     return tuple(facts)
 
 
+def has_experts(config: Any) -> bool:
+    """Whether a model is a mixture of experts."""
+    return bool(_on_meta(config)._can_set_experts_implementation())
+
+
 def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_tokens: int = 16) -> BoundModel:
     """Builds transformers' class for a config with its tensors over `weights`, which need not be resident yet.
 

@@ -66,8 +66,11 @@ class Scheduler:
         max_batch: int,
         token_budget: int,
         max_prefills: int | None = None,
+        prefill_budget: int | None = None,
     ) -> None:
-        """token_budget is per step, and max_prefills bounds the chunks of more than one token in a step."""
+        """token_budget bounds the tokens of a step, prefill_budget (by default the same) those of a step in which
+        nobody decodes and so nobody waits for the next token; max_prefills bounds the chunks of more than one token.
+        """
         if max_batch < 1 or token_budget < max_batch:
             raise ValueError(f"need 1 <= max_batch <= token_budget, not {max_batch} and {token_budget}")
         self.preemptions = 0
@@ -76,6 +79,7 @@ class Scheduler:
         self._pool = pool
         self._block_tokens = block_tokens
         self._token_budget = token_budget
+        self._prefill_budget = prefill_budget or token_budget
         self._max_prefills = max_prefills or max_batch
         self._slots = list(range(max_batch))[::-1]
         self._waiting: deque[Sequence] = deque()
@@ -113,7 +117,8 @@ class Scheduler:
         self._grow()
         impossible = self._admit()
         active = self._active()
-        budget = self._token_budget - sum(1 for s in active if s.pending_tokens == 1)
+        decoding = sum(1 for s in active if s.pending_tokens == 1)
+        budget = self._token_budget - decoding if decoding else self._prefill_budget
         prefills = self._max_prefills
         chunks = []
         for sequence in active:

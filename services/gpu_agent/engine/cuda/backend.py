@@ -11,12 +11,14 @@ from services.gpu_agent.engine.backend import StepLimits
 from services.gpu_agent.engine.cuda.model import CudaModel
 from services.gpu_agent.engine.cuda.pack import MAX_PREFILLS
 from services.gpu_agent.engine.cuda.runner import CudaRunner
-from services.gpu_agent.engine.cuda.workspace import Workspace
-from services.gpu_agent.engine.model import BoundModel, build_model
+from services.gpu_agent.engine.cuda.workspace import MAX_HEAD_DIM, Workspace
+from services.gpu_agent.engine.kv_spec import KvSpec
+from services.gpu_agent.engine.model import BoundModel, UnsupportedArchitecture, build_model, has_experts
 from services.gpu_agent.weights.layout import ImageLayout
 
 _MAX_BATCH = 64
 _TOKEN_BUDGET = 2048
+_PREFILL_BUDGET = 4096
 
 
 class CudaProgram:
@@ -48,13 +50,34 @@ class CudaProgram:
 class CudaBackend:
     """See Backend."""
 
-    def __init__(self, arena: Arena, device: torch.device, workspace_bytes: int) -> None:
+    def __init__(self, arena: Arena, device: torch.device, workspace_bytes: int, max_batch: int | None = None) -> None:
         """workspace_bytes: what torch may take in all; most of it is set aside for activations at once.
 
-        torch.OutOfMemoryError where it is too little, or the device has not as much.
+        max_batch: most sequences of any model. torch.OutOfMemoryError where workspace_bytes is too little, or the
+        device has not as much.
         """
         self._arena = arena
-        self.workspace = Workspace(device, _MAX_BATCH, workspace_bytes)
+        self._max_batch = max_batch or _MAX_BATCH
+        self.workspace = Workspace(device, self._max_batch, workspace_bytes)
+
+    def check(self, config: Any, dtype: torch.dtype, kv: KvSpec, max_batch: int | None, context_tokens: int) -> None:
+        """See Backend."""
+        if kv.head_dim > MAX_HEAD_DIM:
+            raise UnsupportedArchitecture(
+                f"its heads have {kv.head_dim} elements; attention on a GPU takes {MAX_HEAD_DIM} at most"
+            )
+        if has_experts(config) and dtype is not torch.bfloat16:
+            # torch's grouped products wait for the CPU in every other type, which no graph can hold.
+            raise UnsupportedArchitecture(
+                f"mixtures of experts are computed in bfloat16 on a GPU, not in {dtype}; deploy it with dtype bf16"
+            )
+        batch = max_batch or self._max_batch
+        if batch > self._max_batch:
+            raise ValueError(
+                f"max_batch is {batch}, but this agent runs at most {self._max_batch} sequences of a model at once; "
+                "ask for less, or start agents with a larger max_batch"
+            )
+        self.workspace.check(config.get_text_config().vocab_size, batch, kv.blocks_for(context_tokens))
 
     def program(
         self, config: Any, layout: ImageLayout, weights: WeightRange, max_batch: int | None, context_tokens: int
@@ -62,8 +85,8 @@ class CudaBackend:
         """See Backend."""
         torch.cuda.set_device(self.workspace.device)
         bound = build_model(config, layout, weights)
-        limits = StepLimits(min(max_batch or _MAX_BATCH, _MAX_BATCH), _TOKEN_BUDGET, MAX_PREFILLS)
-        self.workspace.check(bound.vocab_size, limits.max_batch, bound.kv_spec.blocks_for(context_tokens))
+        self.check(config, layout.dtype, bound.kv_spec, max_batch, context_tokens)
+        limits = StepLimits(max_batch or self._max_batch, _TOKEN_BUDGET, _PREFILL_BUDGET, MAX_PREFILLS)
         model = CudaModel(
             bound,
             layout,
@@ -71,7 +94,7 @@ class CudaBackend:
             self._arena,
             self.workspace,
             max_batch=limits.max_batch,
-            max_tokens=limits.token_budget,
+            max_tokens=limits.prefill_budget,
         )
         return CudaProgram(model, limits)
 

@@ -12,8 +12,8 @@ from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 
 _BUFFERS = 3  # steps whose facts may be on their way at once: two under way, and the one being written
 _MAX_VOCABULARY = 260 << 10
-_MAX_HEADS = 64
-_MAX_HEAD_DIM = 256
+_MAX_HEADS = 128
+MAX_HEAD_DIM = 256
 _FACTS = 1 << 22  # integers of one step: with 16 tokens in a block, 256 sequences of 256 Ki tokens
 
 
@@ -43,7 +43,7 @@ class Workspace:
         self.pool = torch.cuda.graph_pool_handle()
         self.max_rows = max_rows
         self.facts = torch.zeros(_FACTS, dtype=torch.int32, device=device)
-        self.partials = Partials(Partials.lanes_for(max_rows, _MAX_HEADS, _MAX_HEADS // 8), _MAX_HEAD_DIM, device)
+        self.partials = Partials(Partials.lanes_for(max_rows, _MAX_HEADS, _MAX_HEADS // 8), MAX_HEAD_DIM, device)
         self._logits = torch.empty(max_rows * _MAX_VOCABULARY, dtype=torch.float32, device=device)
         self._buffers = [_host_buffer() for _ in range(_BUFFERS)]
         self._next = 0
