@@ -221,7 +221,7 @@ def test_cancel_and_deadline_in_the_middle(case: Case) -> None:
     instance.add(greedy("r9", PROMPTS["r9"], TOKENS["r9"], deadline=1.0))
     instance.add(greedy("r40", PROMPTS["r40"], TOKENS["r40"], deadline=1.0))  # in the middle of its prompt
     instance.add(greedy("r3", PROMPTS["r3"], TOKENS["r3"]))
-    outputs = []
+    outputs: list[SequenceOutput] = []
     while sum(len(o.token_ids) for o in outputs if o.request_id == "r9") < 2:
         outputs += turn(instance)
     assert instance.in_flight == 1
@@ -382,7 +382,8 @@ class HashModel:
 def reference(sequence: Sequence) -> tuple[list[int], FinishReason]:
     """The answer, computed one token after another with nothing else around."""
     params = sequence.sampling
-    tokens, answer = list(sequence.token_ids), []
+    tokens = list(sequence.token_ids)
+    answer: list[int] = []
     while True:
         history = TokenHistory(sequence.token_ids, answer) if params.has_penalties else None
         token = next_token(tokens, Row(params, len(answer), history))
@@ -405,7 +406,12 @@ class Ask:
     deadline: int | None
 
 
-STEMS = ([], [5, 6, 7, 8], [5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4])
+STEMS: list[list[int]] = [
+    [],
+    [5, 6, 7, 8],
+    [5, 6, 7, 8, 9, 10, 11, 12, 13],
+    [5, 6, 7, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4],
+]
 ASKS = st.builds(
     Ask,
     at=st.integers(0, 30),
