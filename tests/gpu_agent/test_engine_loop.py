@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+import xgrammar
 from transformers import PreTrainedModel
 
 from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.engine.grammar import Matcher
 from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.loop import EngineLoop, EngineStopped
 from services.gpu_agent.engine.sampling import Choice, NonFiniteLogits
 from services.gpu_agent.engine.sampling_batch import Row
-from services.gpu_agent.engine.sampling_params import SamplingParams
+from services.gpu_agent.engine.sampling_params import Grammar, GrammarKind, SamplingParams
 from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
 from services.gpu_agent.engine.step import Part, StepResult
 from tests.gpu_agent.checkpoints import llama, mistral
@@ -340,6 +342,25 @@ def test_a_failing_instance_does_not_harm_the_other(world: World, engine: Engine
     assert engine.stats(first.id) is None
     listener.wait_ended("well")
     assert tokens_of(listener.outputs, "well") == generate(world.references["mistral"], prompt(6), 30)
+
+
+def test_a_grammar_without_a_way_out_ends_its_own_request_only(listener: Listener) -> None:
+    text = 'root ::= "a" rest\nrest ::= rest "c"'
+    vocabulary = ["</s>", "a", *(f"<{i}>" for i in range(2, 512))]
+    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[0]))
+    trapped = Sequence("trapped", 0, prompt(4), SamplingParams(50, grammar=Grammar(GrammarKind.EBNF, text)))
+    trapped.matcher = Matcher(compiler.compile_grammar(text), 512)
+    engine = EngineLoop(listener.on_step, listener.on_failure)
+    engine.activate(clockwork(arena(4, page_bytes=4096), "it", Clockwork(0.001)))
+    engine.submit("it", greedy("well", prompt(4), 50))
+    engine.submit("it", trapped)
+    engine.start()
+    listener.wait_ended("trapped", "well")
+    engine.stop()
+    assert "neither go on" in end_of(listener.outputs, "trapped").error
+    assert end_of(listener.outputs, "trapped").finish_reason is FinishReason.ERROR
+    assert tokens_of(listener.outputs, "well") == [1] * 50
+    assert not listener.failures
 
 
 def test_waits_for_pages_that_somebody_else_gives_back(world: World, engine: EngineLoop, listener: Listener) -> None:

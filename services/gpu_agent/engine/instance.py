@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from services.gpu_agent.engine.grammar import GrammarError
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.prefix import extend_digests
 from services.gpu_agent.engine.sampling import Choice
@@ -226,13 +227,17 @@ class Instance:
 
     def _append(self, sequence: Sequence, choice: Choice) -> SequenceOutput:
         offset, token = sequence.num_generated, choice.token
+        if sequence.matcher is not None:
+            try:
+                sequence.matcher.accept(token)
+            except GrammarError as error:  # such as a grammar without a way out: that request's fault, nobody else's
+                self._drop(sequence)
+                return _end(sequence, FinishReason.ERROR, error=str(error))
         sequence.token_ids.append(token)
         sequence.num_generated += 1
         self._generated_tokens += 1
         if sequence.history is not None:
             sequence.history.append(token)
-        if sequence.matcher is not None:
-            sequence.matcher.accept(token)
         reason = self._finish_reason(sequence)
         if reason:
             self._drop(sequence)
@@ -274,10 +279,12 @@ class Instance:
         """Has full blocks found by later prompts that begin like this sequence."""
         block_tokens = self._kv.spec.block_tokens
         full = computed // block_tokens
+        if full <= sequence.remembered:
+            return  # most steps fill no block, and must not look at all tokens again
         extend_digests(sequence.digests, sequence.token_ids[: full * block_tokens], block_tokens)
         new = range(sequence.remembered, full)
         self._kv.remember([sequence.blocks[i] for i in new], [sequence.digests[i] for i in new])
-        sequence.remembered = max(sequence.remembered, full)
+        sequence.remembered = full
 
     def _expire(self) -> None:
         deadline = self.next_deadline
