@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -42,7 +43,7 @@ class _StagedPages:
         self._image = image
         self._readers = readers
         self._next = first
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _copy_stream(device)
         # It sleeps rather than spins, for the engine needs the core.
         self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._reading: deque[tuple[int, torch.Tensor, Future[None]]] = deque()
@@ -72,3 +73,13 @@ class _StagedPages:
         if index < self._image.layout.num_pages:
             self._next += 1
             self._reading.append((index, staging, self._readers.submit(self._image.read_page, index, staging)))
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all loads.
+
+    torch has 32 streams and hands them out in turn: with a new one for each load, some load would get the engine's,
+    wait for its steps, and be recorded rather than done while a graph is captured there.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

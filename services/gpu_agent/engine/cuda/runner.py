@@ -41,7 +41,14 @@ class CudaRunner:
 
     @torch.inference_mode()
     def launch(self, parts: Many[Part], rows: Many[Row]) -> _Launched:
-        """See Runner."""
+        """See Runner. Where it raises, the device has ended what was begun: no page is touched any more."""
+        try:
+            return self._launch(parts, rows)
+        except Exception:
+            self._model.workspace.stream.synchronize()
+            raise
+
+    def _launch(self, parts: Many[Part], rows: Many[Row]) -> _Launched:
         model, workspace = self._model, self._model.workspace
         shape = model.ladder.fitting(parts)
         facts = workspace.buffer()
