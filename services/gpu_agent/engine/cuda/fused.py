@@ -80,9 +80,9 @@ def rotate_and_store(
 ) -> None:
     """Rotates queries in place, and stores rotated keys, and values, in their KV blocks.
 
-    query (tokens, heads, size), key and value (tokens, kv_heads, size), tokens' stride free, heads contiguous; rope is
-    (cos, sin), each (tokens, at least size / 2), the first half of transformers' "half-split" rotation; None where the
-    queries and keys are rotated already. slots (tokens): block * block_tokens + row; -1 stores nothing.
+    query (tokens, heads, size), key and value (tokens, kv_heads, size), each head contiguous, the other strides free
+    (some models' lie head by head); rope is (cos, sin), each (tokens, at least size / 2), the first half of
+    transformers' "half-split" rotation; None where the queries and keys are rotated already. slots (tokens): block * block_tokens + row; -1 stores nothing.
     """
     tokens, heads, size = query.shape
     kv_heads = key.shape[1]
@@ -98,8 +98,11 @@ def rotate_and_store(
         slots,
         pages,
         query.stride(0),
+        query.stride(1),
         key.stride(0),
+        key.stride(1),
         value.stride(0),
+        value.stride(1),
         cos.stride(0),
         layer * 2 * spec.block_tokens * kv_heads * size,
         HEADS=heads,

@@ -66,8 +66,11 @@ def rotate_and_store_kernel(
     slots,
     pages,
     query_stride,
+    query_head_stride,
     key_stride,
+    key_head_stride,
     value_stride,
+    value_head_stride,
     rope_stride,
     layer_offset,
     HEADS: tl.constexpr,
@@ -91,7 +94,7 @@ def rotate_and_store_kernel(
     if section < query_sections:
         heads = section * GROUP + tl.arange(0, GROUP)[:, None]
         mask = inside & (heads < HEADS)
-        base = query + token * query_stride + heads * SIZE + columns
+        base = query + token * query_stride + heads * query_head_stride + columns
         c = tl.load(cos + token * rope_stride + columns, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(sin + token * rope_stride + columns, mask=inside, other=0.0).to(tl.float32)
         low = tl.load(base, mask=mask, other=0.0).to(tl.float32)
@@ -107,11 +110,11 @@ def rotate_and_store_kernel(
         target = block // SLOTS_PER_PAGE * PAGE_ELEMENTS + block % SLOTS_PER_PAGE * BLOCK_ELEMENTS
         target += layer_offset + slot % BLOCK_TOKENS * (KV_HEADS * SIZE)
         at = heads * SIZE + columns
-        source = key + token * key_stride
+        source = key + token * key_stride + heads * key_head_stride + columns
         if is_value:
-            source = value + token * value_stride
-        low = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
-        high = tl.load(source + at + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+            source = value + token * value_stride + heads * value_head_stride + columns
+        low = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        high = tl.load(source + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
         if is_value:
             target += BLOCK_TOKENS * KV_HEADS * SIZE
         elif ROPE:
