@@ -97,6 +97,18 @@ def test_limit_counts_what_others_hold_but_not_weights(cache: KvCache) -> None:
     assert cache.limit_blocks() == 2 * cache.slots_per_page
 
 
+def test_limit_leaves_others_what_they_have_reserved(cache: KvCache) -> None:
+    """Those pages never come: who waited for them would wait for ever, and all behind it too."""
+    memory = cache._arena
+    other = KvCache(memory, "other", cache.spec)
+    other.reserve(3)
+    cache.reserve(1)
+    assert cache.limit_blocks() == (memory.num_pages - 3) * cache.slots_per_page
+    assert other.limit_blocks() == (memory.num_pages - 1) * other.slots_per_page
+    other.close()
+    assert cache.limit_blocks() == memory.num_pages * cache.slots_per_page
+
+
 def test_a_page_smaller_than_a_block_is_refused() -> None:
     memory = arena(2, page_bytes=4096)
     with pytest.raises(ValueError, match="larger pages"):

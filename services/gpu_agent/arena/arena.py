@@ -40,6 +40,7 @@ class Arena:
         self._pages = Pages(memory.num_pages)
         self._lock = threading.Lock()
         self._ranges: dict[str, WeightRange] = {}
+        self._kept: dict[str, int] = {}  # KV pages that each instance never gives back as long as it lives
         self._closed = False
 
     @property
@@ -92,6 +93,20 @@ class Arena:
         with self._lock:
             self._check_open()
             self._pages.give_kv(owner, pages)
+
+    def keep_kv(self, owner: str, n: int) -> None:
+        """Tells the others that an instance keeps n of the KV pages it has, whether or not it needs them."""
+        with self._lock:
+            if n:
+                self._kept[owner] = n
+            else:
+                self._kept.pop(owner, None)
+
+    def kv_within_reach(self, owner: str) -> int:
+        """Pages that an instance would have if all others gave back what they may, and no weights went."""
+        with self._lock:
+            kept = sum(n for other, n in self._kept.items() if other != owner)
+            return self._pages.total - sum(self._pages.weights().values()) - kept
 
     def kv_view(self, dtype: torch.dtype) -> torch.Tensor:
         """All pages as one 1-D tensor: page p is at elements [p * n, (p + 1) * n), where n = page_bytes / itemsize.

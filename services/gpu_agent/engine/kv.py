@@ -61,6 +61,7 @@ class KvCache:
         """Takes pages until `pages` are held, and from now on keeps as many. OutOfPages, with nothing changed."""
         self._take(max(0, pages - self.pages_in_use))
         self._reserved = pages
+        self._arena.keep_kv(self.owner, pages)
         self._give_unheld()
 
     def try_alloc(self, count: int) -> list[int] | None:
@@ -127,14 +128,14 @@ class KvCache:
             self._arena.give_kv(self.owner, going)
 
     def limit_blocks(self) -> int:
-        """Blocks there would be if every page that holds no weights now were this instance's."""
-        usage = self._arena.usage()
-        return (usage.free + usage.kv) * self.slots_per_page
+        """Blocks there would be if all other instances ran nothing: they keep what they have reserved."""
+        return self._arena.kv_within_reach(self.owner) * self.slots_per_page
 
     def close(self) -> None:
         """Gives all pages back; no step may be under way. The cache cannot be used any more. Twice is once."""
         if not self._closed:
             self._closed = True
+            self._arena.keep_kv(self.owner, 0)
             self._arena.give_kv(self.owner, sorted([*self._held_slots, *(page for _, page in self._leaving)]))
             self._held_slots.clear()
             self._leaving.clear()

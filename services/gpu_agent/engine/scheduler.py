@@ -27,7 +27,7 @@ class BlockPool(Protocol):
         ...
 
     def limit_blocks(self) -> int:
-        """Blocks that could be had if nobody else held any."""
+        """Blocks that could be had if nobody else needed any."""
         ...
 
 
@@ -160,7 +160,10 @@ class Scheduler:
             needed, limit = self._blocks_for(tokens), self._pool.limit_blocks()
             if needed > limit:
                 self._waiting.popleft()
-                reason = f"{tokens} tokens need {needed} KV blocks, but all free and KV pages hold only {limit}"
+                reason = (
+                    f"{tokens} tokens need {needed} KV blocks, but with nothing else running there would be {limit}; "
+                    "evict or drain another model, or shorten the prompt"
+                )
                 impossible.append((sequence, reason))
                 continue
             extend_digests(sequence.digests, sequence.token_ids, self._block_tokens)
