@@ -38,16 +38,16 @@ class Tuning:
 
 # By head dimension, rounded up to a power of 2. `python -m benchmarks.attention --sweep` shows others.
 DECODE_TUNING = {
-    16: Tuning(16, 128, 4, 3),
-    32: Tuning(16, 128, 4, 3),
-    64: Tuning(16, 128, 4, 3),
+    16: Tuning(16, 64, 4, 3),
+    32: Tuning(16, 64, 4, 3),
+    64: Tuning(16, 64, 4, 3),
     128: Tuning(16, 64, 4, 3),
     256: Tuning(16, 32, 4, 3),
 }
 PREFILL_TUNING = {
-    16: Tuning(128, 128, 8, 3),
-    32: Tuning(128, 128, 8, 3),
-    64: Tuning(128, 128, 8, 3),
+    16: Tuning(128, 64, 8, 3),
+    32: Tuning(128, 64, 8, 3),
+    64: Tuning(128, 64, 8, 3),
     128: Tuning(128, 64, 8, 3),
     256: Tuning(128, 64, 8, 2),
 }
