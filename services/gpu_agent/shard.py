@@ -15,6 +15,12 @@ from services.gpu_agent.images import Blueprint
 from services.gpu_agent.instance_server import InstanceServer
 from warmserve.v1 import cluster_pb2, common_pb2
 
+COLD = common_pb2.REPLICA_STATE_COLD
+WARMING = common_pb2.REPLICA_STATE_WARMING
+WARM = common_pb2.REPLICA_STATE_WARM
+ACTIVE = common_pb2.REPLICA_STATE_ACTIVE
+DRAINING = common_pb2.REPLICA_STATE_DRAINING
+
 
 @dataclass(eq=False)
 class Shard:
@@ -25,15 +31,15 @@ class Shard:
 
     spec: cluster_pb2.ModelSpec
     group: common_pb2.Group
-    state: common_pb2.ReplicaState.ValueType = common_pb2.REPLICA_STATE_COLD
+    state: common_pb2.ReplicaState.ValueType = COLD
     reason: common_pb2.Reason = field(default_factory=common_pb2.Reason)
     since: float = field(default_factory=time.time)  # Unix seconds
     entered: float = field(default_factory=time.monotonic)
     blueprint: Blueprint | None = None
     weights: WeightRange | None = None
     program: Program | None = None  # the model over the weight range
-    preparing: asyncio.Task[None] | None = None  # the program, for the first time
-    unprepared: threading.Event = field(default_factory=threading.Event)  # is to end: the weights go
+    preparing: asyncio.Task[None] | None = None  # of the program, while the shard serves
+    unprepared: threading.Event = field(default_factory=threading.Event)  # that is to end, for the weights go
     grammars: GrammarCompiler | None = None  # made when it first serves
     tier: common_pb2.Tier.ValueType = common_pb2.TIER_REMOTE
     wanted_active: bool = False  # what a load in progress leads to

@@ -1,0 +1,190 @@
+"""Serving: shards become instances of the engine and are drained; news of the engine and of routers reach them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+from services.common.queues import RequestQueue
+from services.common.tasks import begin_task
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.device import is_fatal
+from services.gpu_agent.engine.grammar import GrammarCompiler
+from services.gpu_agent.engine.instance import Instance
+from services.gpu_agent.engine.kv import KvCache
+from services.gpu_agent.engine.loop import EngineLoop
+from services.gpu_agent.engine.sequence import SequenceOutput
+from services.gpu_agent.instance_server import InstanceServer
+from services.gpu_agent.preparing import Preparing
+from services.gpu_agent.relay import Relay
+from services.gpu_agent.reports import Reports
+from services.gpu_agent.shard import ACTIVE, DRAINING, Shard
+from services.gpu_agent.transitions import Transitions
+from warmserve.v1 import cluster_pb2, common_pb2
+
+_KV_RESERVE_SHARE = 16  # of the arena's pages an instance reserves at most one in so many
+_FLUSH_S = 2.0  # how long Redis may take to be told of ended requests before work goes on without that
+
+
+class Serving:
+    """Owns the engine and the streams to routers. Used on the event loop."""
+
+    def __init__(
+        self,
+        agent_id: str,
+        arena: Arena,
+        queue: RequestQueue,
+        reports: Reports,
+        transitions: Transitions,
+        shards: Mapping[str, Shard],
+    ) -> None:
+        """`shards` are all of the agent's, by name, and change under it."""
+        self._id = agent_id
+        self._arena = arena
+        self._queue = queue
+        self._reports = reports
+        self._transitions = transitions
+        self._shards = shards
+        self._loop = asyncio.get_running_loop()
+        self.engine = EngineLoop(
+            on_step=partial(self._from_engine, self._on_step),
+            on_failure=partial(self._from_engine, self._on_failure),
+            is_fatal=is_fatal,
+        )
+        self.preparing = Preparing(self.engine, transitions)
+        self._relay = Relay(agent_id, self._on_cancel, self._on_router_lost)
+
+    def kv_reserve(self, shard: Shard) -> int:
+        """KV pages an instance holds from its first moment: one full sequence, but no more than its share."""
+        facts = shard.spec.facts
+        full = math.ceil(facts.kv_bytes_per_token * facts.context_tokens / self._arena.page_bytes)
+        return max(1, min(full, self._arena.num_pages // _KV_RESERVE_SHARE))
+
+    def activate(self, shard: Shard, reason: common_pb2.Reason, lasted_ms: float = 0.0) -> None:
+        """A warm shard, all of it resident, becomes active; what led to that took `lasted_ms`. Raises OutOfPages."""
+        blueprint, program = shard.blueprint, shard.program
+        assert blueprint is not None
+        assert program is not None
+        began = time.monotonic()
+        instance_id = f"{self._id}.{uuid.uuid4().hex[:8]}"
+        kv = KvCache(self._arena, instance_id, blueprint.kv, program.clear_page)
+        # So that prewarming beside it can never leave an instance without memory to go on.
+        kv.reserve(self.kv_reserve(shard))
+        eos_ids = frozenset(blueprint.checkpoint.eos_token_ids)
+        limits, vocab_size = program.limits, program.model.vocab_size
+        instance = Instance(
+            instance_id,
+            shard.name,
+            program.runner(eos_ids),
+            kv,
+            vocab_size=vocab_size,
+            eos_ids=eos_ids,
+            context_tokens=shard.context_tokens,
+            max_batch=limits.max_batch,
+            token_budget=limits.token_budget,
+            max_prefills=limits.max_prefills,
+            prefill_budget=limits.prefill_budget,
+        )
+        self.engine.activate(instance)
+        self.preparing.beside(shard)
+        if shard.grammars is None:
+            shard.grammars = GrammarCompiler(blueprint.checkpoint.folder, vocab_size, eos_ids)
+        shard.server = InstanceServer(
+            instance_id,
+            shard.name,
+            limits.max_batch,
+            self.engine,
+            self._queue,
+            self._relay,
+            self._reports.changed,
+            shard.grammars,
+        )
+        shard.server.start_pulling()
+        self._transitions.enter(shard, ACTIVE, reason, None)
+        took_ms = lasted_ms + (time.monotonic() - began) * 1e3
+        self._transitions.event(shard, cluster_pb2.EVENT_KIND_WOKEN, took_ms, 0)
+        self._transitions.instance(shard)
+
+    def rewake(self, shard: Shard, reason: common_pb2.Reason) -> None:
+        """A draining shard goes on serving; one that has drained already is activated anew as soon as it is warm."""
+        shard.wake_reason = reason
+        shard.rewoken.set()
+        if not shard.retiring:
+            self._transitions.enter(shard, ACTIVE, reason, cluster_pb2.EVENT_KIND_WOKEN)
+            self._transitions.instance(shard)
+
+    def drain(self, shard: Shard, reason: common_pb2.Reason, kind: cluster_pb2.EventKind.ValueType) -> None:
+        """An active shard begins to finish what it runs, and then becomes warm."""
+        self._transitions.enter(shard, DRAINING, reason, kind)
+        self._transitions.instance(shard)
+        shard.rewoken.clear()
+        shard.task = begin_task(self._drain(shard, reason, shard.task), f"drain {shard.name}")
+
+    async def stop(self, error: str) -> None:
+        """Gives up what still runs, so that routers have it continued elsewhere, and ends the engine."""
+        servers = self._servers()
+        await asyncio.gather(*(server.stop_pulling() for server in servers))
+        for server in servers:
+            server.fail_all(error)
+        await asyncio.gather(*(server.flush(_FLUSH_S) for server in servers))
+        await asyncio.gather(*(server.close() for server in servers))
+        await self._relay.close()
+        await asyncio.to_thread(self.engine.stop)
+
+    async def _drain(self, shard: Shard, reason: common_pb2.Reason, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])  # an earlier drain that a wake ended
+        server = shard.server
+        if server is None:
+            return
+        await server.stop_pulling()
+        idle = await server.until_idle(unless=shard.rewoken)
+        if not idle and not shard.retiring:
+            server.start_pulling()
+            return
+        shard.retiring = True
+        server.fail_all(f"instance {server.instance_id} failed")  # what the engine did not have, if anything
+        await server.flush(_FLUSH_S)
+        await asyncio.wrap_future(self.engine.deactivate(server.instance_id))
+        shard.retiring = False
+        self._transitions.retired(shard, reason, cluster_pb2.EVENT_KIND_DRAINED)
+        if shard.rewoken.is_set():
+            try:
+                self.activate(shard, shard.wake_reason)
+            except OutOfPages as error:
+                self._transitions.failed(shard, error)
+        await server.close()  # last, for nobody waits for it
+
+    # News from the engine's thread and from routers
+
+    def _from_engine(self, handler: Callable[..., None], *arguments: object) -> None:
+        self._loop.call_soon_threadsafe(handler, *arguments)
+
+    def _servers(self) -> list[InstanceServer]:
+        return [shard.server for shard in self._shards.values() if shard.server is not None]
+
+    def _on_step(self, instance_id: str, outputs: list[SequenceOutput]) -> None:
+        for server in self._servers():
+            if server.instance_id == instance_id:
+                server.handle(outputs)
+
+    def _on_failure(self, instance_id: str, error: Exception) -> None:
+        for shard in self._shards.values():
+            if shard.server is not None and shard.server.instance_id == instance_id:
+                reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=f"the instance failed: {error}")
+                shard.retiring = True
+                if shard.state == ACTIVE:  # a draining one goes on to warm, for nothing runs on it any more
+                    self.drain(shard, reason, cluster_pb2.EVENT_KIND_FAILED)
+
+    def _on_cancel(self, request_ids: Iterable[str]) -> None:
+        for server in self._servers():
+            server.cancel(request_ids)
+
+    def _on_router_lost(self, address: str) -> None:
+        for server in self._servers():
+            server.cancel_router(address)
