@@ -121,6 +121,8 @@ def test_rotate_and_store(
     angles = torch.rand(tokens, size // 2, device=device) * 6
     given = torch.cat((angles, angles), dim=1) if rope == "whole" else angles
     cos, sin = given.cos().to(dtype), given.sin().to(dtype)
+    if by_head:  # as frequencies times positions come, transposed
+        cos, sin = cos.T.contiguous().T, sin.T.contiguous().T
 
     def turned(x: torch.Tensor) -> torch.Tensor:
         if rope is None:
@@ -155,6 +157,14 @@ def test_rotate_and_store(
     close(query, expected_query)
     close(memory, expected)
     assert torch.equal(memory == 9.0, expected == 9.0)
+
+
+def test_cosines_that_lie_unlike_sines_are_refused(device: str, dtype: torch.dtype) -> None:
+    spec = KvSpec(layers=1, kv_heads=1, head_dim=16, dtype=dtype, block_tokens=4)
+    x, table = random(3, 1, 16, device=device, dtype=dtype), random(3, 16, device=device, dtype=dtype)
+    memory, slots = torch.zeros(spec.block_bytes, device=device, dtype=dtype), torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="lie differently"):
+        rotate_and_store(x, x, x, (table, table.T.contiguous().T), slots.to(device), memory, 0, spec, len(memory), 1)
 
 
 def test_last_tokens(device: str, dtype: torch.dtype) -> None:

@@ -81,12 +81,15 @@ def rotate_and_store(
     """Rotates queries in place, and stores rotated keys, and values, in their KV blocks.
 
     query (tokens, heads, size), key and value (tokens, kv_heads, size), each head contiguous, the other strides free
-    (some models' lie head by head); rope is (cos, sin), each (tokens, at least size / 2), the first half of
-    transformers' "half-split" rotation; None where the queries and keys are rotated already. slots (tokens): block * block_tokens + row; -1 stores nothing.
+    (some models' lie head by head); rope is (cos, sin), each (tokens, at least size / 2) with the same strides, the
+    first half of transformers' "half-split" rotation; None where the queries and keys are rotated already. slots
+    (tokens): block * block_tokens + row; -1 stores nothing. ValueError where the strides of rope differ.
     """
     tokens, heads, size = query.shape
     kv_heads = key.shape[1]
     cos, sin = rope if rope is not None else (query, query)
+    if cos.stride() != sin.stride():
+        raise ValueError(f"cosines and sines lie differently: their strides are {cos.stride()} and {sin.stride()}")
     block = triton.next_power_of_2(size // 2)
     sections = (triton.cdiv(heads, _HEADS) if rope is not None else 0) + 2 * triton.cdiv(kv_heads, _HEADS)
     rotate_and_store_kernel[(tokens, sections)](
@@ -104,6 +107,7 @@ def rotate_and_store(
         value.stride(0),
         value.stride(1),
         cos.stride(0),
+        cos.stride(1),
         layer * 2 * spec.block_tokens * kv_heads * size,
         HEADS=heads,
         KV_HEADS=kv_heads,

@@ -72,6 +72,7 @@ def rotate_and_store_kernel(
     value_stride,
     value_head_stride,
     rope_stride,
+    rope_column_stride,
     layer_offset,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -95,8 +96,8 @@ def rotate_and_store_kernel(
         heads = section * GROUP + tl.arange(0, GROUP)[:, None]
         mask = inside & (heads < HEADS)
         base = query + token * query_stride + heads * query_head_stride + columns
-        c = tl.load(cos + token * rope_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(sin + token * rope_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        c = tl.load(cos + token * rope_stride + columns * rope_column_stride, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + token * rope_stride + columns * rope_column_stride, mask=inside, other=0.0).to(tl.float32)
         low = tl.load(base, mask=mask, other=0.0).to(tl.float32)
         high = tl.load(base + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
         tl.store(base, (low * c - high * s).to(query.dtype.element_ty), mask=mask)
@@ -118,8 +119,8 @@ def rotate_and_store_kernel(
         if is_value:
             target += BLOCK_TOKENS * KV_HEADS * SIZE
         elif ROPE:
-            c = tl.load(cos + token * rope_stride + columns, mask=inside, other=0.0).to(tl.float32)
-            s = tl.load(sin + token * rope_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            c = tl.load(cos + token * rope_stride + columns * rope_column_stride, mask=inside, other=0.0).to(tl.float32)
+            s = tl.load(sin + token * rope_stride + columns * rope_column_stride, mask=inside, other=0.0).to(tl.float32)
             turned = low * c - high * s
             high = high * c + low * s
             low = turned
