@@ -41,6 +41,8 @@ class Hidden:
 
     runner: LateRunner
     outcome: StepResult
+    blocks: set[int]
+    """That it may touch."""
 
     def result(self) -> StepResult:
         assert self.runner.under_way.popleft() is self, "steps end in the order in which they began"
@@ -66,7 +68,8 @@ class LateRunner:
         choices = self._compute(known, rows)
         for slot, choice in zip([part.slot for part in parts if part.samples], choices, strict=True):
             self._last[slot] = choice.token
-        self.under_way.append(Hidden(self, StepResult(choices, 0.001)))
+        blocks = {block for part in parts for block in part.blocks}
+        self.under_way.append(Hidden(self, StepResult(choices, 0.001), blocks))
         return self.under_way[-1]
 
 
@@ -343,22 +346,23 @@ def next_token(tokens: Many[int], row: Row) -> int:
 
 
 class HashModel:
-    """Keeps tokens for keys and values, in blocks that are where an arena's pages are."""
+    """Keeps tokens for keys and values, each with those before it, in blocks that are where an arena's pages are."""
 
     def __init__(self, memory: Arena, token_budget: int, max_prefills: int, max_batch: int) -> None:
         self._arena = memory
         self._limits = token_budget, max_prefills, max_batch
-        self._content: dict[tuple[int, int], int] = {}
+        self._content: dict[tuple[int, int], list[int]] = {}
 
     def clear(self, page: int) -> None:
         for block in range(page * SLOTS, (page + 1) * SLOTS):
             for row in range(BLOCK):
                 self._content.pop((block, row), None)
 
-    def others_write(self) -> None:
+    def others_write(self, blocks_under_way: set[int]) -> None:
         """Somebody else has had all pages that are free now."""
         pages = self._arena.take_kv("somebody", self._arena.free_pages)
         for page in pages:
+            assert blocks_under_way.isdisjoint(range(page * SLOTS, (page + 1) * SLOTS))
             self.clear(page)
         self._arena.give_kv("somebody", pages)
 
@@ -368,15 +372,22 @@ class HashModel:
         assert sum(part.length > 1 for part in parts) <= max_prefills
         assert all(0 <= part.slot < max_batch for part in parts)
         for part in parts:
-            for position, token in enumerate(part.token_ids, part.start):
-                self._content[part.blocks[position // BLOCK], position % BLOCK] = token
+            before = [] if part.start == 0 else self._at(part, part.start - 1)
+            for i in range(part.length):
+                at = part.start + i
+                self._content[part.blocks[at // BLOCK], at % BLOCK] = [*before, *part.token_ids[: i + 1]]
         choices = []
         sampling = [part for part in parts if part.samples]
         for part, row in zip(sampling, rows, strict=True):
-            seen = range(part.start + part.length)
-            tokens = [self._content[part.blocks[position // BLOCK], position % BLOCK] for position in seen]
+            tokens = self._at(part, part.start + part.length - 1)
+            for at in range(len(tokens)):
+                assert self._at(part, at) == tokens[: at + 1]
             choices.append(Choice(next_token(tokens, row), None))
         return choices
+
+    def _at(self, part: Part, position: int) -> list[int]:
+        """All tokens up to a position, as they were when it was computed."""
+        return self._content[part.blocks[position // BLOCK], position % BLOCK]
 
 
 def reference(sequence: Sequence) -> tuple[list[int], FinishReason]:
@@ -457,11 +468,12 @@ def test_answers_do_not_depend_on_what_happens_around_them(
     model = HashModel(memory, max_batch + extra_budget, max_prefills, max_batch)
     kv = KvCache(memory, "a", SPEC, model.clear)
     kv.reserve(min(reserved, pages))
+    runner = LateRunner(model.compute, depth)
     now = 0
     instance = Instance(
         "a",
         "hash",
-        LateRunner(model.compute, depth),
+        runner,
         kv,
         vocab_size=VOCABULARY,
         eos_ids=[EOS],
@@ -487,7 +499,7 @@ def test_answers_do_not_depend_on_what_happens_around_them(
             memory.give_kv("elsewhere", taken)
             taken = memory.take_kv("elsewhere", min(elsewhere.get(now, 0), memory.free_pages))
         outputs += turn(instance)
-        model.others_write()
+        model.others_write({block for step in runner.under_way for block in step.blocks})
         memory.check()
         now += 1
         assert now < 3000, "never ends"

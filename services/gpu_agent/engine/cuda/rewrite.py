@@ -140,7 +140,7 @@ def norm_style(part: nn.Module) -> _NormStyle | None:
     try:
         with torch.no_grad():
             found = type(part).forward(stand_in, x)
-    except (TypeError, RuntimeError, AttributeError):  # another kind of module: it wants other arguments
+    except Exception:  # foreign code: whatever it raises, it is another kind of module
         return None
     unit = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     formulas = {
@@ -252,7 +252,9 @@ def gated_activation(part: nn.Module, children: dict[str, nn.Linear]) -> str | N
     with torch.no_grad():
         try:
             found = type(part).forward(stand_in, x)
-        except (TypeError, RuntimeError, AttributeError):  # it wants other arguments
+        except Exception:  # foreign code: whatever it raises, it is another kind of module
+            return None
+        if not isinstance(found, torch.Tensor):
             return None
         if "gate_up_proj" in children:
             gated, up = children["gate_up_proj"](x).chunk(2, dim=-1)
@@ -307,10 +309,10 @@ def rotation_width(apply: Any) -> float | None:
 
     for width, given in ((1.0, torch.cat((angles, angles), dim=-1)), (0.5, angles)):
         try:
-            found = apply(q, k, given.cos(), given.sin())
-        except (TypeError, RuntimeError):  # it wants the other form, or something else
+            turned_q, turned_k = apply(q, k, given.cos(), given.sin())
+        except Exception:  # foreign code: it wants the other form, or is something else
             continue
-        if all(torch.allclose(f, turned(x), atol=1e-6) for f, x in zip(found, (q, k), strict=True)):
+        if torch.allclose(turned_q, turned(q), atol=1e-6) and torch.allclose(turned_k, turned(k), atol=1e-6):
             return width
     return None
 
@@ -379,7 +381,7 @@ def prenorm_layer(layer: nn.Module) -> bool:
     try:
         with torch.no_grad():
             found = type(layer).forward(stand_in, x)
-    except (TypeError, RuntimeError, AttributeError, ValueError):  # it wants other arguments, or an mlp of two results
+    except Exception:  # foreign code: it wants other arguments, or an mlp of two results
         return False
     middle = x + (x * 0.5 + 1).tanh()
     expected = middle + (middle * 2 - 0.5).sin()

@@ -1,0 +1,428 @@
+"""What is replaced in a transformers model, what is left alone, and that the logits stay transformers' own.
+
+The GPU's whole forward pass (packing, rewritten model, kernels) runs here too: in Triton's interpreter, uncaptured.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from services.gpu_agent.engine.cuda import attention
+from services.gpu_agent.engine.cuda.attention import TILE
+from services.gpu_agent.engine.cuda.attention import Workspace as Partials
+from services.gpu_agent.engine.cuda.model import CudaModel
+from services.gpu_agent.engine.cuda.pack import pack
+from services.gpu_agent.engine.cuda.rewrite import (
+    PendingRope,
+    gated_activation,
+    norm_style,
+    prenorm_layer,
+    rotation_width,
+)
+from services.gpu_agent.engine.cuda.workspace import Workspace
+from services.gpu_agent.engine.model import build_model
+from services.gpu_agent.engine.step import Part
+from services.gpu_agent.weights.loader import load
+from tests.gpu_agent.checkpoints import CONFIGS, FAMILIES
+from tests.gpu_agent.serving import arena, prompt, serve_files
+
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="is for Triton's interpreter, which is used where there is no GPU"
+)
+ROUNDED, UNROUNDED, OFFSET = (False, True), (False, False), (True, False)  # offset, rounds
+
+# Of each family: how its norms compute; which MLPs are gated and by what; the width of its rotary tables, where queries
+# and keys are turned whole; whether its layers are h += attention(norm(h)); h += mlp(norm(h)).
+EXPECTED: dict[str, tuple[tuple[bool, bool], str | None, float | None, bool]] = {
+    "llama": (ROUNDED, "silu", 1.0, True),
+    "mistral": (ROUNDED, "silu", 1.0, True),
+    "qwen2": (ROUNDED, "silu", 1.0, True),
+    "qwen3": (ROUNDED, "silu", 1.0, True),
+    "gemma2": (OFFSET, "gelu_tanh", 1.0, False),
+    "gemma3": (OFFSET, "gelu_tanh", 1.0, False),
+    "phi3": (ROUNDED, "silu", None, True),
+    "olmo2": (UNROUNDED, "silu", 1.0, False),
+    "gpt_oss": (UNROUNDED, None, 0.5, False),
+    "qwen3_moe": (ROUNDED, "silu", 1.0, True),
+    "mixtral": (ROUNDED, None, 1.0, True),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def on_meta(family: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[family]())
+    return model.eval()
+
+
+def stand_ins(mlp: nn.Module) -> dict[str, nn.Linear] | None:
+    """Projections as `rewrite` gives them to a gated feed-forward's own forward; None where it is none."""
+    names = set(mlp._modules)
+    if {"gate_up_proj", "down_proj"} <= names:
+        return {"gate_up_proj": nn.Linear(8, 24), "down_proj": nn.Linear(12, 8)}
+    if {"gate_proj", "up_proj", "down_proj"} <= names:
+        return {"gate_proj": nn.Linear(8, 12), "up_proj": nn.Linear(8, 12), "down_proj": nn.Linear(12, 8)}
+    return None
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_parts_are_recognised(family: str) -> None:
+    """Each of a family's norms, feed-forwards and layers, and no other module; all without their weights."""
+    norm, gated, _, prenorm = EXPECTED[family]
+    model = on_meta(family)
+    for name, part in model.named_modules():
+        style = norm_style(part)
+        assert (style is not None) == name.endswith("norm"), name
+        assert style is None or (style.offset, style.rounds) == norm
+        assert style is None or style.eps == model.config.rms_norm_eps
+        is_layer = name.rpartition(".")[0].endswith("layers")
+        assert prenorm_layer(part) == (is_layer and prenorm), name
+        children = stand_ins(part)
+        if children is not None:
+            assert gated_activation(part, children) == gated, name
+
+
+# Norms
+
+
+class Rms(nn.Module):
+    """Root mean square normalisation as Llama's, with one thing changed."""
+
+    def __init__(self, change: str = "", size: int = 32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.variance_epsilon = 1e-5
+        self.change = change
+        if change == "child":
+            self.inner = nn.Identity()
+        if change == "matrix":
+            self.weight = nn.Parameter(torch.zeros(size, size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        unit = x.float()
+        if self.change == "centred":
+            unit = unit - unit.mean(-1, keepdim=True)
+        power = unit.abs() if self.change == "mean" else unit.pow(2)
+        axis = 0 if self.change == "axis" else -1
+        unit = unit * torch.rsqrt(power.mean(axis, keepdim=True) + self.variance_epsilon)
+        if self.change == "offset, rounded":
+            return (1 + self.weight) * unit.to(x.dtype)
+        out = self.weight * unit.to(x.dtype)
+        return out * 1.01 if self.change == "scaled" else out
+
+
+def test_norms_of_others_are_told_by_what_they_compute() -> None:
+    style = norm_style(Rms())
+    assert style is not None
+    assert (style.eps, style.offset, style.rounds) == (1e-5, False, True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *(Rms(change) for change in ("centred", "mean", "axis", "offset, rounded", "scaled", "child", "matrix")),
+        nn.LayerNorm(64),
+        nn.LayerNorm(32, bias=False),
+        nn.Linear(64, 64, bias=False),
+        nn.BatchNorm1d(64),
+        nn.BatchNorm2d(64),
+        nn.GroupNorm(4, 64),
+        nn.PReLU(64),
+        nn.Identity(),
+    ],
+    ids=lambda module: getattr(module, "change", type(module).__name__),
+)
+def test_what_is_no_such_norm_is_left_alone(other: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    assert norm_style(other.eval()) is None
+    after = other.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# Feed-forwards
+
+
+class Mlp(nn.Module):
+    """A gated feed-forward, its formula given."""
+
+    def __init__(self, formula: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.down_proj = nn.Linear(6, 4)
+        self.formula = formula
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.formula(self, x)
+
+
+FORMULAS: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], str | None]] = {
+    "silu": (lambda m, x: m.down_proj(m.up_proj(x) * F.silu(m.gate_proj(x))), "silu"),
+    "tanh": (lambda m, x: m.down_proj(F.gelu(m.gate_proj(x), approximate="tanh") * m.up_proj(x)), "gelu_tanh"),
+    "exact gelu": (lambda m, x: m.down_proj(F.gelu(m.gate_proj(x)) * m.up_proj(x)), None),
+    "quick gelu": (lambda m, x: m.down_proj(m.gate_proj(x) * (1.702 * m.gate_proj(x)).sigmoid() * m.up_proj(x)), None),
+    "relu": (lambda m, x: m.down_proj(F.relu(m.gate_proj(x)) * m.up_proj(x)), None),
+    "other order": (lambda m, x: m.down_proj(F.silu(m.up_proj(x)) * m.gate_proj(x)), None),
+    "clamped": (lambda m, x: m.down_proj(F.silu(m.gate_proj(x)).clamp(max=0.1) * m.up_proj(x)), None),
+    "one more": (lambda m, x: m.down_proj(F.silu(m.gate_proj(x)) * (m.up_proj(x) + 1)), None),
+    "scaled": (lambda m, x: m.down_proj(F.silu(m.gate_proj(x)) * m.up_proj(x)) * 0.9, None),
+    "residual": (lambda m, x: x + m.down_proj(F.silu(m.gate_proj(x)) * m.up_proj(x)), None),
+    "a pair": (lambda m, x: (m.down_proj(F.silu(m.gate_proj(x)) * m.up_proj(x)), None), None),  # type: ignore[dict-item, return-value]
+}
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_a_gated_feed_forward_is_told_by_what_it_computes(formula: str) -> None:
+    """However the stand-ins' random weights fall."""
+    compute, expected = FORMULAS[formula]
+    mlp = Mlp(compute)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        assert gated_activation(mlp, stand_ins(mlp) or {}) == expected
+    assert mlp.gate_proj.in_features == 4  # its own are untouched
+
+
+# Rotary embeddings
+
+
+def rotated(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As most families do it."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+    return turned(q), turned(k)
+
+
+def interleaved(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        c, s = (t[..., : x.shape[-1] // 2].unsqueeze(1) for t in (cos, sin))
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack((even * c - odd * s, odd * c + even * s), dim=-1).flatten(-2)
+
+    return turned(q), turned(k)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_rotary_embeddings_of_families(family: str) -> None:
+    model = on_meta(family)
+    part = next(part for name, part in model.named_modules() if name.endswith("self_attn"))
+    apply = type(part).forward.__globals__["apply_rotary_pos_emb"]
+    expected = EXPECTED[family][2]
+    # Phi-3's turns whole heads where the tables are whole; that they are not is in its config.
+    assert rotation_width(apply) == (1.0 if family == "phi3" else expected)
+
+
+@pytest.mark.parametrize(
+    ("apply", "width"),
+    [
+        (rotated, 1.0),
+        (interleaved, None),
+        (lambda q, k, cos, sin: rotated(q, k, cos, -sin), None),  # backwards
+        (lambda q, k, cos, sin: (rotated(q, k, cos, sin)[0], k), None),  # queries only
+        (lambda q, k, cos, sin: rotated(q * 1.01, k, cos, sin), None),
+        (lambda q, k, cos, sin, positions: rotated(q, k, cos, sin), None),  # wants more
+        (lambda q, cos, sin: q, None),
+        (lambda q, k, cos, sin: rotated(q, k, cos, sin)[0], None),
+        (None, None),
+    ],
+)
+def test_a_rotary_embedding_is_told_by_what_it_computes(apply: Any, width: float | None) -> None:
+    assert rotation_width(apply) == width
+
+
+def test_a_rotation_left_to_the_attention_is_taken_once() -> None:
+    q, k, cos = torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8), torch.ones(1, 3, 8)
+    rope = PendingRope()
+    assert rope.take(q, k) is None  # a model that rotates by itself
+    assert rope.defer(q, k, cos, cos * 2) == (q, k)
+    taken = rope.take(q, k)
+    assert taken is not None
+    assert taken[0] is cos
+    assert rope.take(q, k) is None
+
+
+def test_queries_changed_behind_their_rotation_are_an_error() -> None:
+    q, k, cos = torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8), torch.ones(1, 3, 8)
+    for changed in ((q * 1, k), (q, k * 1)):
+        rope = PendingRope()
+        rope.defer(q, k, cos, cos)
+        with pytest.raises(RuntimeError, match="behind their rotary embedding"):
+            rope.take(*changed)
+
+
+@pytest.mark.parametrize(("width", "given"), [(1.0, 4), (0.5, 8), (0.5, 2)])
+def test_a_part_of_the_head_turned_is_an_error(width: float, given: int) -> None:
+    q, k, cos = torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8), torch.ones(1, 3, given)
+    rope = PendingRope(width)
+    rope.defer(q, k, cos, cos)
+    with pytest.raises(RuntimeError, match="a part of each head"):
+        rope.take(q, k)
+
+
+# Layers
+
+
+class Layer(nn.Module):
+    """A decoder layer, its formula given."""
+
+    def __init__(self, formula: Callable[[Any, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.input_layernorm = self.self_attn = self.post_attention_layernorm = self.mlp = nn.Identity()
+        self.formula = formula
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        return self.formula(self, hidden_states)
+
+
+def _usual(m: Any, h: torch.Tensor) -> torch.Tensor:
+    h = h + m.self_attn(hidden_states=m.input_layernorm(h))[0]
+    return cast(torch.Tensor, h + m.mlp(m.post_attention_layernorm(h)))
+
+
+def _parallel(m: Any, h: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, h + m.self_attn(hidden_states=m.input_layernorm(h))[0] + m.mlp(m.input_layernorm(h)))
+
+
+def _normed_behind(m: Any, h: torch.Tensor) -> torch.Tensor:
+    h = h + m.post_attention_layernorm(m.self_attn(hidden_states=m.input_layernorm(h))[0])
+    return cast(torch.Tensor, h + m.mlp(h))
+
+
+def _normed_residual(m: Any, h: torch.Tensor) -> torch.Tensor:
+    h = m.input_layernorm(h)
+    h = h + m.self_attn(hidden_states=h)[0]
+    return cast(torch.Tensor, h + m.mlp(m.post_attention_layernorm(h)))
+
+
+@pytest.mark.parametrize(
+    ("formula", "expected"),
+    [
+        (_usual, True),
+        (_parallel, False),
+        (_normed_behind, False),
+        (_normed_residual, False),
+        (lambda m, h: 1.5 * _usual(m, h), False),
+        (lambda m, h: (_usual(m, h),), False),
+        (lambda m, h: h, False),
+    ],
+    ids=["usual", "parallel", "normed behind", "normed residual", "scaled", "tuple", "nothing"],
+)
+def test_a_layer_is_told_by_what_it_computes(formula: Callable[[Any, torch.Tensor], Any], expected: bool) -> None:
+    layer = Layer(formula)
+    assert prenorm_layer(layer) == expected
+    assert isinstance(layer.mlp, nn.Identity)
+
+
+def test_a_layer_with_dropout_is_judged_as_it_serves() -> None:
+    layer = Layer(lambda m, h: F.dropout(_usual(m, h), 0.5, m.training))
+    assert prenorm_layer(layer)
+    assert layer.training  # the judged one is a copy
+
+
+# The whole forward pass
+
+
+class Buffers:
+    """A Workspace in host memory."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.facts = torch.zeros(1 << 13, dtype=torch.int32)
+        self.partials = Partials(Partials.lanes_for(4, 8, 1), 64, "cpu")
+        self._logits = torch.empty(4 * 512)
+
+    def logits(self, rows: int, vocabulary: int) -> torch.Tensor:
+        return self._logits[: rows * vocabulary].view(rows, vocabulary)
+
+
+# What is replaced in the tiny checkpoints: projections in one, rotary embeddings, feed-forwards, norms, residual sums.
+# Biases of 32 numbers have gaps between them, so that qwen2's and gpt_oss's projections stay apart; see below.
+REPLACED = {
+    "llama": (2, 2, 2, 5, 4),
+    "mistral": (4, 4, 4, 9, 8),
+    "qwen2": (0, 2, 2, 5, 4),
+    "qwen3": (3, 3, 3, 13, 6),
+    "gemma2": (3, 3, 3, 13, 0),
+    "gemma3": (3, 3, 3, 19, 0),
+    "phi3": (0, 0, 2, 5, 4),
+    "olmo2": (2, 2, 2, 9, 0),
+    "gpt_oss": (0, 2, 0, 5, 0),
+    "qwen3_moe": (2, 2, 1, 9, 4),
+    "mixtral": (2, 2, 0, 5, 4),
+}
+KINDS = [
+    "query, key and value projections in one",
+    "rotary embedding with the KV write",
+    "gated feed-forward",
+    "normalisation",
+    "residual sum with the normalisation behind it",
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("family", "wide"), [*((family, False) for family in CONFIGS), ("qwen2", True)])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of padding that is not used
+def test_logits_are_those_of_transformers(
+    family: str, wide: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt in chunks, mixed with decoding, and decoding alone, of the rewritten model over paged KV."""
+    monkeypatch.setattr(attention, "_RESIDENT", 1)  # the interpreter's programs run one after another
+    make: Callable[..., PreTrainedModel] = FAMILIES[family]
+    if wide:  # biases of 64 numbers, which lie one behind the other
+        from tests.gpu_agent.checkpoints import save
+
+        config = CONFIGS[family](hidden_size=128, num_attention_heads=4, num_key_value_heads=2)
+        make = lambda folder, dtype: save(config, folder, dtype=dtype)  # noqa: E731
+    memory = arena(60)
+    files, weights, reference = serve_files(memory, make, tmp_path, family, torch.float32)
+    assert load(files.image, weights, cancel=threading.Event(), progress=lambda _: None).complete
+    bound = build_model(files.checkpoint.model_config, files.layout, weights)
+    buffers = Buffers()
+    model = CudaModel(bound, files.layout, weights, memory, cast(Workspace, buffers), max_batch=4, max_tokens=32)
+    expected = (2, *REPLACED[family][1:]) if wide else REPLACED[family]
+    assert tuple(model.rewritten.get(kind, 0) for kind in KINDS) == expected
+    slots = bound.kv_spec.slots_per_page(memory.page_bytes)
+    memory.kv_view(torch.float32)[memory.take_kv("x", 1)[0]] = torch.nan
+    blocks = [page * slots for page in memory.take_kv("x", 6)][::-1]
+    first, second, third = prompt(13), prompt(24), prompt(3)
+
+    def compute(*parts: Part) -> list[torch.Tensor]:
+        shape = model.ladder.fitting(parts)
+        pack(parts, shape, 16, TILE, buffers.facts.numpy())
+        with torch.inference_mode():
+            return list(model.run(shape)[: sum(part.samples for part in parts)].clone())
+
+    def of(token_ids: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = reference(torch.tensor([token_ids])).logits[0, -1]
+        return logits
+
+    one, two, three = blocks[:1], blocks[1:3], blocks[3:4]
+    found = compute(Part(0, one, 0, first, True), Part(2, two, 0, second[:10], False))
+    model.last_tokens[0] = 9  # what a sampler would have chosen
+    found += compute(Part(0, one, 13, [], True), Part(2, two, 10, second[10:], True), Part(1, three, 0, third, True))
+    model.last_tokens[2] = 11
+    found += compute(Part(2, two, 24, [], True), Part(0, one, 14, [5], True))
+    wanted = [of(first), of([*first, 9]), of(second), of(third), of([*second, 11]), of([*first, 9, 5])]
+    for logits, reference_logits in zip(found, wanted, strict=True):
+        torch.testing.assert_close(logits, reference_logits, rtol=1e-4, atol=1e-4)
+    memory.close()
