@@ -204,6 +204,16 @@ def test_a_grammar_has_a_text_where_its_kind_needs_one() -> None:
         Grammar(GrammarKind.JSON_OBJECT, "{}")
 
 
+def test_a_grammar_that_takes_longer_and_longer_is_given_up(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Its tokens are followed in the engine's thread: 900 of them would hold all models up for minutes."""
+    grammar = Grammar(GrammarKind.EBNF, 'root ::= x x x x x x\nx ::= "" | "a" x | x x')
+    (a,) = tokenizer.encode("a", add_special_tokens=False)
+    with pytest.raises(GrammarError, match="too long to follow"):
+        compiler.matcher(grammar, [a] * 900)
+
+
 def test_an_answer_outside_the_grammar_cannot_be_resumed(compiler: GrammarCompiler) -> None:
     with pytest.raises(GrammarError, match="token 0 does not fit"):
         compiler.matcher(Grammar(GrammarKind.REGEX, "a"), [0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ _MAX_WHITESPACE = 64
 # second, because the library then has to try most of the vocabulary.
 _BOUNDED = re.compile(r"""^(\S+ ::= )\(\(\[\^\\"\\\\\\r\\n\]\)\)$""", re.MULTILINE)
 _CHARACTER = r"""[^\0-\x1f\"\\]"""
+# Tokens are followed in the engine's thread, where all models wait for them. Nearly every grammar takes far less than
+# this for each token; one that may be read in many ways at once takes more and more as the answer grows.
+_SECONDS_PER_TOKEN = 0.01
+_MOST_SECONDS_BEHIND = 1.0
 # Where in the library an error arose.
 _ORIGIN = re.compile(r"^\[[\d:]+\] \S+\.(?:cc|h):\d+: ")
 
@@ -103,6 +108,7 @@ class Matcher:
         self._matcher = xgrammar.GrammarMatcher(compiled)
         self._vocabulary = vocabulary
         self._mask = xgrammar.allocate_token_bitmask(1, vocabulary)
+        self._behind = 0.0  # seconds of this thread that it has taken beyond _SECONDS_PER_TOKEN
         self._fill()
 
     @property
@@ -120,11 +126,18 @@ class Matcher:
         return self._matcher.is_terminated()
 
     def accept(self, token: int) -> None:
-        """Goes on behind the next token. GrammarError where it may not come, or where nothing may follow it."""
+        """Goes on behind the next token.
+
+        GrammarError where it may not come, where nothing may follow it, or where following the answer costs too much.
+        """
+        began = time.thread_time()
         if not self._matcher.accept_token(token):
             raise GrammarError(f"token {token} does not fit the grammar here")
         if not self._matcher.is_terminated():
             self._fill()
+        self._behind = max(0.0, self._behind + time.thread_time() - began - _SECONDS_PER_TOKEN)
+        if self._behind > _MOST_SECONDS_BEHIND:
+            raise GrammarError("the grammar takes too long to follow, for it can be read in too many ways; simplify it")
 
     def _fill(self) -> None:
         self._mask.fill_(-1)
