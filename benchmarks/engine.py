@@ -369,7 +369,7 @@ def shared_rate(models: list[Served]) -> float:
 
 def memory_rows(backend: CudaBackend) -> list[Row]:
     """What torch holds outside the arena, after serving."""
-    held = backend.workspace.reserved_bytes / 1e9
+    held = backend.outside.held / 1e9
     return [
         Row(
             "outside the arena: held by torch",
@@ -379,7 +379,7 @@ def memory_rows(backend: CudaBackend) -> list[Row]:
             "workspace_bytes",
             WORKSPACE_BYTES / 1e9,
         ),
-        Row("outside the arena: grown while serving", backend.grown_bytes / 1e9, "GB", None, None, 0),
+        Row("outside the arena: grown while serving", backend.outside.grown / 1e9, "GB", None, None, 0),
     ]
 
 

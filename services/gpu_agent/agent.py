@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from prometheus_client import Gauge
+
 from services.common.queues import RequestQueue
 from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
@@ -25,6 +27,9 @@ from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt
 from warmserve.v1 import cluster_pb2, common_pb2
 
 _log = logger(__name__)
+_OUTSIDE = Gauge(
+    "warmserve_gpu_agent_outside_arena_bytes", "Device memory outside the arena: its bound, held, grown", ["what"]
+)
 
 
 class NoRoomError(Exception):
@@ -55,6 +60,7 @@ class Agent:
         self._images = images
         self._reports = reports
         self._backend = backend
+        self._grown = 0
         self._loader = Loader(arena, backend, images, reports.changed)
         self._stopping = False
         self._shards: dict[str, Shard] = {}
@@ -66,6 +72,8 @@ class Agent:
     def start(self) -> None:
         """Starts the engine."""
         self._serving.engine.start()
+        for what in ("bound", "held", "grown"):
+            _OUTSIDE.labels(what).set_function(lambda what=what: getattr(self._backend.outside, what))  # type: ignore[misc]
 
     async def ended(self) -> None:
         """Returns when the engine has ended, and raises what it or the device died of: the agent is of no more use."""
@@ -75,8 +83,10 @@ class Agent:
 
     def residency(self) -> cluster_pb2.AgentResidency:
         """What is where, now."""
-        if grown := self._backend.grown_bytes:
-            _log.error("device memory outside the arena grew while serving", nbytes=grown)
+        outside = self._backend.outside
+        if outside.grown != self._grown:
+            self._grown = outside.grown
+            _log.error("memory outside the arena grew while serving", by=outside.grown, of=outside.bound)
         usage = self._arena.usage()
         return cluster_pb2.AgentResidency(
             agent_id=self._id,

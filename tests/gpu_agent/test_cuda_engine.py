@@ -181,7 +181,7 @@ def test_serving_takes_no_memory_outside_the_arena(world: World) -> None:
         instance.add(Sequence(f"n{i}", 0, prompt(10 + 8 * i), SamplingParams(10 + i, **options)))
     run(instance)
     instance.close("")
-    assert world.backend.grown_bytes == 0
+    assert world.backend.outside.grown == 0
 
 
 @dataclass

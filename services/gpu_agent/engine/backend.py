@@ -29,6 +29,17 @@ class StepLimits:
     """Sequences with more than one token."""
 
 
+@dataclass(frozen=True)
+class OutsideArena:
+    """Device memory that is not in the arena, in bytes; all 0 where there is no device."""
+
+    bound: int = 0
+    """Most that there can be."""
+    held: int = 0
+    grown: int = 0
+    """Taken since the last graph was captured: by something that allocates while serving, which nothing should."""
+
+
 class Program(Protocol):
     """A model ready to compute. It outlives its instances, and the eviction and reload of its weights."""
 
@@ -79,6 +90,6 @@ class Backend(Protocol):
         ...
 
     @property
-    def grown_bytes(self) -> int:
-        """Device memory outside the arena that was taken while serving, where none should be."""
+    def outside(self) -> OutsideArena:
+        """What it has taken outside the arena. Any thread may ask."""
         ...

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from services.gpu_agent.arena.arena import Arena, WeightRange
-from services.gpu_agent.engine.backend import StepLimits
+from services.gpu_agent.engine.backend import OutsideArena, StepLimits
 from services.gpu_agent.engine.host_runner import HostRunner
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.kv_tensors import KvTensors
@@ -47,7 +47,7 @@ class HostProgram:
 class HostBackend:
     """See Backend."""
 
-    grown_bytes = 0
+    outside = OutsideArena()
 
     def __init__(self, arena: Arena, max_batch: int | None = None) -> None:
         """max_batch: sequences of a model that does not say."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from services.gpu_agent.arena.arena import Arena, WeightRange
-from services.gpu_agent.engine.backend import StepLimits
+from services.gpu_agent.engine.backend import OutsideArena, StepLimits
 from services.gpu_agent.engine.cuda.model import CudaModel
 from services.gpu_agent.engine.cuda.pack import MAX_PREFILLS
 from services.gpu_agent.engine.cuda.runner import CudaRunner
@@ -37,10 +37,7 @@ class CudaProgram:
 
     def prepare(self) -> bool:
         """Captures one more graph."""
-        more = self.cuda.capture_next()
-        if not more:
-            self.cuda.workspace.settle()
-        return more
+        return self.cuda.capture_next()
 
     def runner(self, eos_ids: frozenset[int]) -> CudaRunner:
         """See Program."""
@@ -99,6 +96,7 @@ class CudaBackend:
         return CudaProgram(model, limits)
 
     @property
-    def grown_bytes(self) -> int:
+    def outside(self) -> OutsideArena:
         """See Backend."""
-        return self.workspace.grown_bytes
+        workspace = self.workspace
+        return OutsideArena(workspace.bound_bytes, workspace.reserved_bytes, workspace.grown_bytes)

@@ -94,6 +94,7 @@ class CudaModel:
                 graph.capture_end()
         self._graphs[shape] = graph
         self.captures += 1
+        self.workspace.settle()
         _log.debug("captured %s in %.0f ms", shape, (time.monotonic() - began) * 1e3)
         return True
 

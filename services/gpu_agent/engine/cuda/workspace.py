@@ -39,6 +39,7 @@ class Workspace:
         graphs and a quarter for steps that are not captured yet. torch.OutOfMemoryError where that is too much.
         """
         self.device = device
+        self.bound_bytes = workspace_bytes
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
         self.max_rows = max_rows
