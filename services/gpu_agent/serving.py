@@ -75,8 +75,9 @@ class Serving:
         kv = KvCache(self._arena, instance_id, blueprint.kv, program.clear_page)
         # So that prewarming beside it can never leave an instance without memory to go on.
         kv.reserve(self.kv_reserve(shard))
-        eos_ids = frozenset(blueprint.checkpoint.eos_token_ids)
         limits, vocab_size = program.limits, program.model.vocab_size
+        # Some checkpoints name tokens that they do not have. Those never come, and have no logit that could be banned.
+        eos_ids = frozenset(token for token in blueprint.checkpoint.eos_token_ids if token < vocab_size)
         instance = Instance(
             instance_id,
             shard.name,

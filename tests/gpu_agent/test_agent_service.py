@@ -256,6 +256,25 @@ async def test_undeploying_gives_everything_back(agent: RunningAgent, tmp_path: 
         await asyncio.sleep(0.01)
 
 
+async def test_an_end_that_is_no_token_of_the_model_is_left_out(agent: RunningAgent, tmp_path: Path) -> None:
+    model = checkpoints.llama(tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [2, 99999]}')
+    await agent.wake(await agent.prepare("m", tmp_path / "m"))
+    await agent.queue.put(
+        agent_pb2.QueuedRequest(
+            request_id="r0",
+            model="m",
+            router_id="test",
+            relay_address=agent.relay_address,
+            token_ids=PROMPT,
+            sampling=inference_pb2.SamplingParams(max_tokens=6, min_tokens=6, temperature=0),
+        )
+    )
+    assert (await agent.relay.finished("r0")).finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    assert len(agent.relay.tokens("r0")) == 6
+    assert model.config.vocab_size < 99999
+
+
 async def test_a_damaged_image_is_found_and_said(agent: RunningAgent, tmp_path: Path) -> None:
     checkpoints.llama(tmp_path / "m")
     spec = await agent.prepare("m", tmp_path / "m")
