@@ -36,11 +36,13 @@ def random(*shape: int, device: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to within a rounding or two of its dtype."""
+    """Equal to within a rounding or two of its dtype; in half precision, nearly everywhere rounded the same way."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     step = 4 * torch.finfo(found.dtype).eps
     torch.testing.assert_close(found, expected, rtol=step, atol=step)
+    if found.dtype != torch.float32:
+        assert int((found != expected).sum()) <= 2 + found.numel() // 50
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool, rounds: bool) -> torch.Tensor:

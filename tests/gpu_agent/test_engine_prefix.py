@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from services.gpu_agent.arena.pages import KvOwner, OutOfPages
 from services.gpu_agent.engine.kv import KvCache
@@ -108,8 +108,12 @@ class Sharing(RuleBasedStateMachine):
             assert all(block not in sequence.blocks for sequence in self.running)
             self.content.pop(block, None)
 
-    @rule(tokens=TOKENS)
-    def begin(self, tokens: list[int]) -> None:
+    @initialize(pages=st.integers(0, 2))
+    def begin_with(self, pages: int) -> None:
+        self.reserve(pages)
+
+    @rule(tokens=TOKENS, at_once=st.booleans())
+    def begin(self, tokens: list[int], at_once: bool) -> None:
         digests = digests_of(tokens)
         shared = self.cache.share(digests[: (len(tokens) - 1) // BLOCK])
         for i, block in enumerate(shared):
@@ -127,6 +131,8 @@ class Sharing(RuleBasedStateMachine):
             self.content.pop(block, None)
         done = len(shared) * BLOCK
         self.running.append(Running(tokens, shared + blocks, done, len(shared), digests))
+        if at_once:
+            self.compute(self.running[-1], len(tokens) - done)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -140,7 +146,10 @@ class Sharing(RuleBasedStateMachine):
             self.content.pop(got[0], None)
             sequence.blocks += got
             sequence.tokens = sequence.tokens + [1] * more
-        sequence.computed += data.draw(st.integers(1, len(sequence.tokens) - sequence.computed))
+        self.compute(sequence, data.draw(st.integers(1, len(sequence.tokens) - sequence.computed)))
+
+    def compute(self, sequence: Running, count: int) -> None:
+        sequence.computed += count
         for i, block in enumerate(sequence.blocks[: SPEC.blocks_for(sequence.computed)]):
             self.content[block] = sequence.tokens[: min(sequence.computed, (i + 1) * BLOCK)]
         self.steps += 1
@@ -178,18 +187,13 @@ class Sharing(RuleBasedStateMachine):
         self.cache.reserve(pages)
         self.reserved = pages
 
-    @rule(count=st.integers(1, PAGES))
-    def somebody_takes(self, count: int) -> None:
-        taken = self.memory.take_kv("somebody", min(count, self.memory.free_pages))
-        for page in taken:
+    @rule(count=st.integers(0, PAGES))
+    def somebody_holds(self, count: int) -> None:
+        self.memory.give_kv("somebody", self.elsewhere)
+        self.elsewhere = self.memory.take_kv("somebody", min(count, self.memory.free_pages))
+        for page in self.elsewhere:
             for block in range(page * SLOTS, (page + 1) * SLOTS):
                 self.content.pop(block, None)
-        self.elsewhere += taken
-
-    @rule()
-    def somebody_gives(self) -> None:
-        self.memory.give_kv("somebody", self.elsewhere)
-        self.elsewhere = []
 
     @property
     def pages_held(self) -> int:
