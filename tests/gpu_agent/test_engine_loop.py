@@ -198,6 +198,33 @@ def test_who_was_never_there_has_no_claim_on_the_time_of_who_is_idle_just_now() 
     assert listener.order[came : came + 250].count("old") == 100
 
 
+def test_who_waited_for_pages_has_no_claim_on_the_others_time() -> None:
+    memory = arena(4, page_bytes=1 << 16)
+    listener = Listener()
+    engine = EngineLoop(lambda instance_id, outputs: on_step(instance_id, outputs), listener.on_failure)
+    for name in ("waiting", "busy"):
+        instance = clockwork(memory, name, Clockwork(0.001))
+        if name == "busy":
+            instance._kv.reserve(2)
+        engine.activate(instance)
+    taken = memory.take_kv("somebody", memory.free_pages)
+
+    def on_step(instance_id: str, outputs: list[SequenceOutput]) -> None:
+        listener.on_step(instance_id, outputs)
+        if len(listener.order) == 300:
+            memory.give_kv("somebody", taken)
+
+    engine.submit("waiting", greedy("waiting", prompt(4), 200))
+    engine.submit("busy", greedy("busy", prompt(4), 200))
+    engine.submit("busy", greedy("busy too", prompt(4), 900))
+    engine.start()
+    listener.wait_ended("waiting")
+    engine.stop()
+    came = listener.order.index("waiting")
+    assert came >= 300
+    assert 40 <= listener.order[came : came + 100].count("busy") <= 60
+
+
 def test_work_takes_turns(listener: Listener) -> None:
     engine = EngineLoop(listener.on_step, listener.on_failure)
     done: list[str] = []

@@ -210,8 +210,9 @@ class EngineLoop:
             active.expected.append(active.last)
             active.share += active.last
         else:
-            # Whatever it waits for: results of its own, or pages, which may take a while.
+            # Whatever it waits for: results of its own, or pages, which may take a while and earns it no claim.
             active.stalled = True
+            active.share = max(active.share, self._served)
 
     def _collect(self, active: _Active) -> None:
         before = active.instance.device_seconds
