@@ -39,7 +39,8 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal to within a rounding or two of its dtype; in half precision, nearly everywhere rounded the same way."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
-    step = 4 * torch.finfo(found.dtype).eps
+    # A GPU's exponential is a few units off in float32, which half precision does not show.
+    step = (16 if found.dtype == torch.float32 else 4) * torch.finfo(found.dtype).eps
     torch.testing.assert_close(found, expected, rtol=step, atol=step)
     if found.dtype != torch.float32:
         assert int((found != expected).sum()) <= 2 + found.numel() // 50
