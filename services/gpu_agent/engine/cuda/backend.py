@@ -74,7 +74,9 @@ class CudaBackend:
                 f"max_batch is {batch}, but this agent runs at most {self._max_batch} sequences of a model at once; "
                 "ask for less, or start agents with a larger max_batch"
             )
-        self.workspace.check(config.get_text_config().vocab_size, batch, kv.blocks_for(context_tokens))
+        text = config.get_text_config()
+        blocks = kv.blocks_for(context_tokens)
+        self.workspace.check(text.vocab_size, batch, blocks, text.num_attention_heads, kv.kv_heads)
 
     def program(
         self, config: Any, layout: ImageLayout, weights: WeightRange, max_batch: int | None, context_tokens: int

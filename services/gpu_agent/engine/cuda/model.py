@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -85,18 +87,29 @@ class CudaModel:
             facts[shape.sections["slots"]] = -1
             facts[shape.sections["decode_rows"]] = -1
             self._forward(shape)
-            graph = torch.cuda.CUDAGraph()
             self.workspace.stream.synchronize()
-            graph.capture_begin(pool=self.workspace.pool, capture_error_mode="thread_local")
-            try:
-                self._forward(shape)
-            finally:
-                graph.capture_end()
+            graph = self._captured(shape)
         self._graphs[shape] = graph
         self.captures += 1
         self.workspace.settle()
         _log.debug("captured %s in %.0f ms", shape, (time.monotonic() - began) * 1e3)
         return True
+
+    def _captured(self, shape: StepShape) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        gc.disable()  # what a collection frees might wait on this stream, which would become a part of the graph
+        try:
+            graph.capture_begin(pool=self.workspace.pool, capture_error_mode="thread_local")
+            try:
+                self._forward(shape)
+            except BaseException:
+                with suppress(RuntimeError):  # it says that the capture has failed, but not why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        finally:
+            gc.enable()
+        return graph
 
     def _forward(self, shape: StepShape) -> None:
         at, facts = shape.sections, self.workspace.facts

@@ -53,8 +53,14 @@ class Workspace:
         torch.cuda.synchronize(device)
         self._settled = 0
 
-    def check(self, vocabulary: int, sequences: int, blocks: int) -> None:
+    def check(self, vocabulary: int, sequences: int, blocks: int, heads: int, kv_heads: int) -> None:
         """ValueError where steps of so many sequences, of so many KV blocks each, do not fit the buffers."""
+        lanes = Partials.lanes_for(sequences, heads, kv_heads)
+        if lanes > self.partials.lanes:
+            raise ValueError(
+                f"{sequences} sequences of {heads} heads do not fit the agent's buffers for attention, which hold "
+                f"{self.partials.lanes} parts, not {lanes}; deploy with a smaller max_batch"
+            )
         if sequences * vocabulary > self._logits.numel():
             raise ValueError(
                 f"{sequences} rows of {vocabulary} logits do not fit the agent's buffer of {self._logits.numel()}; "
