@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -39,6 +40,8 @@ ARENA_BYTES = 44 << 30  # leaves room for transformers' own copy of the model
 WORKSPACE_BYTES = 4 << 30
 CONTEXT = 8192
 VOCABULARY = 100_000  # prompts are drawn from these
+DECODES = ((1, 512), (32, 512), (64, 1024))  # sequences, tokens of context
+PREFILLS = (128, 1024, 4096)
 DEVICE = torch.device("cuda", 0)
 
 
@@ -117,21 +120,18 @@ def main() -> None:
     torch.cuda.set_per_process_memory_fraction(WORKSPACE_BYTES / total, DEVICE)  # as an agent does
     arena = Arena(CudaMemory(PAGE_BYTES, ARENA_BYTES // PAGE_BYTES, 0))
     backend = CudaBackend(arena, DEVICE, WORKSPACE_BYTES)
-    rows: list[Row] = []
     large = serve(arena, backend, "8B", llama_8b())
-    rows += [
-        *step_rows(large, limits, Targets(6.6, 7.6, 10.5)),
-        *prefill_rows(large, limits, {128: 11, 1024: 27, 4096: 105}),
-    ]
+    steps = step_rows(large, limits, (6.6, 7.6, 10.5))
+    prefills = prefill_rows(large, limits, (11, 27, 105))
+    rows = [*steps, *prefills]
     rows += floor_rows(large, limits)
     burst = throughput(large)
     rows += [*burst, Row("8B: graphs captured once for all batches", large.capture_s, "s")]
     rows += memory_rows(backend)
     large.placed.weights.remove()
     small = [serve(arena, backend, f"1B-{i}", llama_1b()) for i in range(4)]
-    ratios = [row.ratio or 0 for row in rows[:3]]
-    rows += step_rows(small[0], limits, None, ratios)
-    rows += prefill_rows(small[0], limits, None)
+    rows += step_rows(small[0], limits, like=steps)
+    rows += prefill_rows(small[0], limits, like=prefills)
     rows += floor_rows(small[0], limits)
     rows += together(small)
     arena.close()
@@ -198,42 +198,32 @@ def request(tokens: int, seed: int, answer: int, **options: Any) -> Sequence:
     return Sequence(f"{tokens}-{seed}-{answer}", 0, prompt(tokens, seed), sampling)
 
 
-@dataclass(frozen=True)
-class Targets:
-    """Milliseconds of a decode step: 1 sequence at 512 tokens of context, 32 at 512, 64 at 1,024."""
+def allowed(index: int, limit: float, targets: Many[float] | None, like: Many[Row]) -> float:
+    """A row's target: given, or as far from its limit as that of another model's row."""
+    if targets is not None:
+        return targets[index]
+    other = like[index]
+    assert other.target is not None
+    assert other.limit is not None
+    return limit * other.target / other.limit
 
-    one: float
-    many: float
-    full: float
 
-
-def step_rows(served: Served, limits: Limits, targets: Targets | None, ratios: list[float] | None = None) -> list[Row]:
-    """Decode steps, as an engine's loop goes on from step to step."""
+def step_rows(served: Served, limits: Limits, targets: Many[float] | None = None, like: Many[Row] = ()) -> list[Row]:
+    """Decode steps, as an engine's loop goes on from step to step. targets in ms, one for each of DECODES."""
     rows = []
-    wanted = (targets.one, targets.many, targets.full) if targets else (None,) * 3
     idle = 0.0
-    for index, (batch, context) in enumerate(((1, 512), (32, 512), (64, 1024))):
+    for index, (batch, context) in enumerate(DECODES):
         wall, device = decode_step(served, batch, context)
         kv = batch * context * served.program.model.kv_spec.bytes_per_token
         limit = (served.placed.step_bytes + kv) / limits.bytes_per_s * 1e3
-        target = wanted[index]
-        if target is None and ratios:
-            target = limit * {0: 6.6 / 5.0, 1: 7.6 / 5.7, 2: 10.5 / 8.2}[index]
-        rows.append(
-            Row(
-                f"{served.name}: decode step, {batch} x {context}",
-                wall * 1e3,
-                "ms",
-                limit,
-                "bytes over the bus",
-                target,
-            )
-        )
+        target = allowed(index, limit, targets, like)
+        what = f"{served.name}: decode step, {batch} x {context}"
+        rows.append(Row(what, wall * 1e3, "ms", limit, "bytes over the bus", target))
         idle = max(0.0, 1 - device / wall)
     rows.append(Row(f"{served.name}: GPU idle between steps, 64 x 1024", idle * 100, "%", None, None, 5))
     sampled, _ = decode_step(served, 64, 1024, temperature=0.8, top_p=0.9, top_k=50)
-    plain = rows[2].value
-    rows.append(Row(f"{served.name}: the same, top_k and top_p", sampled * 1e3, "ms", plain, "greedy, this run", None))
+    greedy = rows[2].value
+    rows.append(Row(f"{served.name}: the same, top_k and top_p", sampled * 1e3, "ms", greedy, "greedy, this run"))
     return rows
 
 
@@ -295,13 +285,13 @@ def floor_rows(served: Served, limits: Limits) -> list[Row]:
     return rows
 
 
-def prefill_rows(served: Served, limits: Limits, targets: dict[int, float] | None) -> list[Row]:
-    """From a request's arrival at an idle instance to its first token."""
-    matrices = served.placed.step_bytes // 2 - served.placed.layout.place("lm_head.weight").nbytes // 2
+def prefill_rows(served: Served, limits: Limits, targets: Many[float] | None = None, like: Many[Row] = ()) -> list[Row]:
+    """From a request's arrival at an idle instance to its first token. targets in ms, one for each of PREFILLS."""
+    matrices = (served.placed.step_bytes - served.placed.layout.place("lm_head.weight").nbytes) // 2
     rows = []
-    for tokens in (128, 1024, 4096):
+    for index, tokens in enumerate(PREFILLS):
         times = []
-        for repeat in range(7):
+        for repeat in range(9):
             instance = served.instance()
             instance.add(request(tokens, repeat, 1))
             began = time.perf_counter()
@@ -309,12 +299,11 @@ def prefill_rows(served: Served, limits: Limits, targets: dict[int, float] | Non
                 instance.step()
             times.append(time.perf_counter() - began)
             instance.close("measured")
-        floor = max(2 * matrices * tokens / limits.flops_per_s, served.placed.step_bytes / limits.bytes_per_s)
-        source = "matrix products, or weights over the bus"
-        target = (
-            targets[tokens] if targets else floor * 1e3 * {128: 11 / 5.0, 1024: 27 / 19.3, 4096: 105 / 77.2}[tokens]
-        )
-        rows.append(Row(f"{served.name}: prefill {tokens}", median(times) * 1e3, "ms", floor * 1e3, source, target))
+        products, weights = 2 * matrices * tokens / limits.flops_per_s, served.placed.step_bytes / limits.bytes_per_s
+        limit = max(products, weights) * 1e3
+        source = "matrix products" if products > weights else "weights over the bus"
+        target = allowed(index, limit, targets, like)
+        rows.append(Row(f"{served.name}: prefill {tokens}", median(times) * 1e3, "ms", limit, source, target))
     return rows
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 
 PAGE_BYTES = 2 << 20
 # float32, so that greedy tokens can be told from transformers' own: the engine's arithmetic is the same.
-SAME_TOKENS = ["llama", "mistral", "qwen3", "gemma2", "phi3", "olmo2"]
+SAME_TOKENS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"]
 
 
 @dataclass
