@@ -116,6 +116,8 @@ def main() -> None:
         parser.error("needs a CUDA device")
     torch.cuda.set_device(DEVICE)
     limits = measure_limits()
+    gc.collect()
+    torch.cuda.empty_cache()  # what was measured with must not count as the agent's
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction(WORKSPACE_BYTES / total, DEVICE)  # as an agent does
     arena = Arena(CudaMemory(PAGE_BYTES, ARENA_BYTES // PAGE_BYTES, 0))
@@ -124,10 +126,10 @@ def main() -> None:
     steps = step_rows(large, limits, (6.6, 7.6, 10.5))
     prefills = prefill_rows(large, limits, (11, 27, 105))
     rows = [*steps, *prefills]
-    rows += floor_rows(large, limits)
     burst = throughput(large)
     rows += [*burst, Row("8B: graphs captured once for all batches", large.capture_s, "s")]
     rows += memory_rows(backend)
+    rows += floor_rows(large, limits)
     large.placed.weights.remove()
     small = [serve(arena, backend, f"1B-{i}", llama_1b()) for i in range(4)]
     rows += step_rows(small[0], limits, like=steps)
@@ -145,9 +147,7 @@ def main() -> None:
 
 def measure_limits() -> Limits:
     """Bandwidth of a large device copy, counting reads and writes; rate of a large bf16 matrix product."""
-    limits = Limits(copy_bandwidth(), product_rate())
-    torch.cuda.empty_cache()
-    return limits
+    return Limits(copy_bandwidth(), product_rate())
 
 
 def copy_bandwidth() -> float:
@@ -293,10 +293,10 @@ def prefill_rows(served: Served, limits: Limits, targets: Many[float] | None = N
         times = []
         for repeat in range(9):
             instance = served.instance()
-            instance.add(request(tokens, repeat, 1))
+            instance.add(request(tokens, repeat, 2))
             began = time.perf_counter()
-            while instance.has_work:
-                instance.step()
+            while not any(output.token_ids for output in instance.step()):
+                pass
             times.append(time.perf_counter() - began)
             instance.close("measured")
         products, weights = 2 * matrices * tokens / limits.flops_per_s, served.placed.step_bytes / limits.bytes_per_s

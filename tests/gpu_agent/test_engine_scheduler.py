@@ -23,6 +23,8 @@ class Blocks:
         self.total = total
         self.unused = set(range(total - elsewhere))
 
+    knows_prefixes = False
+
     def share(self, digests: Iterable[bytes]) -> list[int]:
         return []
 

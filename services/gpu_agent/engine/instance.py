@@ -187,6 +187,9 @@ class Instance:
         self._computed_tokens += sum(chunk.length for chunk in schedule.chunks)
         self._kv.launched()
         self._flights.append(_Flight(self._runner.launch(parts, rows), chunks, sampling))
+        for sequence, _, computed in chunks:
+            # Whoever shares a prompt's blocks is computed behind this step. Done now, it costs no time of the device.
+            self._remember(sequence, min(computed, len(sequence.token_ids)))
         return True
 
     def collect(self) -> None:
@@ -198,7 +201,7 @@ class Instance:
         result = flight.pending.result()
         self._flights.popleft()
         self.device_seconds += result.seconds
-        # Before any of them ends, so that even an answer of one token leaves its prompt behind.
+        # Blocks that chosen tokens fill, which are known only now; before any sequence ends and gives its blocks back.
         for sequence, blocks, computed in flight.chunks:
             if blocks is sequence.blocks:  # else it has ended or was preempted
                 self._remember(sequence, computed)

@@ -74,15 +74,23 @@ class KvCache:
                 return None
         while self._free_slots < count:
             self._add_free(self._prefixes.forget())
-        blocks = []
-        for _ in range(count):
+        blocks: list[int] = []
+        while len(blocks) < count:
             page, slots = next(iter(self._free.items()))
-            blocks.append(page * self.slots_per_page + slots.pop())
+            taken = min(count - len(blocks), len(slots))
+            blocks += [page * self.slots_per_page + slots.pop() for _ in range(taken)]
+            self._held_slots[page] += taken
+            self._unheld.pop(page, None)
             if not slots:
                 del self._free[page]
         self._free_slots -= count
-        self._hold(blocks)
+        dict.update(self._holders, dict.fromkeys(blocks, 1))
         return blocks
+
+    @property
+    def knows_prefixes(self) -> bool:
+        """Whether `share` could find anything."""
+        return self._prefixes.num_known > 0
 
     def share(self, digests: Many[bytes]) -> list[int]:
         """The blocks of the longest prefix that is here, held from now on (see prefix.extend_digests)."""

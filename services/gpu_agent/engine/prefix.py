@@ -31,6 +31,11 @@ class PrefixCache:
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
+    def num_known(self) -> int:
+        """Blocks whose content is known."""
+        return len(self._blocks)
+
+    @property
     def num_idle(self) -> int:
         """Blocks that no sequence holds."""
         return len(self._idle)

@@ -14,6 +14,11 @@ from services.gpu_agent.engine.sequence import Sequence
 class BlockPool(Protocol):
     """Where KV blocks come from."""
 
+    @property
+    def knows_prefixes(self) -> bool:
+        """Whether `share` could find anything."""
+        ...
+
     def share(self, digests: Many[bytes]) -> list[int]:
         """The blocks of the longest prefix that is there already, held from now on."""
         ...
@@ -152,7 +157,7 @@ class Scheduler:
     def _admit(self) -> list[tuple[Sequence, str]]:
         impossible = []
         prefilling = sum(s.pending_tokens for s in self._running if s.pending_tokens > 1)
-        while self._waiting and self._slots and prefilling < self._token_budget:
+        while self._waiting and self._slots and prefilling < self._prefill_budget:
             sequence = self._waiting[0]
             if sequence.in_flight:
                 break  # preempted a moment ago; it cannot be computed anew before all its tokens are known
@@ -166,9 +171,7 @@ class Scheduler:
                 )
                 impossible.append((sequence, reason))
                 continue
-            extend_digests(sequence.digests, sequence.token_ids, self._block_tokens)
-            # At least the last token is computed, for it tells the next one.
-            shared = self._pool.share(sequence.digests[: (len(sequence.token_ids) - 1) // self._block_tokens])
+            shared = self._share(sequence)
             blocks = self._pool.try_alloc(needed - len(shared))
             if blocks is None:
                 self._pool.free(shared)
@@ -182,6 +185,13 @@ class Scheduler:
             self._running.append(sequence)
             prefilling += sequence.pending_tokens
         return impossible
+
+    def _share(self, sequence: Sequence) -> list[int]:
+        if not self._pool.knows_prefixes:
+            return []
+        extend_digests(sequence.digests, sequence.token_ids, self._block_tokens)
+        # At least the last token is computed, for it tells the next one.
+        return self._pool.share(sequence.digests[: (len(sequence.token_ids) - 1) // self._block_tokens])
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
