@@ -8,8 +8,8 @@ import torch
 
 from services.gpu_agent.arena.arena import Arena, WeightRange
 from services.gpu_agent.engine.backend import OutsideArena, StepLimits
+from services.gpu_agent.engine.cuda.limits import step_limits
 from services.gpu_agent.engine.cuda.model import CudaModel
-from services.gpu_agent.engine.cuda.pack import MAX_PREFILLS
 from services.gpu_agent.engine.cuda.runner import CudaRunner
 from services.gpu_agent.engine.cuda.workspace import MAX_HEAD_DIM, Workspace
 from services.gpu_agent.engine.kv_spec import KvSpec
@@ -17,8 +17,6 @@ from services.gpu_agent.engine.model import BoundModel, UnsupportedArchitecture,
 from services.gpu_agent.weights.layout import ImageLayout
 
 _MAX_BATCH = 64
-_TOKEN_BUDGET = 2048
-_PREFILL_BUDGET = 4096
 
 
 class CudaProgram:
@@ -74,6 +72,7 @@ class CudaBackend:
                 f"max_batch is {batch}, but this agent runs at most {self._max_batch} sequences of a model at once; "
                 "ask for less, or start agents with a larger max_batch"
             )
+        self._limits(config, dtype, max_batch)
         text = config.get_text_config()
         blocks = kv.blocks_for(context_tokens)
         self.workspace.check(text.vocab_size, batch, blocks, text.num_attention_heads, kv.kv_heads)
@@ -85,7 +84,7 @@ class CudaBackend:
         torch.cuda.set_device(self.workspace.device)
         bound = build_model(config, layout, weights)
         self.check(config, layout.dtype, bound.kv_spec, max_batch, context_tokens)
-        limits = StepLimits(max_batch or self._max_batch, _TOKEN_BUDGET, _PREFILL_BUDGET, MAX_PREFILLS)
+        limits = self._limits(config, layout.dtype, max_batch)
         model = CudaModel(
             bound,
             layout,
@@ -96,6 +95,9 @@ class CudaBackend:
             max_tokens=limits.prefill_budget,
         )
         return CudaProgram(model, limits)
+
+    def _limits(self, config: Any, dtype: torch.dtype, max_batch: int | None) -> StepLimits:
+        return step_limits(config, dtype, self.workspace.activation_bytes, max_batch or self._max_batch)
 
     @property
     def outside(self) -> OutsideArena:

@@ -40,6 +40,8 @@ class Workspace:
         """
         self.device = device
         self.bound_bytes = workspace_bytes
+        self.activation_bytes = workspace_bytes // 4
+        """Set aside for the activations of a step, once for graphs and once for steps that are not captured."""
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
         self.max_rows = max_rows
@@ -49,7 +51,7 @@ class Workspace:
         self._buffers = [_host_buffer() for _ in range(_BUFFERS)]
         self._next = 0
         with torch.cuda.stream(self.stream):
-            self._reservation = self._reserve(workspace_bytes // 4)
+            self._reservation = self._reserve(self.activation_bytes)
         torch.cuda.synchronize(device)
         self._settled = 0
 
