@@ -26,7 +26,8 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.report import Row, report, table
 from services.gpu_agent.engine.cuda import attention
-from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, Tuning, Workspace, attend, write_kv
+from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, Tuning, Workspace, attend
+from services.gpu_agent.engine.cuda.fused import rotate_and_store
 from services.gpu_agent.engine.kv_spec import KvSpec
 
 HEADS = 32
@@ -165,7 +166,7 @@ class Paged:
 
     def write(self, layer: int) -> None:
         new = self.query[:, : SPEC.kv_heads]
-        write_kv(self.kv, layer, self.step, new, new)
+        rotate_and_store(self.kv, layer, self.step.slots, new, new, new, None)
 
 
 def _ints(values: torch.Tensor) -> torch.Tensor:

@@ -19,8 +19,8 @@ from services.gpu_agent.engine.cuda.attention import (
     Workspace,
     attend,
     decode_splits,
-    write_kv,
 )
+from services.gpu_agent.engine.cuda.fused import rotate_and_store
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.kv_tensors import KvTensors
 
@@ -38,6 +38,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in div
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def store(kv: PagedKv, layer: int, step: StepTensors, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Writes a step's keys and values, rotated already."""
+    rotate_and_store(kv, layer, step.slots, key, key, value, None)
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class Step:
         nothing = torch.full((self.case.padding, *self.keys[0].shape[1:]), float("nan"), device=DEVICE)
         keys, values = ([t[n:] for t, n in zip(all_, before, strict=True)] for all_ in (self.keys, self.values))
         nothing = nothing.to(self.case.dtype)
-        write_kv(self.kv, layer, tensors, torch.cat([*keys, nothing]), torch.cat([*values, nothing]))
+        store(self.kv, layer, tensors, torch.cat([*keys, nothing]), torch.cat([*values, nothing]))
 
     def workspace(self, tensors: StepTensors) -> Workspace:
         spans = max(1, len(tensors.decode_rows))
@@ -334,7 +339,7 @@ def test_slices_of_a_fused_projection(device: str) -> None:
     fused = torch.cat([step.query, torch.cat(step.keys), torch.cat(step.values)], 1).to(device)
     query, key, value = fused.split([6, 2, 2], 1)
     assert not query.is_contiguous()
-    write_kv(step.kv, 0, tensors, key, value)
+    store(step.kv, 0, tensors, key, value)
     out = torch.empty_like(step.query)
     attend(step.kv, 0, tensors, query, out, step.workspace(tensors), **case.features())
     wanted = expected(case, step.query, step.keys, step.values)
@@ -358,10 +363,6 @@ def test_what_does_not_fit_is_refused() -> None:
         replace(step.kv, spec=KvSpec(1, 2, 257, torch.float16))
     with pytest.raises(ValueError, match="32 tokens"):
         replace(step.kv, spec=KvSpec(1, 2, 64, torch.float16, block_tokens=32))
-    with pytest.raises(ValueError, match="contiguous"):
-        write_kv(step.kv, 0, tensors, step.keys[0].transpose(1, 2), step.values[0])
-    with pytest.raises(ValueError, match="slots"):
-        write_kv(step.kv, 0, tensors, step.keys[0], step.values[0])
 
 
 @given(spans=st.integers(1, 300), kv_heads=st.integers(1, 32), group=st.integers(1, 8))

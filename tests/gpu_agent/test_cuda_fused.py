@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from services.gpu_agent.engine.cuda.attention import PagedKv
 from services.gpu_agent.engine.cuda.fused import gate, resolve_ids, rms_norm, rotate_and_store, store_tokens
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.kv_tensors import KvTensors
@@ -146,16 +147,13 @@ def test_rotate_and_store(
     tensors.write(layer, index, expected_key[stored], expected_value[stored])
 
     rotate_and_store(
+        PagedKv(memory, spec, page_elements, slots_per_page),
+        layer,
+        slots,
         query,
         key,
         value,
         None if rope is None else (cos, sin),
-        slots,
-        memory,
-        layer,
-        spec,
-        page_elements,
-        slots_per_page,
     )
     close(query, expected_query)
     close(memory, expected)
@@ -167,7 +165,9 @@ def test_cosines_that_lie_unlike_sines_are_refused(device: str, dtype: torch.dty
     x, table = random(3, 1, 16, device=device, dtype=dtype), random(3, 16, device=device, dtype=dtype)
     memory, slots = torch.zeros(spec.block_bytes, device=device, dtype=dtype), torch.zeros(3, dtype=torch.int32)
     with pytest.raises(ValueError, match="lie differently"):
-        rotate_and_store(x, x, x, (table, table.T.contiguous().T), slots.to(device), memory, 0, spec, len(memory), 1)
+        rotate_and_store(
+            PagedKv(memory, spec, len(memory), 1), 0, slots.to(device), x, x, x, (table, table.T.contiguous().T)
+        )
 
 
 def test_last_tokens(device: str, dtype: torch.dtype) -> None:

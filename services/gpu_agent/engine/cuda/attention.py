@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from services.gpu_agent.engine.cuda.attention_kernels import decode_kernel, prefill_kernel, write_kv_kernel
+from services.gpu_agent.engine.cuda.attention_kernels import decode_kernel, prefill_kernel
 from services.gpu_agent.engine.kv_spec import KvSpec
 
 TILE = 128
@@ -143,36 +143,6 @@ class Workspace:
         return self.acc.nbytes + self.total.nbytes + self.peak.nbytes + self.arrivals.nbytes
 
 
-def write_kv(kv: PagedKv, layer: int, step: StepTensors, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Stores the step's keys and values, each (tokens, kv_heads, head_dim) with contiguous heads, at step.slots."""
-    tokens, kv_heads, head_dim = key.shape
-    if key.stride(2) != 1 or value.stride(2) != 1:
-        raise ValueError(f"a head's elements must be contiguous; strides are {key.stride()} and {value.stride()}")
-    if tokens != len(step.slots):
-        raise ValueError(f"{tokens} keys for {len(step.slots)} slots")
-    key_start, value_start = kv.starts(layer)
-    write_kv_kernel[(tokens,)](
-        kv.pages,
-        step.slots,
-        key,
-        value,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        key_start,
-        value_start,
-        kv.page_elements,
-        kv.block_elements,
-        SLOTS_PER_PAGE=kv.slots_per_page,
-        BLOCK_TOKENS=kv.spec.block_tokens,
-        KV_HEADS=kv_heads,
-        HEAD_DIM=head_dim,
-        WIDTH=_power_of_2(kv_heads * head_dim),
-        num_warps=4,
-    )
-
-
 def attend(
     kv: PagedKv,
     layer: int,
@@ -186,7 +156,7 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> None:
-    """Attention of a step's queries to the keys and values in the pages, the step's own included (write_kv first).
+    """Attention of a step's queries to keys and values in the pages, its own included (see fused.rotate_and_store).
 
     A query at position p sees the keys at positions (p - window, p], or [0, p]. Its scores are scaling * q.k, capped to
     softcap * tanh(score / softcap); `sinks`, (heads,), are one more logit of each head in the softmax's denominator.

@@ -32,43 +32,6 @@ def _block_start(block, page_elements, block_elements, SLOTS_PER_PAGE: tl.conste
 
 
 @triton.jit
-def write_kv_kernel(
-    pages,
-    slots,
-    key,
-    value,
-    key_token,
-    key_head,
-    value_token,
-    value_head,
-    key_start,
-    value_start,
-    page_elements,
-    block_elements,
-    SLOTS_PER_PAGE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """One program per token: stores its key and value at slots[token] = block * BLOCK_TOKENS + row; none if below 0."""
-    token = tl.program_id(0)
-    slot = tl.load(slots + token)
-    if slot < 0:
-        return
-    start = _block_start(slot // BLOCK_TOKENS, page_elements, block_elements, SLOTS_PER_PAGE)
-    lane = tl.arange(0, WIDTH)
-    head, dim = lane // HEAD_DIM, lane % HEAD_DIM
-    inside = lane < KV_HEADS * HEAD_DIM
-    token = token.to(tl.int64)
-    keys = tl.load(key + token * key_token + head * key_head + dim, mask=inside)
-    values = tl.load(value + token * value_token + head * value_head + dim, mask=inside)
-    place = pages + start + (slot % BLOCK_TOKENS) * (KV_HEADS * HEAD_DIM) + lane
-    tl.store(place + key_start, keys, mask=inside)
-    tl.store(place + value_start, values, mask=inside)
-
-
-@triton.jit
 def _load_rows(base, rows, seen, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """(rows, BLOCK_D): HEAD_DIM elements from base + rows[i] on; zeros beyond, and where `seen` is not None and False.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from services.gpu_agent.engine.cuda.attention import PagedKv
 from services.gpu_agent.engine.cuda.fused_kernels import (
     gate_kernel,
     resolve_ids_kernel,
@@ -12,7 +13,6 @@ from services.gpu_agent.engine.cuda.fused_kernels import (
     rotate_and_store_kernel,
     store_tokens_kernel,
 )
-from services.gpu_agent.engine.kv_spec import KvSpec
 
 _HEADS = 8  # that one program of the rotary kernel moves
 
@@ -67,16 +67,13 @@ def gate(fused: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def rotate_and_store(
+    kv: PagedKv,
+    layer: int,
+    slots: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     rope: tuple[torch.Tensor, torch.Tensor] | None,
-    slots: torch.Tensor,
-    pages: torch.Tensor,
-    layer: int,
-    spec: KvSpec,
-    page_elements: int,
-    slots_per_page: int,
 ) -> None:
     """Rotates queries in place, and stores rotated keys, and values, in their KV blocks.
 
@@ -99,7 +96,7 @@ def rotate_and_store(
         cos,
         sin,
         slots,
-        pages,
+        kv.pages,
         query.stride(0),
         query.stride(1),
         key.stride(0),
@@ -108,17 +105,17 @@ def rotate_and_store(
         value.stride(1),
         cos.stride(0),
         cos.stride(1),
-        layer * 2 * spec.block_tokens * kv_heads * size,
+        kv.starts(layer)[0],
         HEADS=heads,
         KV_HEADS=kv_heads,
         SIZE=size,
         HALF=block,
         ROPE=rope is not None,
         GROUP=_HEADS,
-        BLOCK_TOKENS=spec.block_tokens,
-        BLOCK_ELEMENTS=spec.block_bytes // spec.dtype.itemsize,
-        PAGE_ELEMENTS=page_elements,
-        SLOTS_PER_PAGE=slots_per_page,
+        BLOCK_TOKENS=kv.spec.block_tokens,
+        BLOCK_ELEMENTS=kv.block_elements,
+        PAGE_ELEMENTS=kv.page_elements,
+        SLOTS_PER_PAGE=kv.slots_per_page,
         num_warps=1 if block <= 64 else 2,
     )
 

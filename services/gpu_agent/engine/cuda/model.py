@@ -155,16 +155,13 @@ class _Attention:
         rope = self._rope.take(query, key)
         by_token = query[0].transpose(0, 1)
         fused.rotate_and_store(
+            kv,
+            layer,
+            step.slots,
             by_token,
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
             (rope[0][0], rope[1][0]) if rope is not None else None,
-            step.slots,
-            kv.pages,
-            layer,
-            kv.spec,
-            kv.page_elements,
-            kv.slots_per_page,
         )
         out = torch.empty(by_token.shape, dtype=query.dtype, device=query.device)
         attend(
