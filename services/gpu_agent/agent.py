@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from prometheus_client import Gauge
 
@@ -168,7 +168,8 @@ class Agent:
             await self.evict(spec.name, 0, reason)
             shard.program = None
             if shard.weights is not None:
-                await asyncio.to_thread(shard.weights.remove)
+                with self._device_watched():
+                    await asyncio.to_thread(shard.weights.remove)
             del self._shards[spec.name]  # not before: a later model of that name needs the range's name
             self._reports.changed()
         if not image_needed():
@@ -224,7 +225,8 @@ class Agent:
         began = time.monotonic()
         resident = shard.pages_resident
         try:
-            await self._loader.load(shard)
+            with self._device_watched():
+                await self._loader.load(shard)
             took_ms = (time.monotonic() - began) * 1e3
             if resident == 0 and shard.complete:
                 shard.cold_load_ms = took_ms
@@ -240,6 +242,14 @@ class Agent:
             self._transitions.failed(shard, error)
         except Exception as error:
             self._transitions.failed(shard, error)  # whatever it is, the shard must not seem to be loading
+            raise
+
+    @contextmanager
+    def _device_watched(self) -> Iterator[None]:
+        """Ends the agent where what is done within fails in a way that says that the device is lost."""
+        try:
+            yield
+        except Exception as error:
             if is_fatal(error) and not self._lost.done():
                 self._lost.set_exception(error)
             raise
@@ -262,7 +272,8 @@ class Agent:
                 return shard.state, 0
             began = time.monotonic()
             kept = math.ceil(keep * shard.weights.num_pages)
-            await asyncio.to_thread(shard.weights.shrink, kept)
+            with self._device_watched():
+                await asyncio.to_thread(shard.weights.shrink, kept)
             freed = before - shard.pages_resident
             took_ms = (time.monotonic() - began) * 1e3
             self._transitions.rest(shard, reason, None)

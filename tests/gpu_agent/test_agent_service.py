@@ -466,6 +466,25 @@ async def test_without_its_engine_the_agent_hands_over_and_ends(
             assert agent.task.done()
 
 
+async def test_an_eviction_that_finds_the_device_lost_ends_the_agent(
+    etcd, redis_server, keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever meets the error first: the engine may be idle, and its supervisor starts the agent again."""
+
+    def lost(weights: WeightRange, keep: int) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    checkpoints.llama(tmp_path / "m")
+    with pytest.raises(OSError, match="illegal memory access"):  # noqa: PT012
+        async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
+            await agent.warm(await agent.prepare("m", tmp_path / "m"))
+            monkeypatch.setattr(WeightRange, "shrink", lost)
+            with pytest.raises(grpc.aio.AioRpcError):
+                await agent.stub.EvictReplica(agent_pb2.EvictReplicaRequest(model="m", reason=REASON))
+            await asyncio.wait({agent.task}, timeout=20)
+            assert agent.task.done()
+
+
 async def test_a_load_that_fails_in_an_unforeseen_way_does_not_seem_to_go_on(
     agent: RunningAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

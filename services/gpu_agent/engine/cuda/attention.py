@@ -1,4 +1,4 @@
-"""Paged attention on a GPU: writing a step's keys and values into the arena's pages and attending to them there.
+"""Paged attention on a GPU: a step's queries attend to keys and values where they lie in the arena's pages.
 
 A step's flattened batch holds spans of consecutive tokens of sequences. One-token spans go to the decode kernel, longer
 ones are cut into tiles of up to TILE queries for the prefill kernel. All that changes from step to step lies in the
