@@ -55,12 +55,29 @@ class PublishedPredictor:
         drift = self._drift(series - self._seasonal(series, 1)[: len(series)])
         return np.stack([self._at(series, drift, distance) for distance in range(1, horizon + 1)])
 
+    def points(self, series: Floats, distance: int) -> Floats:
+        """For each past window what was forecast for it `distance` windows before, of shape (n,); NaN where nothing."""
+        points = np.full(len(series), np.nan)
+        known = np.flatnonzero(~np.isnan(series))
+        if known.size:
+            series = series[known[0] :]
+            drift = self._drift(series - self._seasonal(series, 1)[: len(series)])
+            points[known[0] :] = self._past(self._seasonal(series, distance), drift, distance)
+        return points
+
+    @staticmethod
+    def _past(seasonal: Floats, drift: Floats, distance: int) -> Floats:
+        """What was forecast for past windows `distance` windows before; as many as there is drift of."""
+        count = len(drift)
+        past = np.full(count, np.nan)
+        past[distance:] = np.maximum(seasonal[distance:count] + drift[: max(count - distance, 0)], 0)
+        return past
+
     def _at(self, series: Floats, drift: Floats, distance: int) -> Floats:
         """Quantiles of the window `distance` windows after the last one."""
         count = len(series)
         seasonal = self._seasonal(series, distance)  # one entry for each past window, and `distance` future ones
-        past = np.full(count, np.nan)
-        past[distance:] = np.maximum(seasonal[distance:count] + drift[: max(count - distance, 0)], 0)
+        past = self._past(seasonal, drift, distance)
         point = max(float(seasonal[count + distance - 1] + drift[-1]), 0.0)
         errors = (series - past)[-_ERRORS:]
         errors = errors[~np.isnan(errors)]
@@ -104,3 +121,26 @@ class PublishedPredictor:
         sums = np.convolve(np.where(known, residuals, 0.0), weights)[: len(residuals)]
         totals = np.convolve(known.astype(float), weights)[: len(residuals)]
         return np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
+
+
+def last_values(series: Floats, distance: int) -> Floats:
+    """For each past window the newest known one, `distance` windows or more before. (n, windows) to the same shape."""
+    width = series.shape[1]
+    newest = np.maximum.accumulate(np.where(np.isnan(series), -1, np.arange(width)), axis=1)
+    held = np.where(newest < 0, np.nan, np.take_along_axis(series, np.maximum(newest, 0), axis=1))
+    return _shifted(held, distance)
+
+
+def seasonal_naive(series: Floats, distance: int, season: int) -> Floats:
+    """For each past window the same one of the newest season that was over `distance` windows before.
+
+    (n, windows) to the same shape. The last value where there is none.
+    """
+    back = -(-distance // season) * season
+    past = _shifted(series, back)
+    return np.where(np.isnan(past), last_values(series, distance), past)
+
+
+def _shifted(series: Floats, by: int) -> Floats:
+    unknown = np.full((len(series), min(by, series.shape[1])), np.nan)
+    return np.concatenate([unknown, series[:, : series.shape[1] - unknown.shape[1]]], axis=1)

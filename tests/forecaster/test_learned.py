@@ -1,0 +1,163 @@
+"""The learnt predictor: it learns what is there to learn, never looks ahead, and stands odd series."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from services.forecaster.features import features
+from services.forecaster.learned import ANCHORS, MAX_HORIZON, LearnedPredictor, fit
+from services.forecaster.predictors import PublishedPredictor, last_values, seasonal_naive
+
+SEASON = 24
+
+
+def traffic(days: int, series: int = 12, seed: int = 0) -> np.ndarray:
+    """Daily curves with noise that lasts some windows, of sizes from 1 to 1000."""
+    rng = np.random.default_rng(seed)
+    at = np.arange(days * SEASON)
+    noise = rng.normal(0, 0.15, (series, len(at)))
+    for step in range(1, len(at)):
+        noise[:, step] += 0.8 * noise[:, step - 1]
+    phase = rng.uniform(0, 2 * np.pi, (series, 1))
+    curve = 1 + 0.7 * np.sin(2 * np.pi * at / SEASON + phase)
+    return np.geomspace(1, 1000, series)[:, None] * curve * np.exp(noise)
+
+
+@functools.cache
+def predictor() -> LearnedPredictor:
+    return fit(traffic(20), SEASON)
+
+
+def unusual() -> dict[str, np.ndarray]:
+    """Series of sorts that production has."""
+    usual = traffic(10, 1, seed=3)[0]
+    spike, gap = usual.copy(), usual.copy()
+    spike[-1] *= 100
+    gap[-30:] = np.nan
+    return {
+        "empty": np.empty(0),
+        "one window": np.array([3.0]),
+        "only gaps": np.full(50, np.nan),
+        "no traffic": np.zeros(200),
+        "constant": np.full(200, 7.0),
+        "short": usual[:5],
+        "spike": spike,
+        "gap of more than a day": gap,
+        "first traffic": np.append(np.zeros(100), 5.0),
+        "huge": usual * 1e12,
+    }
+
+
+@pytest.mark.parametrize("name", unusual())
+def test_odd_series_are_forecast(name: str) -> None:
+    forecast = predictor().predict(unusual()[name], MAX_HORIZON)
+    assert forecast.shape == (MAX_HORIZON, 3)
+    assert np.isfinite(forecast).all()
+    assert (forecast >= 0).all()
+    assert (np.diff(forecast, axis=1) >= 0).all()
+
+
+def test_a_constant_is_forecast_nearly_as_itself() -> None:
+    np.testing.assert_allclose(predictor().predict(np.full(200, 7.0), MAX_HORIZON)[:, 0], 7.0, rtol=0.25)
+
+
+def test_a_gap_is_not_zero_traffic() -> None:
+    series = traffic(10, 1, seed=3)[0]
+    series[-4:] = np.nan
+    assert predictor().predict(series, 3)[:, 0].min() > 0.3 * np.nanmin(series[-2 * SEASON :])
+
+
+def test_a_spike_raises_the_next_window() -> None:
+    series = unusual()["spike"]
+    assert predictor().predict(series, 1)[0, 1] > 5 * predictor().predict(series[:-1], 1)[0, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(float, st.integers(0, 80), elements=st.one_of(st.just(np.nan), st.floats(0, 1e9))),
+    st.integers(1, MAX_HORIZON),
+)
+def test_quantiles_never_cross_nor_fall_below_zero(series: np.ndarray, horizon: int) -> None:
+    forecast = predictor().predict(series, horizon)
+    assert forecast.shape == (horizon, 3)
+    assert np.isfinite(forecast).all()
+    assert (forecast >= 0).all()
+    assert (np.diff(forecast, axis=1) >= 0).all()
+
+
+def test_it_beats_the_published_predictor_and_covers_on_days_it_has_not_seen() -> None:
+    series = traffic(28)
+    origins = np.arange(20 * SEASON - 1, 28 * SEASON - 1)
+    actual = series[:, origins + 1]
+    forecast = predictor().at(series, origins, 1)
+    published = PublishedPredictor(SEASON)
+    peer = np.stack([published.points(one, 1)[origins + 1] for one in series])
+    size = series.mean(axis=1, keepdims=True)
+    assert np.abs((forecast[..., 0] - actual) / size).mean() < 0.95 * np.abs((peer - actual) / size).mean()
+    assert 0.85 < (actual <= forecast[..., 1]).mean() < 0.96
+    assert (actual <= forecast[..., 2]).mean() > 0.97
+
+
+def test_the_size_of_a_series_does_not_matter() -> None:
+    series = traffic(10, 1, seed=3)[0]
+    small, large = (predictor().predict(series * size, 6) / size for size in (1.0, 10.0))
+    np.testing.assert_allclose(small, large, rtol=0.35)
+
+
+def test_several_series_are_forecast_as_each_by_itself() -> None:
+    series = traffic(10, 4, seed=5)
+    together = predictor().predict_many(series, 7)
+    for one, forecast in zip(series, together, strict=True):
+        np.testing.assert_allclose(predictor().predict(one, 7), forecast, rtol=1e-9)
+
+
+def test_windows_before_a_series_begins_change_nothing() -> None:
+    series = traffic(3, 1, seed=4)[0]
+    padded = np.concatenate([np.full(2 * SEASON, np.nan), series])
+    # Whole seasons of padding, so that the time of day stays.
+    np.testing.assert_allclose(predictor().predict(padded, 6), predictor().predict(series, 6), rtol=0.02)  # sums round
+
+
+def test_between_anchors_lie_forecasts_between_theirs() -> None:
+    forecast = predictor().predict(traffic(10, 1, seed=3)[0], MAX_HORIZON)
+    np.testing.assert_allclose(forecast[1], (forecast[0] + forecast[2]) / 2)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    with pytest.raises(ValueError, match="use the published predictor"):
+        predictor().predict(np.ones(50), MAX_HORIZON + 1)
+    with pytest.raises(ValueError, match="too few to learn from"):
+        fit(traffic(2), SEASON)
+
+
+@pytest.mark.parametrize("distance", ANCHORS)
+def test_features_do_not_look_ahead(distance: int) -> None:
+    series = traffic(8)
+    origins = np.arange(0, 6 * SEASON)
+    changed = series.copy()
+    changed[:, 6 * SEASON :] = 1e6
+    before, after = (features(values, origins, distance, SEASON) for values in (series, changed))
+    np.testing.assert_array_equal(before.values, after.values)
+    np.testing.assert_array_equal(before.scale, after.scale)
+
+
+def test_rows_know_nothing_of_the_windows_after_their_own() -> None:
+    series = traffic(6, 3)
+    for origin in (0, 1, 10, SEASON, 3 * SEASON + 5):
+        together = features(series, np.arange(5 * SEASON), 3, SEASON).values.reshape(3, 5 * SEASON, -1)[:, origin]
+        alone = features(series[:, : origin + 1], np.array([origin]), 3, SEASON).values
+        width = min(together.shape[1], alone.shape[1])
+        np.testing.assert_allclose(together[:, :width], alone[:, :width], rtol=1e-5, atol=1e-6)
+
+
+def test_simple_rules() -> None:
+    series = np.array([[1.0, 2, np.nan, 4, 5, 6]])
+    np.testing.assert_array_equal(last_values(series, 1), [[np.nan, 1, 2, 2, 4, 5]])
+    np.testing.assert_array_equal(last_values(series, 9), np.full((1, 6), np.nan))
+    np.testing.assert_array_equal(seasonal_naive(series, 1, 3), [[np.nan, 1, 2, 1, 2, 5]])
