@@ -95,7 +95,7 @@ def choose_series(rates: dict[str, Floats], learn: int) -> dict[str, Floats]:
     return {"totals": totals, "clients": clients[busiest]}
 
 
-def test_origins(windows: int, first_day: int, distance: int) -> list[tuple[int, np.ndarray]]:
+def rolling_origins(windows: int, first_day: int, distance: int) -> list[tuple[int, np.ndarray]]:
     """For each test day the number of windows to fit to, and the last known windows to forecast from."""
     days = range(first_day, -(-windows // DAY))
     return [(day * DAY, np.arange(day * DAY - 1, min((day + 1) * DAY - 1, windows - distance))) for day in days]
@@ -104,7 +104,7 @@ def test_origins(windows: int, first_day: int, distance: int) -> list[tuple[int,
 def learned_quantiles(series: Floats, fits: dict[int, LearnedPredictor], first_day: int, distance: int) -> Floats:
     """Rolling forecasts with the newest fit: shape (n, origins, 3)."""
     parts = []
-    for fitted_to, origins in test_origins(series.shape[1], first_day, distance):
+    for fitted_to, origins in rolling_origins(series.shape[1], first_day, distance):
         if len(origins):
             parts.append(fits[fitted_to].at(series[:, : origins[-1] + 1], origins, distance))
     return np.concatenate(parts, axis=1)
@@ -114,7 +114,7 @@ def rule_quantiles(series: Floats, rule: Rule, first_day: int, distance: int) ->
     """The same of a rule for the point, with past ratios for its p90 and p99."""
     points = rule(series, distance)  # for each window, from `distance` windows before
     parts = []
-    for fitted_to, origins in test_origins(series.shape[1], first_day, distance):
+    for fitted_to, origins in rolling_origins(series.shape[1], first_day, distance):
         past = slice(DAY, fitted_to)
         told = points[:, past] > 0
         factors = np.nanquantile(series[:, past][told] / points[:, past][told], (0.9, 0.99))
@@ -141,7 +141,7 @@ def accuracy(sets: dict[str, Floats], first_day: int) -> list[Row]:
     """The issue's table, on all days from `first_day` on."""
     everything = np.concatenate(list(sets.values()))
     fits = {}
-    for fitted_to, _ in test_origins(everything.shape[1], first_day, 1):
+    for fitted_to, _ in rolling_origins(everything.shape[1], first_day, 1):
         fits[fitted_to] = fit(everything[:, :fitted_to], DAY)
     published = PublishedPredictor(DAY)
     rules: dict[str, Rule] = {
@@ -152,7 +152,7 @@ def accuracy(sets: dict[str, Floats], first_day: int) -> list[Row]:
     rows = []
     for (name, distance), (pinball_target, wape_target) in TARGETS.items():
         series = sets[name]
-        origins = np.concatenate([chosen for _, chosen in test_origins(series.shape[1], first_day, distance)])
+        origins = np.concatenate([chosen for _, chosen in rolling_origins(series.shape[1], first_day, distance)])
         actual = series[:, origins + distance]
         learned = score(learned_quantiles(series, fits, first_day, distance), actual)
         peers = {rule: score(rule_quantiles(series, rules[rule], first_day, distance), actual) for rule in rules}

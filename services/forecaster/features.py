@@ -31,7 +31,7 @@ class Features:
     values: NDArray[np.float32]
     """Shape (rows, features)."""
     base: Floats
-    """Shape (rows,): what the model's answer is added to, in scales."""
+    """Shape (rows,): the level of the last windows, in scales."""
     scale: Floats
     """Shape (rows,): the series' mean of late, in its own unit, above 0; NaN where nothing of it is known."""
     roughness: Floats
@@ -63,22 +63,22 @@ def _features(series: Floats, origins: NDArray[np.int64], distance: int, season:
     past = np.concatenate([np.full((len(series), front), np.nan), series], axis=1)
     at = origins + front
     day = sliding_window_view(past, season, axis=1)[:, at - season + 1]  # (n, origins, season), the newest last
-    mean_day = np.nanmean(day, axis=2)
+    mean_day: Floats = np.nanmean(day, axis=2)
     ewm = _newest_first(past, at, 6)
-    weights = np.power(0.6, np.arange(6))
-    level = np.nansum(ewm * weights, axis=2) / np.where(np.isnan(ewm), 0, weights).sum(axis=2)
+    weights: Floats = np.power(0.6, np.arange(6))
+    level: Floats = np.nansum(ewm * weights, axis=2) / np.where(np.isnan(ewm), 0, weights).sum(axis=2)
 
     phases = _same_phase(past, at + distance, at, season)  # (n, origins, days), the newest first
-    phase_mean = np.nanmean(phases, axis=2)
+    phase_mean: Floats = np.nanmean(phases, axis=2)
     drift_at = at[:, None] - np.arange(DRIFT)
     residual_phases = _same_phase(past, drift_at.ravel(), drift_at.ravel() - 1, season)
     residual = past[:, drift_at.ravel()] - np.nanmean(residual_phases, axis=2)
     residual = residual.reshape(len(series), len(at), DRIFT)
-    halves = np.power(0.5, np.arange(DRIFT))
+    halves: Floats = np.power(0.5, np.arange(DRIFT))
     drift = np.nansum(residual * halves, axis=2) / np.maximum(np.where(np.isnan(residual), 0, halves).sum(axis=2), TINY)
     published = np.maximum(phase_mean + drift, 0)
 
-    known_mean = np.where(np.isnan(mean_day), phase_mean, mean_day)
+    known_mean: Floats = np.where(np.isnan(mean_day), phase_mean, mean_day)
     scale = 0.7 * known_mean + 0.3 * np.where(np.isnan(level), known_mean, level)
     # A quiet day of a busy series is no series of another size.
     scale = np.maximum(np.nan_to_num(scale), _QUIET * _mean_so_far(past)[:, at])
@@ -114,8 +114,7 @@ def _features(series: Floats, origins: NDArray[np.int64], distance: int, season:
         np.broadcast_to(np.sin((at + distance - front) * (2 * np.pi / season)), scale.shape),
         np.broadcast_to(np.cos((at + distance - front) * (2 * np.pi / season)), scale.shape),
     ]
-    # The further ahead, the less the last windows say by themselves.
-    base = np.nan_to_num(np.where(np.isnan(level), known_mean, level) / scale) / distance
+    base = np.nan_to_num(np.where(np.isnan(level), known_mean, level) / scale)
     values = np.stack([*in_scales, *plain], axis=2).reshape(base.size, -1)
     values = np.clip(values, -1e6, 1e6, out=values).astype(np.float32)
     return Features(values, base.ravel(), scale.ravel(), roughness.ravel())
