@@ -47,7 +47,9 @@ def features(series: Floats, origins: NDArray[np.int64], distance: int, season: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing: NaN is what they shall be
         step = max(1, _ROWS // max(1, len(origins)))
-        parts = [_features(series[at : at + step], origins, distance, season) for at in range(0, len(series), step)]
+        parts = [
+            _features(series[at : at + step], origins, distance, season) for at in range(0, max(1, len(series)), step)
+        ]
     return Features(
         np.concatenate([part.values for part in parts]),
         np.concatenate([part.base for part in parts]),
@@ -115,7 +117,7 @@ def _features(series: Floats, origins: NDArray[np.int64], distance: int, season:
         np.broadcast_to(np.cos((at + distance - front) * (2 * np.pi / season)), scale.shape),
     ]
     base = np.nan_to_num(np.where(np.isnan(level), known_mean, level) / scale)
-    values = np.stack([*in_scales, *plain], axis=2).reshape(base.size, -1)
+    values = np.stack([*in_scales, *plain], axis=2).reshape(base.size, len(in_scales) + len(plain))
     values = np.clip(values, -1e6, 1e6, out=values).astype(np.float32)
     return Features(values, base.ravel(), scale.ravel(), roughness.ravel())
 

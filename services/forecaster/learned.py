@@ -113,7 +113,7 @@ class LearnedPredictor:
             raise ValueError(
                 f"learned for up to {MAX_HORIZON} windows ahead, not {horizon}; use the published predictor"
             )
-        if not series.shape[1]:
+        if not series.size:
             return self._fall_back(series, horizon)
         at = np.array([series.shape[1] - 1])
         used = [anchor for anchor in ANCHORS if anchor < horizon]
@@ -144,13 +144,14 @@ class LearnedPredictor:
         return anchor.calibration.apply(anchor.boosters.quantiles(seen), seen.roughness) * seen.scale[:, None]
 
     def _fall_back(self, series: Floats, horizon: int) -> Floats:
-        return np.stack([self._published.predict(one, horizon) for one in series])
+        answers = [self._published.predict(one, horizon) for one in series]
+        return np.array(answers).reshape(len(series), horizon, len(LEVELS))
 
 
 def fit(series: Floats, season: int) -> LearnedPredictor:
     """Learns from `series`: shape (n, windows), NaN in gaps and before a series begins.
 
-    ValueError where that is too little: fewer than three seasons.
+    ValueError where that is too little: fewer than three seasons, or none of them with traffic to learn from.
     """
     windows = series.shape[1]
     if windows < _MIN_DAYS * season:
@@ -165,6 +166,8 @@ def fit(series: Floats, season: int) -> LearnedPredictor:
         origins = np.tile(origins, len(series))
         early = thinned & (origins + distance < split)
         late = origins + 1 >= split  # no window of these was learnt from, nor that before
+        if np.isnan(actual[early]).all() or np.isnan(actual[late]).all():
+            raise ValueError("no traffic to learn from, or none in the last two seasons to calibrate on")
         # Many models on a thread each: LightGBM's own threads wait for each other wherever a core is taken.
         with ThreadPoolExecutor(_THREADS) as pool:
             trial = _learn(_rows(seen, early), actual[early], distance, pool)

@@ -117,6 +117,11 @@ def test_several_series_are_forecast_as_each_by_itself() -> None:
         np.testing.assert_allclose(predictor().predict(one, 7), forecast, rtol=1e-9)
 
 
+def test_no_series_have_no_forecasts() -> None:
+    assert predictor().predict_many(np.empty((0, 50)), 5).shape == (0, 5, 3)
+    assert predictor().predict_many(np.empty((2, 0)), 5).shape == (2, 5, 3)
+
+
 def test_windows_before_a_series_begins_change_nothing() -> None:
     series = traffic(3, 1, seed=4)[0]
     padded = np.concatenate([np.full(2 * SEASON, np.nan), series])
@@ -134,6 +139,11 @@ def test_what_it_cannot_do_is_refused() -> None:
         predictor().predict(np.ones(50), MAX_HORIZON + 1)
     with pytest.raises(ValueError, match="too few to learn from"):
         fit(traffic(2), SEASON)
+    quiet = traffic(6)
+    quiet[:, 4 * SEASON :] = np.nan
+    for nothing in (np.full((2, 5 * SEASON), np.nan), np.zeros((2, 5 * SEASON)), np.empty((0, 5 * SEASON)), quiet):
+        with pytest.raises(ValueError, match="no traffic to learn from"):
+            fit(nothing, SEASON)
 
 
 @pytest.mark.parametrize("distance", ANCHORS)
