@@ -14,37 +14,26 @@ from services.gpu_agent.weights.layout import ImageLayout, plan_layout
 
 def llama_8b() -> LlamaConfig:
     """The shape of Llama 3.1 8B: 8.03 billion parameters."""
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        rms_norm_eps=1e-5,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    return _llama(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
 
 
 def llama_1b() -> LlamaConfig:
     """The shape of Llama 3.2 1B: 1.24 billion parameters, embeddings tied."""
+    return _llama(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True)
+
+
+def _llama(**shape: Any) -> LlamaConfig:
+    """What both have in common."""
     return LlamaConfig(
         vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
         num_attention_heads=32,
         num_key_value_heads=8,
-        head_dim=64,
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
+        **shape,
     )
 
 

@@ -62,10 +62,6 @@ class Device:
     memory: Memory
     workspace_bytes: int  # most that torch may take besides the arena; 0 where that is not bounded, on the host
 
-    def workspace_in_use(self) -> int:
-        """Bytes that torch holds of the workspace now, graph pools and what it keeps for later included."""
-        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
-
 
 def open_device(settings: GpuAgentSettings) -> Device:
     """Takes the memory that the settings ask for. Raises DeviceUnavailable. To be called once in a process."""

@@ -11,7 +11,7 @@ import torch
 
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.engine.backend import Backend
-from services.gpu_agent.engine.kv import KvSpec
+from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.model import UnsupportedArchitecture, inspect_model
 from services.gpu_agent.settings import GpuAgentSettings
 from services.gpu_agent.weights.checkpoint import Checkpoint

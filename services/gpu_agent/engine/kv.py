@@ -11,8 +11,6 @@ from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.prefix import PrefixCache
 
-__all__ = ["KvCache", "KvSpec"]
-
 
 class KvCache:
     """The blocks of one instance, in pages of the arena. Used by the engine's thread alone.

@@ -56,11 +56,6 @@ class CudaModel:
         self._kv = PagedKv(pages, spec, arena.page_bytes // spec.dtype.itemsize, spec.slots_per_page(arena.page_bytes))
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
 
-    @property
-    def complete(self) -> bool:
-        """Whether every shape is captured."""
-        return len(self._graphs) == len(self.ladder.shapes)
-
     def run(self, shape: StepShape) -> torch.Tensor:
         """Begins a step whose facts are in the workspace's buffer; returns its logits (shape.rows, vocabulary).
 

@@ -44,7 +44,7 @@ class CudaRunner:
         """See Runner. Where it raises, the device has ended what was begun: no page is touched any more."""
         try:
             return self._launch(parts, rows)
-        except Exception:
+        except Exception:  # whatever it is, it is only delayed here
             self._model.workspace.stream.synchronize()
             raise
 

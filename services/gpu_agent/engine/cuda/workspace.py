@@ -44,7 +44,6 @@ class Workspace:
         """Set aside for the activations of a step, once for graphs and once for steps that are not captured."""
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
-        self.max_rows = max_rows
         self.facts = torch.zeros(_FACTS, dtype=torch.int32, device=device)
         self.partials = Partials(Partials.lanes_for(max_rows, _MAX_HEADS, _MAX_HEADS // 8), MAX_HEAD_DIM, device)
         self._logits = torch.empty(max_rows * _MAX_VOCABULARY, dtype=torch.float32, device=device)
