@@ -161,9 +161,15 @@ async def cluster(
     await cluster.close()
 
 
-async def gathered(call: Any) -> tuple[str, list[int], inference_pb2.Finished, list[inference_pb2.Progress]]:
-    """A whole answer over gRPC; checks that tokens come once each and in order, and `finished` once, at the end."""
-    text, tokens, finished, progress = "", [], None, []
+async def gathered(
+    call: Any, tokens: list[int] | None = None
+) -> tuple[str, list[int], inference_pb2.Finished, list[inference_pb2.Progress]]:
+    """A whole answer over gRPC; checks that tokens come once each and in order, and `finished` once, at the end.
+
+    `tokens`, where given, shows them as they come.
+    """
+    tokens = [] if tokens is None else tokens
+    text, finished, progress = "", None, []
     async for response in call:
         assert finished is None
         match response.WhichOneof("event"):

@@ -68,8 +68,11 @@ class Gathered:
                 self.finished[index] = response.finished
 
 
-async def gathered(router: RunningRouter, asked: inference_pb2.GenerateRequest) -> Gathered:
-    answers = Gathered(asked.n or 1)
+async def gathered(
+    router: RunningRouter, asked: inference_pb2.GenerateRequest, answers: Gathered | None = None
+) -> Gathered:
+    """The whole answers; `answers`, where given, shows them as they come."""
+    answers = answers or Gathered(asked.n or 1)
     async for response in router.grpc.Generate(asked):
         answers.take(response)
     assert len(answers.finished) == (asked.n or 1)
@@ -216,12 +219,13 @@ async def test_answers_go_on_elsewhere_each_on_its_own_with_logprobs(cluster: Cl
     await first.activate("m")
     router = await cluster.router()
     asked = request(3, seed=100, logprobs=1, frequency_penalty=1.5, grammar=inference_pb2.Grammar(regex=".*"))
-    call = asyncio.create_task(gathered(router, asked))
-    await until(lambda: first.running == 3, "they run")
+    answers = Gathered(3)
+    call = asyncio.create_task(gathered(router, asked, answers))
+    await until(lambda: all(answers.tokens), "the client has a token of each")
     await first.stop_pulling()
     await (first.die() if how == "dies" else first.break_streams())
     await second.activate("m")
-    answers = await call
+    await call
     assert answers.texts == TEXTS
     for index in range(3):
         assert [item.token_id for item in answers.logprobs[index]] == answers.tokens[index]

@@ -29,8 +29,9 @@ async def test_streams_go_on_at_another_agent_where_they_stopped(cluster: Cluste
     first.hold_at = 7
     await first.activate("m")
     router = await cluster.router()
-    calls = [asyncio.create_task(gathered(router.generate())) for _ in range(5)]
-    await until(lambda: first.running == 5, "all run on the first agent")
+    seen: list[list[int]] = [[] for _ in range(5)]
+    calls = [asyncio.create_task(gathered(router.generate(), tokens)) for tokens in seen]
+    await until(lambda: all(seen), "clients have tokens of all from the first agent")
     stream = await router.openai.chat.completions.create(
         model="m", messages=[{"role": "user", "content": "x"}], stream=True
     )
@@ -112,8 +113,9 @@ async def test_two_instances_start_the_same_request(cluster: Cluster) -> None:
     first.hold_at = second.hold_at = 3
     await first.activate("m")
     router = await cluster.router()
-    call = asyncio.create_task(gathered(router.generate()))
-    await until(lambda: first.running == 1, "the first agent has it")
+    seen: list[int] = []
+    call = asyncio.create_task(gathered(router.generate(), seen))
+    await until(lambda: bool(seen), "the first agent has it, and the client a token")
     await first.stop_pulling()
     await cluster.queue.put(first.taken[0])  # as when an answer of Redis was lost and the entry put twice
     await second.activate("m")
@@ -143,8 +145,9 @@ async def test_an_agent_that_connects_anew_has_given_up_what_it_had(cluster: Clu
     first.hold_at = 5
     await first.activate("m")
     router = await cluster.router()
-    call = asyncio.create_task(gathered(router.generate()))
-    await until(lambda: first.running == 1, "it runs")
+    seen: list[int] = []
+    call = asyncio.create_task(gathered(router.generate(), seen))
+    await until(lambda: bool(seen), "the client has a token")
     await first.stop_pulling()
 
     async def hello() -> AsyncIterator[agent_pb2.RelayRequest]:
