@@ -52,6 +52,30 @@ ACTION_KIND_EVICT: ActionKind.ValueType  # 4
 """Give its weight pages back."""
 Global___ActionKind: _TypeAlias = ActionKind  # noqa: Y015
 
+class _CalendarSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CalendarSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CalendarSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CALENDAR_SOURCE_UNSPECIFIED: _CalendarSource.ValueType  # 0
+    """Never sent."""
+    CALENDAR_SOURCE_OPERATOR: _CalendarSource.ValueType  # 1
+    """An operator."""
+    CALENDAR_SOURCE_CLIENT: _CalendarSource.ValueType  # 2
+    """A client, by Prewarm."""
+
+class CalendarSource(_CalendarSource, metaclass=_CalendarSourceEnumTypeWrapper):
+    """Who announced an expectation."""
+
+CALENDAR_SOURCE_UNSPECIFIED: CalendarSource.ValueType  # 0
+"""Never sent."""
+CALENDAR_SOURCE_OPERATOR: CalendarSource.ValueType  # 1
+"""An operator."""
+CALENDAR_SOURCE_CLIENT: CalendarSource.ValueType  # 2
+"""A client, by Prewarm."""
+Global___CalendarSource: _TypeAlias = CalendarSource  # noqa: Y015
+
 class _EventKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -858,7 +882,9 @@ Global___Plan: _TypeAlias = Plan  # noqa: Y015
 
 @_typing.final
 class CalendarEntry(_message.Message):
-    """An operator's expectation; etcd key `calendar/{model}/{id}`."""
+    """An announced expectation; etcd key `calendar/{model}/{id}`. It raises the forecast of its time; the forecaster scores
+    it and takes it away once it has ended.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -867,6 +893,9 @@ class CalendarEntry(_message.Message):
     DURATION_S_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    CREATED_UNIX_MS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model."""
     start_unix_s: _builtins.int
@@ -877,6 +906,12 @@ class CalendarEntry(_message.Message):
     """Requests in progress to expect."""
     note: _builtins.str
     """Who said it, and why, for people."""
+    id: _builtins.str
+    """Its id, unique within the model."""
+    source: Global___CalendarSource.ValueType
+    """Who said it."""
+    created_unix_ms: _builtins.int
+    """When it was said, in Unix milliseconds."""
     def __init__(
         self,
         *,
@@ -885,10 +920,13 @@ class CalendarEntry(_message.Message):
         duration_s: _builtins.int = ...,
         load: _builtins.float = ...,
         note: _builtins.str = ...,
+        id: _builtins.str = ...,
+        source: Global___CalendarSource.ValueType = ...,
+        created_unix_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "load", b"load", "model", b"model", "note", b"note", "start_unix_s", b"start_unix_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_unix_ms", b"created_unix_ms", "duration_s", b"duration_s", "id", b"id", "load", b"load", "model", b"model", "note", b"note", "source", b"source", "start_unix_s", b"start_unix_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

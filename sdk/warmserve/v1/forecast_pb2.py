@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from warmserve.v1 import cluster_pb2 as warmserve_dot_v1_dot_cluster__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bwarmserve/v1/forecast.proto\x12\x0cwarmserve.v1\x1a\x1awarmserve/v1/cluster.proto\"%\n\x13GetForecastsRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\"A\n\x14GetForecastsResponse\x12)\n\tforecasts\x18\x01 \x03(\x0b\x32\x16.warmserve.v1.Forecast\"\'\n\x15WatchForecastsRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\"B\n\x16WatchForecastsResponse\x12(\n\x08\x66orecast\x18\x01 \x01(\x0b\x32\x16.warmserve.v1.Forecast2\xc7\x01\n\x0f\x46orecastService\x12U\n\x0cGetForecasts\x12!.warmserve.v1.GetForecastsRequest\x1a\".warmserve.v1.GetForecastsResponse\x12]\n\x0eWatchForecasts\x12#.warmserve.v1.WatchForecastsRequest\x1a$.warmserve.v1.WatchForecastsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bwarmserve/v1/forecast.proto\x12\x0cwarmserve.v1\x1a\x1awarmserve/v1/cluster.proto\"%\n\x13GetForecastsRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\"A\n\x14GetForecastsResponse\x12)\n\tforecasts\x18\x01 \x03(\x0b\x32\x16.warmserve.v1.Forecast\"\'\n\x15WatchForecastsRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\"B\n\x16WatchForecastsResponse\x12(\n\x08\x66orecast\x18\x01 \x01(\x0b\x32\x16.warmserve.v1.Forecast\"Y\n\x11GetHistoryRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66rom_unix_s\x18\x02 \x01(\x03\x12\x11\n\tto_unix_s\x18\x03 \x01(\x03\x12\r\n\x05\x61head\x18\x04 \x01(\r\"\x83\x01\n\x12GetHistoryResponse\x12\x10\n\x08window_s\x18\x01 \x01(\x01\x12,\n\x07windows\x18\x02 \x03(\x0b\x32\x1b.warmserve.v1.HistoryWindow\x12-\n\x08\x63\x61lendar\x18\x03 \x03(\x0b\x32\x1b.warmserve.v1.CalendarEntry\"\x91\x01\n\rHistoryWindow\x12\x14\n\x0cstart_unix_s\x18\x01 \x01(\x03\x12\x10\n\x08window_s\x18\x02 \x01(\x01\x12(\n\x06\x61\x63tual\x18\x03 \x01(\x0b\x32\x18.warmserve.v1.LoadSample\x12.\n\x08\x66orecast\x18\x04 \x01(\x0b\x32\x1c.warmserve.v1.WindowForecast\"\x82\x01\n\nLoadSample\x12\x11\n\tmean_load\x18\x01 \x01(\x01\x12\x11\n\tpeak_load\x18\x02 \x01(\x01\x12\x14\n\x0crequest_rate\x18\x03 \x01(\x01\x12\x1b\n\x13prompt_tokens_per_s\x18\x04 \x01(\x01\x12\x1b\n\x13output_tokens_per_s\x18\x05 \x01(\x01\"e\n\x14ImportHistoryRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08window_s\x18\x02 \x01(\x01\x12,\n\x07windows\x18\x03 \x03(\x0b\x32\x1b.warmserve.v1.HistoryWindow\"8\n\x15ImportHistoryResponse\x12\x0f\n\x07windows\x18\x01 \x01(\x04\x12\x0e\n\x06models\x18\x02 \x01(\r\"A\n\x10GetScoresRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\x12\x0e\n\x06past_s\x18\x02 \x01(\x01\x12\r\n\x05\x61head\x18\x03 \x01(\r\"o\n\x11GetScoresResponse\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.warmserve.v1.ForecastScore\x12-\n\x08\x63\x61lendar\x18\x02 \x03(\x0b\x32\x1b.warmserve.v1.CalendarScore\"\xea\x01\n\rForecastScore\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07windows\x18\x02 \x01(\x04\x12\x0c\n\x04wape\x18\x03 \x01(\x01\x12\x13\n\x0bpinball_p90\x18\x04 \x01(\x01\x12\x14\n\x0c\x63overage_p90\x18\x05 \x01(\x01\x12\x14\n\x0c\x63overage_p99\x18\x06 \x01(\x01\x12\x16\n\x0eover_provision\x18\x07 \x01(\x01\x12\x1a\n\x12needless_replica_s\x18\x08 \x01(\x01\x12\x19\n\x11missing_replica_s\x18\t \x01(\x01\x12\x1b\n\x13unforeseen_requests\x18\n \x01(\x01\"\xbd\x01\n\rCalendarScore\x12*\n\x05\x65ntry\x18\x01 \x01(\x0b\x32\x1b.warmserve.v1.CalendarEntry\x12\x18\n\x0b\x61\x63tual_load\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x0b\x61\x63tual_peak\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rforecast_load\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x0e\n\x0c_actual_loadB\x0e\n\x0c_actual_peakB\x10\n\x0e_forecast_load\"\x15\n\x13GetPredictorRequest\"\xc8\x01\n\x14GetPredictorResponse\x12-\n\x08\x63hampion\x18\x01 \x01(\x0b\x32\x1b.warmserve.v1.PredictorInfo\x12-\n\x08previous\x18\x02 \x01(\x0b\x32\x1b.warmserve.v1.PredictorInfo\x12/\n\nchallenger\x18\x03 \x01(\x0b\x32\x1b.warmserve.v1.PredictorInfo\x12\x12\n\nlast_refit\x18\x04 \x01(\t\x12\r\n\x05\x64rift\x18\x05 \x01(\x01\"m\n\rPredictorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x66itted_unix_ms\x18\x02 \x01(\x03\x12\x0e\n\x06series\x18\x03 \x01(\r\x12\x0f\n\x07windows\x18\x04 \x01(\x04\x12\x15\n\rrelative_loss\x18\x05 \x01(\x01\"\x19\n\x17RestorePredictorRequest\"I\n\x18RestorePredictorResponse\x12-\n\x08\x63hampion\x18\x01 \x01(\x0b\x32\x1b.warmserve.v1.PredictorInfo2\xfc\x04\n\x0f\x46orecastService\x12U\n\x0cGetForecasts\x12!.warmserve.v1.GetForecastsRequest\x1a\".warmserve.v1.GetForecastsResponse\x12]\n\x0eWatchForecasts\x12#.warmserve.v1.WatchForecastsRequest\x1a$.warmserve.v1.WatchForecastsResponse0\x01\x12O\n\nGetHistory\x12\x1f.warmserve.v1.GetHistoryRequest\x1a .warmserve.v1.GetHistoryResponse\x12Z\n\rImportHistory\x12\".warmserve.v1.ImportHistoryRequest\x1a#.warmserve.v1.ImportHistoryResponse(\x01\x12L\n\tGetScores\x12\x1e.warmserve.v1.GetScoresRequest\x1a\x1f.warmserve.v1.GetScoresResponse\x12U\n\x0cGetPredictor\x12!.warmserve.v1.GetPredictorRequest\x1a\".warmserve.v1.GetPredictorResponse\x12\x61\n\x10RestorePredictor\x12%.warmserve.v1.RestorePredictorRequest\x1a&.warmserve.v1.RestorePredictorResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,6 +40,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHFORECASTSREQUEST']._serialized_end=218
   _globals['_WATCHFORECASTSRESPONSE']._serialized_start=220
   _globals['_WATCHFORECASTSRESPONSE']._serialized_end=286
-  _globals['_FORECASTSERVICE']._serialized_start=289
-  _globals['_FORECASTSERVICE']._serialized_end=488
+  _globals['_GETHISTORYREQUEST']._serialized_start=288
+  _globals['_GETHISTORYREQUEST']._serialized_end=377
+  _globals['_GETHISTORYRESPONSE']._serialized_start=380
+  _globals['_GETHISTORYRESPONSE']._serialized_end=511
+  _globals['_HISTORYWINDOW']._serialized_start=514
+  _globals['_HISTORYWINDOW']._serialized_end=659
+  _globals['_LOADSAMPLE']._serialized_start=662
+  _globals['_LOADSAMPLE']._serialized_end=792
+  _globals['_IMPORTHISTORYREQUEST']._serialized_start=794
+  _globals['_IMPORTHISTORYREQUEST']._serialized_end=895
+  _globals['_IMPORTHISTORYRESPONSE']._serialized_start=897
+  _globals['_IMPORTHISTORYRESPONSE']._serialized_end=953
+  _globals['_GETSCORESREQUEST']._serialized_start=955
+  _globals['_GETSCORESREQUEST']._serialized_end=1020
+  _globals['_GETSCORESRESPONSE']._serialized_start=1022
+  _globals['_GETSCORESRESPONSE']._serialized_end=1133
+  _globals['_FORECASTSCORE']._serialized_start=1136
+  _globals['_FORECASTSCORE']._serialized_end=1370
+  _globals['_CALENDARSCORE']._serialized_start=1373
+  _globals['_CALENDARSCORE']._serialized_end=1562
+  _globals['_GETPREDICTORREQUEST']._serialized_start=1564
+  _globals['_GETPREDICTORREQUEST']._serialized_end=1585
+  _globals['_GETPREDICTORRESPONSE']._serialized_start=1588
+  _globals['_GETPREDICTORRESPONSE']._serialized_end=1788
+  _globals['_PREDICTORINFO']._serialized_start=1790
+  _globals['_PREDICTORINFO']._serialized_end=1899
+  _globals['_RESTOREPREDICTORREQUEST']._serialized_start=1901
+  _globals['_RESTOREPREDICTORREQUEST']._serialized_end=1926
+  _globals['_RESTOREPREDICTORRESPONSE']._serialized_start=1928
+  _globals['_RESTOREPREDICTORRESPONSE']._serialized_end=2001
+  _globals['_FORECASTSERVICE']._serialized_start=2004
+  _globals['_FORECASTSERVICE']._serialized_end=2640
 # @@protoc_insertion_point(module_scope)

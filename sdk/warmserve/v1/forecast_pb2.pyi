@@ -114,3 +114,512 @@ class WatchForecastsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchForecastsResponse: _TypeAlias = WatchForecastsResponse  # noqa: Y015
+
+@_typing.final
+class GetHistoryRequest(_message.Message):
+    """Which part of a model's history to get."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    FROM_UNIX_S_FIELD_NUMBER: _builtins.int
+    TO_UNIX_S_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    from_unix_s: _builtins.int
+    """The first moment of interest, in Unix seconds; 0 means a day ago."""
+    to_unix_s: _builtins.int
+    """The last one, in Unix seconds; 0 means now."""
+    ahead: _builtins.int
+    """How many windows before them the forecasts are to have been made, 1 to 12; 0 means 1."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        from_unix_s: _builtins.int = ...,
+        to_unix_s: _builtins.int = ...,
+        ahead: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "from_unix_s", b"from_unix_s", "model", b"model", "to_unix_s", b"to_unix_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHistoryRequest: _TypeAlias = GetHistoryRequest  # noqa: Y015
+
+@_typing.final
+class GetHistoryResponse(_message.Message):
+    """The windows of a model, oldest first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOW_S_FIELD_NUMBER: _builtins.int
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    CALENDAR_FIELD_NUMBER: _builtins.int
+    window_s: _builtins.float
+    """Length of a window, in seconds. Older windows may have been joined into longer ones."""
+    @_builtins.property
+    def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___HistoryWindow]:
+        """Windows of which something is known: gaps that were forecast have no actual."""
+
+    @_builtins.property
+    def calendar(self) -> _containers.RepeatedCompositeFieldContainer[_cluster_pb2.CalendarEntry]:
+        """Announced expectations that fall into this time."""
+
+    def __init__(
+        self,
+        *,
+        window_s: _builtins.float = ...,
+        windows: _abc.Iterable[Global___HistoryWindow] | None = ...,
+        calendar: _abc.Iterable[_cluster_pb2.CalendarEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calendar", b"calendar", "window_s", b"window_s", "windows", b"windows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHistoryResponse: _TypeAlias = GetHistoryResponse  # noqa: Y015
+
+@_typing.final
+class HistoryWindow(_message.Message):
+    """One window: what was, and what had been forecast."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_UNIX_S_FIELD_NUMBER: _builtins.int
+    WINDOW_S_FIELD_NUMBER: _builtins.int
+    ACTUAL_FIELD_NUMBER: _builtins.int
+    FORECAST_FIELD_NUMBER: _builtins.int
+    start_unix_s: _builtins.int
+    """Its begin, in Unix seconds."""
+    window_s: _builtins.float
+    """Its length, in seconds."""
+    @_builtins.property
+    def actual(self) -> Global___LoadSample:
+        """What was counted; unset where nobody counted."""
+
+    @_builtins.property
+    def forecast(self) -> _cluster_pb2.WindowForecast:
+        """What had been forecast `ahead` windows before; unset where nothing was."""
+
+    def __init__(
+        self,
+        *,
+        start_unix_s: _builtins.int = ...,
+        window_s: _builtins.float = ...,
+        actual: Global___LoadSample | None = ...,
+        forecast: _cluster_pb2.WindowForecast | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["actual", b"actual", "forecast", b"forecast"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual", b"actual", "forecast", b"forecast", "start_unix_s", b"start_unix_s", "window_s", b"window_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HistoryWindow: _TypeAlias = HistoryWindow  # noqa: Y015
+
+@_typing.final
+class LoadSample(_message.Message):
+    """What was counted of one model in one window."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_LOAD_FIELD_NUMBER: _builtins.int
+    PEAK_LOAD_FIELD_NUMBER: _builtins.int
+    REQUEST_RATE_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
+    mean_load: _builtins.float
+    """Mean of requests in progress."""
+    peak_load: _builtins.float
+    """Most requests in progress at any moment."""
+    request_rate: _builtins.float
+    """Arrivals per second."""
+    prompt_tokens_per_s: _builtins.float
+    """Prompt tokens per second."""
+    output_tokens_per_s: _builtins.float
+    """Output tokens per second."""
+    def __init__(
+        self,
+        *,
+        mean_load: _builtins.float = ...,
+        peak_load: _builtins.float = ...,
+        request_rate: _builtins.float = ...,
+        prompt_tokens_per_s: _builtins.float = ...,
+        output_tokens_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mean_load", b"mean_load", "output_tokens_per_s", b"output_tokens_per_s", "peak_load", b"peak_load", "prompt_tokens_per_s", b"prompt_tokens_per_s", "request_rate", b"request_rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadSample: _TypeAlias = LoadSample  # noqa: Y015
+
+@_typing.final
+class ImportHistoryRequest(_message.Message):
+    """Windows to add to one model's history; a call may send any number, of any number of models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    WINDOW_S_FIELD_NUMBER: _builtins.int
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    window_s: _builtins.float
+    """Length of a window, in seconds; the forecaster's own, or a divisor of it."""
+    @_builtins.property
+    def windows(self) -> _containers.RepeatedCompositeFieldContainer[Global___HistoryWindow]:
+        """The windows, oldest first; what is left out between them stays unknown. Windows that are known already are replaced."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        window_s: _builtins.float = ...,
+        windows: _abc.Iterable[Global___HistoryWindow] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "window_s", b"window_s", "windows", b"windows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportHistoryRequest: _TypeAlias = ImportHistoryRequest  # noqa: Y015
+
+@_typing.final
+class ImportHistoryResponse(_message.Message):
+    """What was recorded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    MODELS_FIELD_NUMBER: _builtins.int
+    windows: _builtins.int
+    """Windows recorded, of all models."""
+    models: _builtins.int
+    """Models they belong to."""
+    def __init__(
+        self,
+        *,
+        windows: _builtins.int = ...,
+        models: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "windows", b"windows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportHistoryResponse: _TypeAlias = ImportHistoryResponse  # noqa: Y015
+
+@_typing.final
+class GetScoresRequest(_message.Message):
+    """Which scores to get."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    PAST_S_FIELD_NUMBER: _builtins.int
+    AHEAD_FIELD_NUMBER: _builtins.int
+    past_s: _builtins.float
+    """Seconds to look back; 0 means a week."""
+    ahead: _builtins.int
+    """How many windows before, 1 to 12; 0 means 1."""
+    @_builtins.property
+    def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models; empty means all that were ever forecast."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[_builtins.str] | None = ...,
+        past_s: _builtins.float = ...,
+        ahead: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "models", b"models", "past_s", b"past_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetScoresRequest: _TypeAlias = GetScoresRequest  # noqa: Y015
+
+@_typing.final
+class GetScoresResponse(_message.Message):
+    """Scores, in order of model name, and of announcements, in order of time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    CALENDAR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ForecastScore]:
+        """One per model that has any."""
+
+    @_builtins.property
+    def calendar(self) -> _containers.RepeatedCompositeFieldContainer[Global___CalendarScore]:
+        """Announcements that have ended."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ForecastScore] | None = ...,
+        calendar: _abc.Iterable[Global___CalendarScore] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calendar", b"calendar", "models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetScoresResponse: _TypeAlias = GetScoresResponse  # noqa: Y015
+
+@_typing.final
+class ForecastScore(_message.Message):
+    """How good the forecasts of one model's mean load have been."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    WAPE_FIELD_NUMBER: _builtins.int
+    PINBALL_P90_FIELD_NUMBER: _builtins.int
+    COVERAGE_P90_FIELD_NUMBER: _builtins.int
+    COVERAGE_P99_FIELD_NUMBER: _builtins.int
+    OVER_PROVISION_FIELD_NUMBER: _builtins.int
+    NEEDLESS_REPLICA_S_FIELD_NUMBER: _builtins.int
+    MISSING_REPLICA_S_FIELD_NUMBER: _builtins.int
+    UNFORESEEN_REQUESTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    windows: _builtins.int
+    """Windows that were forecast and counted."""
+    wape: _builtins.float
+    """Sum of |median - actual| over the sum of actuals; 0 where there was no traffic."""
+    pinball_p90: _builtins.float
+    """Mean pinball loss of p90 over the mean of actuals; 0 where there was no traffic."""
+    coverage_p90: _builtins.float
+    """Share of windows at or under p90."""
+    coverage_p99: _builtins.float
+    """Share of windows at or under p99."""
+    over_provision: _builtins.float
+    """Mean of p90 over the mean of actuals; 0 where there was no traffic."""
+    needless_replica_s: _builtins.float
+    """Seconds for which p90 of the peak called for replicas that the peak did not need, summed over replicas."""
+    missing_replica_s: _builtins.float
+    """Seconds for which the peak needed replicas that p90 of it did not call for, summed over replicas."""
+    unforeseen_requests: _builtins.float
+    """Arrivals in windows for which p90 had called for no replica."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        windows: _builtins.int = ...,
+        wape: _builtins.float = ...,
+        pinball_p90: _builtins.float = ...,
+        coverage_p90: _builtins.float = ...,
+        coverage_p99: _builtins.float = ...,
+        over_provision: _builtins.float = ...,
+        needless_replica_s: _builtins.float = ...,
+        missing_replica_s: _builtins.float = ...,
+        unforeseen_requests: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage_p90", b"coverage_p90", "coverage_p99", b"coverage_p99", "missing_replica_s", b"missing_replica_s", "model", b"model", "needless_replica_s", b"needless_replica_s", "over_provision", b"over_provision", "pinball_p90", b"pinball_p90", "unforeseen_requests", b"unforeseen_requests", "wape", b"wape", "windows", b"windows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForecastScore: _TypeAlias = ForecastScore  # noqa: Y015
+
+@_typing.final
+class CalendarScore(_message.Message):
+    """What came of an announced expectation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    ACTUAL_LOAD_FIELD_NUMBER: _builtins.int
+    ACTUAL_PEAK_FIELD_NUMBER: _builtins.int
+    FORECAST_LOAD_FIELD_NUMBER: _builtins.int
+    actual_load: _builtins.float
+    """Mean of requests in progress while it lasted; unset where nobody counted."""
+    actual_peak: _builtins.float
+    """The largest mean load of a window while it lasted."""
+    forecast_load: _builtins.float
+    """What would have been forecast without it, the mean over its windows."""
+    @_builtins.property
+    def entry(self) -> _cluster_pb2.CalendarEntry:
+        """The entry."""
+
+    def __init__(
+        self,
+        *,
+        entry: _cluster_pb2.CalendarEntry | None = ...,
+        actual_load: _builtins.float | None = ...,
+        actual_peak: _builtins.float | None = ...,
+        forecast_load: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_actual_load", b"_actual_load", "_actual_peak", b"_actual_peak", "_forecast_load", b"_forecast_load", "actual_load", b"actual_load", "actual_peak", b"actual_peak", "entry", b"entry", "forecast_load", b"forecast_load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actual_load", b"_actual_load", "_actual_peak", b"_actual_peak", "_forecast_load", b"_forecast_load", "actual_load", b"actual_load", "actual_peak", b"actual_peak", "entry", b"entry", "forecast_load", b"forecast_load"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__actual_load: _TypeAlias = _typing.Literal["actual_load"]  # noqa: Y015
+    _WhichOneofArgType__actual_load: _TypeAlias = _typing.Literal["_actual_load", b"_actual_load"]  # noqa: Y015
+    _WhichOneofReturnType__actual_peak: _TypeAlias = _typing.Literal["actual_peak"]  # noqa: Y015
+    _WhichOneofArgType__actual_peak: _TypeAlias = _typing.Literal["_actual_peak", b"_actual_peak"]  # noqa: Y015
+    _WhichOneofReturnType__forecast_load: _TypeAlias = _typing.Literal["forecast_load"]  # noqa: Y015
+    _WhichOneofArgType__forecast_load: _TypeAlias = _typing.Literal["_forecast_load", b"_forecast_load"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__actual_load) -> _WhichOneofReturnType__actual_load | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__actual_peak) -> _WhichOneofReturnType__actual_peak | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__forecast_load) -> _WhichOneofReturnType__forecast_load | None: ...
+
+Global___CalendarScore: _TypeAlias = CalendarScore  # noqa: Y015
+
+@_typing.final
+class GetPredictorRequest(_message.Message):
+    """Asks for the predictors in use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPredictorRequest: _TypeAlias = GetPredictorRequest  # noqa: Y015
+
+@_typing.final
+class GetPredictorResponse(_message.Message):
+    """The predictors in use."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAMPION_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    CHALLENGER_FIELD_NUMBER: _builtins.int
+    LAST_REFIT_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
+    last_refit: _builtins.str
+    """How the last refit ended, for people."""
+    drift: _builtins.float
+    """Mean loss of newest windows over that when the champion was fitted; far above 1 is drift. 0 if not yet known."""
+    @_builtins.property
+    def champion(self) -> Global___PredictorInfo:
+        """What forecasts are made with."""
+
+    @_builtins.property
+    def previous(self) -> Global___PredictorInfo:
+        """What they were made with before; unset where there was none."""
+
+    @_builtins.property
+    def challenger(self) -> Global___PredictorInfo:
+        """The predictor of the last refit, kept or not; unset before the first."""
+
+    def __init__(
+        self,
+        *,
+        champion: Global___PredictorInfo | None = ...,
+        previous: Global___PredictorInfo | None = ...,
+        challenger: Global___PredictorInfo | None = ...,
+        last_refit: _builtins.str = ...,
+        drift: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["challenger", b"challenger", "champion", b"champion", "previous", b"previous"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenger", b"challenger", "champion", b"champion", "drift", b"drift", "last_refit", b"last_refit", "previous", b"previous"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPredictorResponse: _TypeAlias = GetPredictorResponse  # noqa: Y015
+
+@_typing.final
+class PredictorInfo(_message.Message):
+    """One predictor."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FITTED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    SERIES_FIELD_NUMBER: _builtins.int
+    WINDOWS_FIELD_NUMBER: _builtins.int
+    RELATIVE_LOSS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"published" or "learned"."""
+    fitted_unix_ms: _builtins.int
+    """When it was fitted, in Unix milliseconds; 0 for one that is not fitted."""
+    series: _builtins.int
+    """Series and windows that it learned from."""
+    windows: _builtins.int
+    """See series."""
+    relative_loss: _builtins.float
+    """Its mean pinball loss on the newest windows, on which predictors were compared, relative to the published one's."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        fitted_unix_ms: _builtins.int = ...,
+        series: _builtins.int = ...,
+        windows: _builtins.int = ...,
+        relative_loss: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fitted_unix_ms", b"fitted_unix_ms", "name", b"name", "relative_loss", b"relative_loss", "series", b"series", "windows", b"windows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictorInfo: _TypeAlias = PredictorInfo  # noqa: Y015
+
+@_typing.final
+class RestorePredictorRequest(_message.Message):
+    """Asks for the previous champion."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestorePredictorRequest: _TypeAlias = RestorePredictorRequest  # noqa: Y015
+
+@_typing.final
+class RestorePredictorResponse(_message.Message):
+    """Who is champion now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAMPION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def champion(self) -> Global___PredictorInfo:
+        """The champion."""
+
+    def __init__(
+        self,
+        *,
+        champion: Global___PredictorInfo | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["champion", b"champion"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["champion", b"champion"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestorePredictorResponse: _TypeAlias = RestorePredictorResponse  # noqa: Y015

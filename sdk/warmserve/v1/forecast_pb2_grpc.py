@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ForecastServiceStub(object):
-    """The newest forecast of each model. Served by the forecaster; the same messages are in etcd.
+    """Forecasts, the history they are made from, and how good they have been. Served by the forecaster; the newest forecasts
+    are in etcd too.
     """
 
     def __init__(self, channel):
@@ -45,10 +46,36 @@ class ForecastServiceStub(object):
                 request_serializer=warmserve_dot_v1_dot_forecast__pb2.WatchForecastsRequest.SerializeToString,
                 response_deserializer=warmserve_dot_v1_dot_forecast__pb2.WatchForecastsResponse.FromString,
                 _registered_method=True)
+        self.GetHistory = channel.unary_unary(
+                '/warmserve.v1.ForecastService/GetHistory',
+                request_serializer=warmserve_dot_v1_dot_forecast__pb2.GetHistoryRequest.SerializeToString,
+                response_deserializer=warmserve_dot_v1_dot_forecast__pb2.GetHistoryResponse.FromString,
+                _registered_method=True)
+        self.ImportHistory = channel.stream_unary(
+                '/warmserve.v1.ForecastService/ImportHistory',
+                request_serializer=warmserve_dot_v1_dot_forecast__pb2.ImportHistoryRequest.SerializeToString,
+                response_deserializer=warmserve_dot_v1_dot_forecast__pb2.ImportHistoryResponse.FromString,
+                _registered_method=True)
+        self.GetScores = channel.unary_unary(
+                '/warmserve.v1.ForecastService/GetScores',
+                request_serializer=warmserve_dot_v1_dot_forecast__pb2.GetScoresRequest.SerializeToString,
+                response_deserializer=warmserve_dot_v1_dot_forecast__pb2.GetScoresResponse.FromString,
+                _registered_method=True)
+        self.GetPredictor = channel.unary_unary(
+                '/warmserve.v1.ForecastService/GetPredictor',
+                request_serializer=warmserve_dot_v1_dot_forecast__pb2.GetPredictorRequest.SerializeToString,
+                response_deserializer=warmserve_dot_v1_dot_forecast__pb2.GetPredictorResponse.FromString,
+                _registered_method=True)
+        self.RestorePredictor = channel.unary_unary(
+                '/warmserve.v1.ForecastService/RestorePredictor',
+                request_serializer=warmserve_dot_v1_dot_forecast__pb2.RestorePredictorRequest.SerializeToString,
+                response_deserializer=warmserve_dot_v1_dot_forecast__pb2.RestorePredictorResponse.FromString,
+                _registered_method=True)
 
 
 class ForecastServiceServicer(object):
-    """The newest forecast of each model. Served by the forecaster; the same messages are in etcd.
+    """Forecasts, the history they are made from, and how good they have been. Served by the forecaster; the newest forecasts
+    are in etcd too.
     """
 
     def GetForecasts(self, request, context):
@@ -60,6 +87,42 @@ class ForecastServiceServicer(object):
 
     def WatchForecasts(self, request, context):
         """The newest forecasts at once, then each new one as it is made, until the caller cancels.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetHistory(self, request, context):
+        """What a model's windows were, and what had been forecast for them. NOT_FOUND where nothing was ever recorded of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportHistory(self, request_iterator, context):
+        """Adds windows of the past, for models deployed or not, so that their forecasts begin with them. All of it is recorded
+        or nothing. INVALID_ARGUMENT names the window that is wrong (another window length, in the future, negative).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetScores(self, request, context):
+        """How good forecasts and announcements have been, and what their errors cost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPredictor(self, request, context):
+        """The predictors in use: the champion, the one before it, and how the last refit ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestorePredictor(self, request, context):
+        """Makes the previous champion the champion again. FAILED_PRECONDITION where there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +141,31 @@ def add_ForecastServiceServicer_to_server(servicer, server):
                     request_deserializer=warmserve_dot_v1_dot_forecast__pb2.WatchForecastsRequest.FromString,
                     response_serializer=warmserve_dot_v1_dot_forecast__pb2.WatchForecastsResponse.SerializeToString,
             ),
+            'GetHistory': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHistory,
+                    request_deserializer=warmserve_dot_v1_dot_forecast__pb2.GetHistoryRequest.FromString,
+                    response_serializer=warmserve_dot_v1_dot_forecast__pb2.GetHistoryResponse.SerializeToString,
+            ),
+            'ImportHistory': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportHistory,
+                    request_deserializer=warmserve_dot_v1_dot_forecast__pb2.ImportHistoryRequest.FromString,
+                    response_serializer=warmserve_dot_v1_dot_forecast__pb2.ImportHistoryResponse.SerializeToString,
+            ),
+            'GetScores': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetScores,
+                    request_deserializer=warmserve_dot_v1_dot_forecast__pb2.GetScoresRequest.FromString,
+                    response_serializer=warmserve_dot_v1_dot_forecast__pb2.GetScoresResponse.SerializeToString,
+            ),
+            'GetPredictor': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPredictor,
+                    request_deserializer=warmserve_dot_v1_dot_forecast__pb2.GetPredictorRequest.FromString,
+                    response_serializer=warmserve_dot_v1_dot_forecast__pb2.GetPredictorResponse.SerializeToString,
+            ),
+            'RestorePredictor': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestorePredictor,
+                    request_deserializer=warmserve_dot_v1_dot_forecast__pb2.RestorePredictorRequest.FromString,
+                    response_serializer=warmserve_dot_v1_dot_forecast__pb2.RestorePredictorResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'warmserve.v1.ForecastService', rpc_method_handlers)
@@ -87,7 +175,8 @@ def add_ForecastServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ForecastService(object):
-    """The newest forecast of each model. Served by the forecaster; the same messages are in etcd.
+    """Forecasts, the history they are made from, and how good they have been. Served by the forecaster; the newest forecasts
+    are in etcd too.
     """
 
     @staticmethod
@@ -134,6 +223,141 @@ class ForecastService(object):
             '/warmserve.v1.ForecastService/WatchForecasts',
             warmserve_dot_v1_dot_forecast__pb2.WatchForecastsRequest.SerializeToString,
             warmserve_dot_v1_dot_forecast__pb2.WatchForecastsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHistory(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmserve.v1.ForecastService/GetHistory',
+            warmserve_dot_v1_dot_forecast__pb2.GetHistoryRequest.SerializeToString,
+            warmserve_dot_v1_dot_forecast__pb2.GetHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportHistory(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/warmserve.v1.ForecastService/ImportHistory',
+            warmserve_dot_v1_dot_forecast__pb2.ImportHistoryRequest.SerializeToString,
+            warmserve_dot_v1_dot_forecast__pb2.ImportHistoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetScores(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmserve.v1.ForecastService/GetScores',
+            warmserve_dot_v1_dot_forecast__pb2.GetScoresRequest.SerializeToString,
+            warmserve_dot_v1_dot_forecast__pb2.GetScoresResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPredictor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmserve.v1.ForecastService/GetPredictor',
+            warmserve_dot_v1_dot_forecast__pb2.GetPredictorRequest.SerializeToString,
+            warmserve_dot_v1_dot_forecast__pb2.GetPredictorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestorePredictor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmserve.v1.ForecastService/RestorePredictor',
+            warmserve_dot_v1_dot_forecast__pb2.RestorePredictorRequest.SerializeToString,
+            warmserve_dot_v1_dot_forecast__pb2.RestorePredictorResponse.FromString,
             options,
             channel_credentials,
             insecure,

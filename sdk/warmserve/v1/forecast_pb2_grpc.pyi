@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ForecastServiceStub:
-    """The newest forecast of each model. Served by the forecaster; the same messages are in etcd."""
+    """Forecasts, the history they are made from, and how good they have been. Served by the forecaster; the newest forecasts
+    are in etcd too.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,19 +39,47 @@ class ForecastServiceStub:
     """Forecasts of the models asked for, or of all. NOT_FOUND names a model that is not deployed."""
     WatchForecasts: _grpc.UnaryStreamMultiCallable[_forecast_pb2.WatchForecastsRequest, _forecast_pb2.WatchForecastsResponse]
     """The newest forecasts at once, then each new one as it is made, until the caller cancels."""
+    GetHistory: _grpc.UnaryUnaryMultiCallable[_forecast_pb2.GetHistoryRequest, _forecast_pb2.GetHistoryResponse]
+    """What a model's windows were, and what had been forecast for them. NOT_FOUND where nothing was ever recorded of it."""
+    ImportHistory: _grpc.StreamUnaryMultiCallable[_forecast_pb2.ImportHistoryRequest, _forecast_pb2.ImportHistoryResponse]
+    """Adds windows of the past, for models deployed or not, so that their forecasts begin with them. All of it is recorded
+    or nothing. INVALID_ARGUMENT names the window that is wrong (another window length, in the future, negative).
+    """
+    GetScores: _grpc.UnaryUnaryMultiCallable[_forecast_pb2.GetScoresRequest, _forecast_pb2.GetScoresResponse]
+    """How good forecasts and announcements have been, and what their errors cost."""
+    GetPredictor: _grpc.UnaryUnaryMultiCallable[_forecast_pb2.GetPredictorRequest, _forecast_pb2.GetPredictorResponse]
+    """The predictors in use: the champion, the one before it, and how the last refit ended."""
+    RestorePredictor: _grpc.UnaryUnaryMultiCallable[_forecast_pb2.RestorePredictorRequest, _forecast_pb2.RestorePredictorResponse]
+    """Makes the previous champion the champion again. FAILED_PRECONDITION where there is none."""
 
 @_typing.type_check_only
 class ForecastServiceAsyncStub(ForecastServiceStub):
-    """The newest forecast of each model. Served by the forecaster; the same messages are in etcd."""
+    """Forecasts, the history they are made from, and how good they have been. Served by the forecaster; the newest forecasts
+    are in etcd too.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetForecasts: _aio.UnaryUnaryMultiCallable[_forecast_pb2.GetForecastsRequest, _forecast_pb2.GetForecastsResponse]  # type: ignore[assignment]
     """Forecasts of the models asked for, or of all. NOT_FOUND names a model that is not deployed."""
     WatchForecasts: _aio.UnaryStreamMultiCallable[_forecast_pb2.WatchForecastsRequest, _forecast_pb2.WatchForecastsResponse]  # type: ignore[assignment]
     """The newest forecasts at once, then each new one as it is made, until the caller cancels."""
+    GetHistory: _aio.UnaryUnaryMultiCallable[_forecast_pb2.GetHistoryRequest, _forecast_pb2.GetHistoryResponse]  # type: ignore[assignment]
+    """What a model's windows were, and what had been forecast for them. NOT_FOUND where nothing was ever recorded of it."""
+    ImportHistory: _aio.StreamUnaryMultiCallable[_forecast_pb2.ImportHistoryRequest, _forecast_pb2.ImportHistoryResponse]  # type: ignore[assignment]
+    """Adds windows of the past, for models deployed or not, so that their forecasts begin with them. All of it is recorded
+    or nothing. INVALID_ARGUMENT names the window that is wrong (another window length, in the future, negative).
+    """
+    GetScores: _aio.UnaryUnaryMultiCallable[_forecast_pb2.GetScoresRequest, _forecast_pb2.GetScoresResponse]  # type: ignore[assignment]
+    """How good forecasts and announcements have been, and what their errors cost."""
+    GetPredictor: _aio.UnaryUnaryMultiCallable[_forecast_pb2.GetPredictorRequest, _forecast_pb2.GetPredictorResponse]  # type: ignore[assignment]
+    """The predictors in use: the champion, the one before it, and how the last refit ended."""
+    RestorePredictor: _aio.UnaryUnaryMultiCallable[_forecast_pb2.RestorePredictorRequest, _forecast_pb2.RestorePredictorResponse]  # type: ignore[assignment]
+    """Makes the previous champion the champion again. FAILED_PRECONDITION where there is none."""
 
 class ForecastServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The newest forecast of each model. Served by the forecaster; the same messages are in etcd."""
+    """Forecasts, the history they are made from, and how good they have been. Served by the forecaster; the newest forecasts
+    are in etcd too.
+    """
 
     @_abc_1.abstractmethod
     def GetForecasts(
@@ -66,5 +96,47 @@ class ForecastServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_forecast_pb2.WatchForecastsResponse], _abc.AsyncIterator[_forecast_pb2.WatchForecastsResponse]]:
         """The newest forecasts at once, then each new one as it is made, until the caller cancels."""
+
+    @_abc_1.abstractmethod
+    def GetHistory(
+        self,
+        request: _forecast_pb2.GetHistoryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_forecast_pb2.GetHistoryResponse, _abc.Awaitable[_forecast_pb2.GetHistoryResponse]]:
+        """What a model's windows were, and what had been forecast for them. NOT_FOUND where nothing was ever recorded of it."""
+
+    @_abc_1.abstractmethod
+    def ImportHistory(
+        self,
+        request_iterator: _MaybeAsyncIterator[_forecast_pb2.ImportHistoryRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_forecast_pb2.ImportHistoryResponse, _abc.Awaitable[_forecast_pb2.ImportHistoryResponse]]:
+        """Adds windows of the past, for models deployed or not, so that their forecasts begin with them. All of it is recorded
+        or nothing. INVALID_ARGUMENT names the window that is wrong (another window length, in the future, negative).
+        """
+
+    @_abc_1.abstractmethod
+    def GetScores(
+        self,
+        request: _forecast_pb2.GetScoresRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_forecast_pb2.GetScoresResponse, _abc.Awaitable[_forecast_pb2.GetScoresResponse]]:
+        """How good forecasts and announcements have been, and what their errors cost."""
+
+    @_abc_1.abstractmethod
+    def GetPredictor(
+        self,
+        request: _forecast_pb2.GetPredictorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_forecast_pb2.GetPredictorResponse, _abc.Awaitable[_forecast_pb2.GetPredictorResponse]]:
+        """The predictors in use: the champion, the one before it, and how the last refit ended."""
+
+    @_abc_1.abstractmethod
+    def RestorePredictor(
+        self,
+        request: _forecast_pb2.RestorePredictorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_forecast_pb2.RestorePredictorResponse, _abc.Awaitable[_forecast_pb2.RestorePredictorResponse]]:
+        """Makes the previous champion the champion again. FAILED_PRECONDITION where there is none."""
 
 def add_ForecastServiceServicer_to_server(servicer: ForecastServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -809,3 +809,69 @@ class ModelStatus(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelStatus: _TypeAlias = ModelStatus  # noqa: Y015
+
+@_typing.final
+class PrewarmRequest(_message.Message):
+    """Announces traffic."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    START_UNIX_S_FIELD_NUMBER: _builtins.int
+    DURATION_S_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    load: _builtins.float
+    """Requests in progress to expect; above 0."""
+    start_unix_s: _builtins.int
+    """When it begins, in Unix seconds; 0 means now. At most a week ahead."""
+    duration_s: _builtins.int
+    """How long it lasts, in seconds; 0 means 600. At most a day."""
+    note: _builtins.str
+    """What it is for, at most 200 characters; operators see it."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        load: _builtins.float = ...,
+        start_unix_s: _builtins.int = ...,
+        duration_s: _builtins.int = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_s", b"duration_s", "load", b"load", "model", b"model", "note", b"note", "start_unix_s", b"start_unix_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrewarmRequest: _TypeAlias = PrewarmRequest  # noqa: Y015
+
+@_typing.final
+class PrewarmResponse(_message.Message):
+    """The announcement was written."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Its id."""
+    @_builtins.property
+    def model(self) -> Global___ModelStatus:
+        """How ready the model is now."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        model: Global___ModelStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrewarmResponse: _TypeAlias = PrewarmResponse  # noqa: Y015

@@ -45,6 +45,11 @@ class InferenceServiceStub(object):
                 request_serializer=warmserve_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=warmserve_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.Prewarm = channel.unary_unary(
+                '/warmserve.v1.InferenceService/Prewarm',
+                request_serializer=warmserve_dot_v1_dot_inference__pb2.PrewarmRequest.SerializeToString,
+                response_deserializer=warmserve_dot_v1_dot_inference__pb2.PrewarmResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer(object):
@@ -69,6 +74,15 @@ class InferenceServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prewarm(self, request, context):
+        """Announces traffic, so that the model is warm when it comes; it raises the model's forecast for that time, and is
+        held against what really comes. Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which
+        field), RESOURCE_EXHAUSTED (too many announcements of one model), UNAVAILABLE (the cluster's state cannot be written).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -81,6 +95,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=warmserve_dot_v1_dot_inference__pb2.ListModelsRequest.FromString,
                     response_serializer=warmserve_dot_v1_dot_inference__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'Prewarm': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prewarm,
+                    request_deserializer=warmserve_dot_v1_dot_inference__pb2.PrewarmRequest.FromString,
+                    response_serializer=warmserve_dot_v1_dot_inference__pb2.PrewarmResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -138,6 +157,33 @@ class InferenceService(object):
             '/warmserve.v1.InferenceService/ListModels',
             warmserve_dot_v1_dot_inference__pb2.ListModelsRequest.SerializeToString,
             warmserve_dot_v1_dot_inference__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prewarm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/warmserve.v1.InferenceService/Prewarm',
+            warmserve_dot_v1_dot_inference__pb2.PrewarmRequest.SerializeToString,
+            warmserve_dot_v1_dot_inference__pb2.PrewarmResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,6 +42,11 @@ class InferenceServiceStub:
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """The deployed models and how ready each is."""
+    Prewarm: _grpc.UnaryUnaryMultiCallable[_inference_pb2.PrewarmRequest, _inference_pb2.PrewarmResponse]
+    """Announces traffic, so that the model is warm when it comes; it raises the model's forecast for that time, and is
+    held against what really comes. Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which
+    field), RESOURCE_EXHAUSTED (too many announcements of one model), UNAVAILABLE (the cluster's state cannot be written).
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -57,6 +62,11 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The deployed models and how ready each is."""
+    Prewarm: _aio.UnaryUnaryMultiCallable[_inference_pb2.PrewarmRequest, _inference_pb2.PrewarmResponse]  # type: ignore[assignment]
+    """Announces traffic, so that the model is warm when it comes; it raises the model's forecast for that time, and is
+    held against what really comes. Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which
+    field), RESOURCE_EXHAUSTED (too many announcements of one model), UNAVAILABLE (the cluster's state cannot be written).
+    """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Text generation by any deployed model. Served by routers."""
@@ -81,5 +91,16 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.ListModelsResponse, _abc.Awaitable[_inference_pb2.ListModelsResponse]]:
         """The deployed models and how ready each is."""
+
+    @_abc_1.abstractmethod
+    def Prewarm(
+        self,
+        request: _inference_pb2.PrewarmRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.PrewarmResponse, _abc.Awaitable[_inference_pb2.PrewarmResponse]]:
+        """Announces traffic, so that the model is warm when it comes; it raises the model's forecast for that time, and is
+        held against what really comes. Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which
+        field), RESOURCE_EXHAUSTED (too many announcements of one model), UNAVAILABLE (the cluster's state cannot be written).
+        """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
