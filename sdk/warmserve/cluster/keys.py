@@ -65,6 +65,18 @@ class Keys:
     def forecast(self, model: str) -> str:
         return self.forecasts() + model
 
+    def forecasters(self) -> str:
+        return f"{self.prefix}/forecasters/"
+
+    def forecaster(self, forecaster_id: str) -> str:
+        return self.forecasters() + forecaster_id
+
+    def calendars(self) -> str:
+        return f"{self.prefix}/calendar/"
+
+    def calendar(self, model: str, entry_id: str) -> str:
+        return f"{self.calendars()}{model}/{entry_id}"
+
     def plan(self) -> str:
         return f"{self.prefix}/plan"
 

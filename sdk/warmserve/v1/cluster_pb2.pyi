@@ -575,6 +575,36 @@ class RouterRecord(_message.Message):
 Global___RouterRecord: _TypeAlias = RouterRecord  # noqa: Y015
 
 @_typing.final
+class ForecasterRecord(_message.Message):
+    """One forecaster; etcd key `forecasters/{id}`, leased."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    STARTED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The forecaster's id."""
+    address: _builtins.str
+    """host:port of its gRPC server."""
+    started_unix_ms: _builtins.int
+    """When it started, in Unix milliseconds."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        address: _builtins.str = ...,
+        started_unix_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "id", b"id", "started_unix_ms", b"started_unix_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForecasterRecord: _TypeAlias = ForecasterRecord  # noqa: Y015
+
+@_typing.final
 class LeaderRecord(_message.Message):
     """The leading placer; the value of etcd key `election/placer`, leased."""
 
