@@ -83,6 +83,9 @@ class Keys:
     def placer_leader(self) -> str:
         return f"{self.prefix}/election/placer"
 
+    def placer_mode(self) -> str:
+        return f"{self.prefix}/mode/placer"
+
     # Redis
 
     def queue(self, model: str, priority: str) -> str:

@@ -167,6 +167,21 @@ class Store:
 
         return await self._call(transaction)
 
+    async def replace(self, entry: Entry[M], message: M) -> bool:
+        """Writes a value only where nobody has written or deleted the key since `entry` was read."""
+        key, value = entry.key.encode(), encode(message)
+
+        async def transaction(client: aetcd.Client) -> bool:
+            parts = client.transactions
+            ok, _ = await client.transaction(
+                compare=[parts.mod(key) == entry.mod_revision],
+                success=[parts.put(key, value)],
+                failure=[],
+            )
+            return bool(ok)
+
+        return await self._call(transaction)
+
     async def delete(self, key: str) -> bool:
         """Deletes a key. False where there was none."""
         return bool(await self._call(lambda client: client.delete(key.encode())))

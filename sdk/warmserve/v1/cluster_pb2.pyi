@@ -157,6 +157,7 @@ class ModelSpec(_message.Message):
     MAX_REPLICAS_FIELD_NUMBER: _builtins.int
     DEPLOYED_UNIX_MS_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
+    PINNED_REPLICAS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name clients use: letters, digits, '.', '_', '-' and '/', at most 128 characters."""
     source: _builtins.str
@@ -173,6 +174,8 @@ class ModelSpec(_message.Message):
     """Most replicas active at a time; 0 means no bound but the cluster."""
     deployed_unix_ms: _builtins.int
     """When it was deployed, in Unix milliseconds; set by the placer."""
+    pinned_replicas: _builtins.int
+    """Replicas kept resident, warm or active, whatever the forecast: an operator has pinned them."""
     @_builtins.property
     def limits(self) -> Global___ModelLimits:
         """Bounds on requests."""
@@ -199,10 +202,11 @@ class ModelSpec(_message.Message):
         max_replicas: _builtins.int = ...,
         deployed_unix_ms: _builtins.int = ...,
         facts: Global___ModelFacts | None = ...,
+        pinned_replicas: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts", "limits", b"limits", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployed_unix_ms", b"deployed_unix_ms", "dtype", b"dtype", "facts", b"facts", "limits", b"limits", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "name", b"name", "priority", b"priority", "source", b"source", "target", b"target", "tp", b"tp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployed_unix_ms", b"deployed_unix_ms", "dtype", b"dtype", "facts", b"facts", "limits", b"limits", "max_replicas", b"max_replicas", "min_replicas", b"min_replicas", "name", b"name", "pinned_replicas", b"pinned_replicas", "priority", b"priority", "source", b"source", "target", b"target", "tp", b"tp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -661,6 +665,32 @@ class AgentControl(_message.Message):
 Global___AgentControl: _TypeAlias = AgentControl  # noqa: Y015
 
 @_typing.final
+class PlacerMode(_message.Message):
+    """How the placer works; etcd key `mode/placer`, not leased, so that it outlives every placer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADVISORY_FIELD_NUMBER: _builtins.int
+    SET_UNIX_MS_FIELD_NUMBER: _builtins.int
+    advisory: _builtins.bool
+    """Plans are made and shown, and nothing is carried out."""
+    set_unix_ms: _builtins.int
+    """When it was said, in Unix milliseconds."""
+    def __init__(
+        self,
+        *,
+        advisory: _builtins.bool = ...,
+        set_unix_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advisory", b"advisory", "set_unix_ms", b"set_unix_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacerMode: _TypeAlias = PlacerMode  # noqa: Y015
+
+@_typing.final
 class Quantiles(_message.Message):
     """Quantiles of one forecast quantity."""
 
@@ -792,10 +822,13 @@ class Action(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    KEEP_RESIDENCY_FIELD_NUMBER: _builtins.int
     kind: Global___ActionKind.ValueType
     """What to do."""
     model: _builtins.str
     """The model."""
+    keep_residency: _builtins.float
+    """Of an eviction: the share of the weights that stays resident, 0 to 1."""
     @_builtins.property
     def group(self) -> _common_pb2.Group:
         """The group its replica is on, or will be."""
@@ -811,14 +844,51 @@ class Action(_message.Message):
         model: _builtins.str = ...,
         group: _common_pb2.Group | None = ...,
         reason: _common_pb2.Reason | None = ...,
+        keep_residency: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "reason", b"reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "kind", b"kind", "model", b"model", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "keep_residency", b"keep_residency", "kind", b"kind", "model", b"model", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Action: _TypeAlias = Action  # noqa: Y015
+
+@_typing.final
+class Competitor(_message.Message):
+    """Another model that wanted the same memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    WON_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The other model."""
+    won: _builtins.bool
+    """Whether the model whose outlook this is in got the memory."""
+    score: _builtins.float
+    """What the memory is worth to the other model, in the planner's unit (seconds of waiting saved)."""
+    @_builtins.property
+    def group(self) -> _common_pb2.Group:
+        """Where."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        won: _builtins.bool = ...,
+        score: _builtins.float = ...,
+        group: _common_pb2.Group | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "model", b"model", "score", b"score", "won", b"won"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Competitor: _TypeAlias = Competitor  # noqa: Y015
 
 @_typing.final
 class ModelOutlook(_message.Message):
@@ -832,6 +902,9 @@ class ModelOutlook(_message.Message):
     ACTIVE_REPLICAS_FIELD_NUMBER: _builtins.int
     WARM_REPLICAS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    COMPETITORS_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
+    CAPACITY_SOURCE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model."""
     foundation_replicas: _builtins.int
@@ -842,9 +915,17 @@ class ModelOutlook(_message.Message):
     """Instances active now."""
     warm_replicas: _builtins.int
     """Replicas warm or warming once the plan is carried out."""
+    capacity: _builtins.int
+    """Requests in progress that one instance is taken to carry within the model's target."""
+    capacity_source: _builtins.str
+    """Where the capacity is from, for people: what its instances report, its spec, or an assumption."""
     @_builtins.property
     def reason(self) -> _common_pb2.Reason:
         """The deciding sentence."""
+
+    @_builtins.property
+    def competitors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Competitor]:
+        """Whom it won memory from, and whom it lost it to."""
 
     def __init__(
         self,
@@ -855,10 +936,13 @@ class ModelOutlook(_message.Message):
         active_replicas: _builtins.int = ...,
         warm_replicas: _builtins.int = ...,
         reason: _common_pb2.Reason | None = ...,
+        competitors: _abc.Iterable[Global___Competitor] | None = ...,
+        capacity: _builtins.int = ...,
+        capacity_source: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_replicas", b"active_replicas", "burst_replicas", b"burst_replicas", "foundation_replicas", b"foundation_replicas", "model", b"model", "reason", b"reason", "warm_replicas", b"warm_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_replicas", b"active_replicas", "burst_replicas", b"burst_replicas", "capacity", b"capacity", "capacity_source", b"capacity_source", "competitors", b"competitors", "foundation_replicas", b"foundation_replicas", "model", b"model", "reason", b"reason", "warm_replicas", b"warm_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -876,6 +960,7 @@ class Plan(_message.Message):
     PLACER_ID_FIELD_NUMBER: _builtins.int
     ACTIONS_FIELD_NUMBER: _builtins.int
     OUTLOOKS_FIELD_NUMBER: _builtins.int
+    ADVISORY_FIELD_NUMBER: _builtins.int
     fence: _builtins.int
     """Fence: the etcd revision at which its leader was elected. Agents refuse orders with a lower one."""
     made_unix_ms: _builtins.int
@@ -884,9 +969,11 @@ class Plan(_message.Message):
     """The rule that made it, for example "published"."""
     placer_id: _builtins.str
     """The placer that made it."""
+    advisory: _builtins.bool
+    """The actions are shown only: nothing is carried out."""
     @_builtins.property
     def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Action]:
-        """What to do, in order."""
+        """What to do, in order: orders on their way, or, of an advisory plan, what would be ordered."""
 
     @_builtins.property
     def outlooks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelOutlook]:
@@ -901,10 +988,11 @@ class Plan(_message.Message):
         placer_id: _builtins.str = ...,
         actions: _abc.Iterable[Global___Action] | None = ...,
         outlooks: _abc.Iterable[Global___ModelOutlook] | None = ...,
+        advisory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "fence", b"fence", "made_unix_ms", b"made_unix_ms", "outlooks", b"outlooks", "placer_id", b"placer_id", "planner", b"planner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "advisory", b"advisory", "fence", b"fence", "made_unix_ms", b"made_unix_ms", "outlooks", b"outlooks", "placer_id", b"placer_id", "planner", b"planner"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
