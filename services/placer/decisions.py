@@ -60,6 +60,16 @@ class Wake:
 
 
 @dataclass(frozen=True)
+class Competitor:
+    """A model that wanted the same memory."""
+
+    model: str
+    won: bool  # whether the model that tells of it won against it
+    score: float  # what the competitor's replica there is worth, in expected seconds of waiting
+    where: GroupIds  # the group the two wanted, as the model that tells of it would use it
+
+
+@dataclass(frozen=True)
 class Outlook:
     """A model's part in a plan, acted upon or not."""
 
@@ -69,6 +79,7 @@ class Outlook:
     active: int
     warm: int  # warm or warming once the plan is carried out
     reason: Reason
+    competitors: tuple[Competitor, ...] = ()  # the dearest first, each model at most once as won and once as lost
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ class Demand:
 def demand(model: Model, now_s: float, active: int, rules: Rules) -> Demand:
     """What `model` needs, of which `active` instances serve or are being woken."""
     counted = [w for w in model.windows if w.end_s > now_s and w.start_s < now_s + rules.lookahead_s]
-    mean = max((w.mean for w in counted), default=0.0)
-    peak = max((max(w.peak, w.mean) for w in counted), default=0.0)
+    mean = max((w.mean.p50 for w in counted), default=0.0)
+    peak = max((max(w.peak.p90, w.mean.p50) for w in counted), default=0.0)
     foundation = instances(mean, model.capacity)
     replicas = max(foundation, instances(peak, model.capacity))
     if model.max_replicas:

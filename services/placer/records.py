@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from services.placer.decisions import Action, Do, Outlook, Reason
-from services.placer.snapshot import Agent, GroupIds, Key, Replica, State, WindowLoad
+from services.placer.snapshot import Agent, GroupIds, Key, Quantiles, Replica, State, WindowLoad
 from warmserve.v1 import cluster_pb2, common_pb2
 
 _STATES = {
@@ -114,13 +114,17 @@ def failures(records: Records) -> dict[Key, str]:
 
 
 def windows(forecast: cluster_pb2.Forecast | None) -> tuple[WindowLoad, ...]:
-    """A forecast as the planner takes it: the median of the mean, and a peak that one window in ten exceeds."""
+    """A forecast as the planner takes it."""
     if forecast is None:
         return ()
     return tuple(
-        WindowLoad(w.start_unix_s, w.start_unix_s + forecast.window_s, w.mean_load.p50, w.peak_load.p90)
+        WindowLoad(w.start_unix_s, w.start_unix_s + forecast.window_s, _quantiles(w.mean_load), _quantiles(w.peak_load))
         for w in forecast.windows
     )
+
+
+def _quantiles(record: cluster_pb2.Quantiles) -> Quantiles:
+    return Quantiles(record.p50, record.p90, record.p99)
 
 
 def group_record(group: GroupIds, agents: Mapping[str, cluster_pb2.AgentRecord]) -> common_pb2.Group:

@@ -21,28 +21,60 @@ class State(Enum):
     DRAINING = "draining"
 
 
+class Tier(Enum):
+    """Where weights are copied from."""
+
+    PEER = "peer"  # another GPU of the node
+    HOST = "host"  # the node's memory
+    DISK = "disk"  # the node's disk
+    REMOTE = "remote"  # the checkpoint's source
+
+
+@dataclass(frozen=True)
+class Node:
+    """What the agents of one machine share. A node that is not in the snapshot has no bounds."""
+
+    name: str
+    copy_bytes_per_s: float = 0.0  # most that all its agents' loads copy together; 0: no bound
+    host_bytes: int = 0  # host tier's size, all images together; 0: not known
+
+
 @dataclass(frozen=True)
 class Agent:
-    """One agent whose residency is known."""
+    """One agent whose residency is known. Agents may differ in page size and in pages."""
 
     id: str
     node: str
     device_index: int
     page_bytes: int
     pages_total: int
-    pages_kv: int = 0  # pages that hold KV blocks
+    pages_kv: int = 0  # pages that hold KV blocks, or are kept for requests that run: never given to weights
     cordoned: bool = False  # nothing new here: the operator said so, or the agent is stopping
     drained: bool = False  # what is here has to go; implies cordoned
 
 
 @dataclass(frozen=True)
+class Quantiles:
+    """What a forecast says of one number: it is at most p50 in half of all cases, at most p99 in all but one of 100."""
+
+    p50: float
+    p90: float
+    p99: float
+
+    @classmethod
+    def exactly(cls, value: float) -> Quantiles:
+        """Of a number that is known."""
+        return cls(value, value, value)
+
+
+@dataclass(frozen=True)
 class WindowLoad:
-    """One window's forecast, in requests in progress."""
+    """One window's forecast, in requests in progress. The planner leaves out what is not finite or negative."""
 
     start_s: float  # Unix seconds
     end_s: float
-    mean: float
-    peak: float
+    mean: Quantiles  # over the window
+    peak: Quantiles  # at any moment of it
 
 
 @dataclass(frozen=True)
@@ -51,13 +83,20 @@ class Model:
 
     name: str
     shard_bytes: int
-    tp: int = 1  # agents per replica
-    capacity: int = 8  # requests one instance carries at a time
-    priority: float = 1.0
-    min_replicas: int = 0
-    max_replicas: int = 0  # 0: no bound
-    cold_load_s: float = 1.0  # measured, or estimated from its size
+    tp: int = 1  # agents per replica: 1, 2, 4 or 8
+    capacity: int = 8  # requests one instance carries at a time within the model's targets, measured
+    priority: float = 1.0  # weight of its seconds of waiting against other models'
+    min_replicas: int = 0  # instances kept active
+    max_replicas: int = 0  # most instances, and most replicas warmed; 0: no bound
+    pinned: int = 0  # replicas kept wholly resident, warm or active, whatever the forecast
+    ttft_p95_s: float = 0.0  # seconds to the first token that the operator finds good enough; 0: none said
+    tpot_s: float = 0.0  # likewise per further token; `capacity` heeds it
+    cold_load_s: float = 1.0  # of a whole replica from where its image usually is; measured, or estimated from its size
     cold_load_measured: bool = False
+    load_s: Mapping[Tier, float] = field(default_factory=dict)  # of a whole replica, per tier that is known
+    images: Mapping[str, Tier] = field(default_factory=dict)  # per node: the best tier that has its shards (not PEER)
+    service_s: float = 0.0  # mean seconds that a request is in progress; 0: not known
+    kv_bytes_per_request: float = 0.0  # mean on one agent while a request runs; 0: not known
     windows: tuple[WindowLoad, ...] = ()  # forecast, in order of time, the current window first
     waiting: int = 0  # requests that no instance has taken
     running: int = 0  # requests that instances have taken
@@ -105,6 +144,9 @@ class Rules:
     max_wait_s: float = 10.0  # requests wait at most so long before a busy instance is drained for them
     kv_reserve: float = 0.25  # share of an arena that weights leave to KV
     lookahead_s: float = 30.0  # forecast windows that begin within this count as now
+    margin: float = 1.25  # what comes must be worth so many times what goes, or each forecast would turn the two round
+    interference: float = 0.5  # share of its value that a replica loses when one that shares its GPU is woken with it
+    widening_per_hour: float = 1.0  # growth of a forecast's spread per hour that it is older than its last window
 
 
 @dataclass(frozen=True)
@@ -117,6 +159,7 @@ class Snapshot:
     replicas: tuple[Replica, ...] = ()
     refused: Mapping[Key, str] = field(default_factory=dict)  # replicas not to try for now, with what failed
     rules: Rules = Rules()
+    nodes: Mapping[str, Node] = field(default_factory=dict)  # by name
 
     def shard_pages(self, model: Model, agent_id: str) -> int:
         """Pages of one of the model's shards on an agent."""

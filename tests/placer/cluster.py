@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from services.placer.decisions import Action, Do, Plan
-from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, Snapshot, State, WindowLoad
+from services.placer.snapshot import Agent, GroupIds, Key, Model, Quantiles, Replica, Snapshot, State, WindowLoad
 
 PAGE = 1 << 20
 NOW = 1_000_000.0
@@ -17,9 +17,14 @@ def agent(name: str, pages: int = 64, node: str = "n0", **more: Any) -> Agent:
     return Agent(name, node, int(name[1:]), PAGE, pages, **more)
 
 
+def window(start_s: float, mean: float, peak: float = 0.0) -> WindowLoad:
+    """A forecast of 300 s that is sure of itself."""
+    return WindowLoad(start_s, start_s + 300, Quantiles.exactly(mean), Quantiles.exactly(max(mean, peak)))
+
+
 def model(name: str, pages: int = 16, mean: float = 0.0, peak: float = 0.0, **more: Any) -> Model:
     """A model whose shard takes so many pages; with a forecast for this window where a load is given."""
-    windows = (WindowLoad(NOW - 10, NOW + 290, mean, max(mean, peak)),) if mean or peak else ()
+    windows = (window(NOW - 10, mean, peak),) if mean or peak else ()
     return Model(name, pages * PAGE, windows=windows, **more)
 
 

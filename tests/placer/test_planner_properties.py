@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from services.placer.decisions import Do
 from services.placer.groups import groups
 from services.placer.planner import plan
-from services.placer.snapshot import Model, Replica, Snapshot, State, WindowLoad
-from tests.placer.cluster import NOW, PAGE, after, agent, pages_on, snapshot
+from services.placer.snapshot import Model, Replica, Snapshot, State
+from tests.placer.cluster import NOW, PAGE, after, agent, pages_on, snapshot, window
 from warmserve.v1 import common_pb2
 
 NAMES = ["a", "b", "c", "d"]
@@ -30,7 +30,7 @@ def models(draw: st.DrawFn, name: str) -> Model:
         min_replicas=minimum,
         max_replicas=draw(st.sampled_from([0, minimum + 1])),
         cold_load_s=draw(st.floats(0.01, 100)),
-        windows=(WindowLoad(NOW, NOW + 300, mean, mean + draw(st.sampled_from([0, 3, 30]))),),
+        windows=(window(NOW, mean, mean + draw(st.sampled_from([0, 3, 30]))),),
         waiting=draw(st.sampled_from([0, 0, 1, 30])),
         running=draw(st.integers(0, 8)),
         waited_s=draw(st.sampled_from([0, 1, 20])),

@@ -8,8 +8,8 @@ import pytest
 
 from services.placer.decisions import Do, Outcome
 from services.placer.planner import plan
-from services.placer.snapshot import Rules, State, WindowLoad
-from tests.placer.cluster import NOW, action, agent, done, group, model, replica, snapshot
+from services.placer.snapshot import Rules, State
+from tests.placer.cluster import NOW, action, agent, done, group, model, replica, snapshot, window
 from warmserve.v1 import common_pb2
 
 
@@ -44,9 +44,9 @@ def test_foundation_replicas_come_before_burst_replicas() -> None:
 
 
 def test_a_window_counts_once_it_is_near() -> None:
-    far = WindowLoad(NOW + 290, NOW + 590, 5, 5)
+    far = window(NOW + 290, 5)
     spec = model("a")
-    spec = type(spec)(**{**spec.__dict__, "windows": (WindowLoad(NOW - 10, NOW + 290, 0, 0), far)})
+    spec = type(spec)(**{**spec.__dict__, "windows": (window(NOW - 10, 0), far)})
     assert plan(snapshot([agent("g0")], [spec])).actions == ()
     made = plan(snapshot([agent("g0")], [spec], rules=Rules(lookahead_s=300)))
     assert done(made, Do.WARM) == [("a", "g0")]
