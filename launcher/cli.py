@@ -24,10 +24,11 @@ from launcher.ports import PortTakenError
 from launcher.programs import ProgramError
 from launcher.progress import replay_with_progress
 from launcher.report import print_report, summarise
-from launcher.traces import Arrival, Rotation, Scale, TraceError, generate, read_azure
+from launcher.traces import Rotation, Scale, generate
 from launcher.up import up
 from warmserve import AsyncClient, WarmServeError
 from warmserve.cluster.store import StoreUnavailableError
+from warmserve.traces import Request, TraceError, from_zero, read_requests
 
 _TRACE_OF_CHECKOUT = Path(__file__).parents[2] / "shared" / "traces" / "azure_2023_conv.csv.gz"
 
@@ -118,7 +119,8 @@ def up_command(
 def demo_command(
     data: Annotated[Path | None, typer.Option(help="Folder to keep; by default a temporary one.")] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="A trace in Azure's format (.csv or .csv.gz); else a bundled or made-up one.")
+        Path | None,
+        typer.Option(help="A trace (Azure's, BurstGPT's, CSV, a log; may be gzipped); else a bundled or made-up one."),
     ] = None,
     duration: Annotated[float, typer.Option(min=1, help="Seconds of traffic.")] = 60.0,
     agents: Annotated[int, typer.Option(min=1, max=16, help="GPU agents.")] = 2,
@@ -157,7 +159,10 @@ def replay_command(
         str | None, typer.Option(help="host:port of a router's gRPC server; by default that of the system in --data.")
     ] = None,
     data: DataOption = None,
-    trace: Annotated[Path | None, typer.Option(help="A trace in Azure's format; else made-up traffic.")] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="A trace (Azure's, BurstGPT's, CSV, a log; may be gzipped); else made-up traffic."),
+    ] = None,
     model: Annotated[list[str] | None, typer.Option(help="May be repeated; by default all that are deployed.")] = None,
     duration: Annotated[float, typer.Option(min=1, help="Seconds of replay.")] = 60.0,
     time: Annotated[float, typer.Option(min=0.001, help="Seconds of replay per second of the trace.")] = 1.0,
@@ -178,11 +183,9 @@ def replay_command(
     target = router or f"127.0.0.1:{port}"
     console = Console()
 
-    def requests(models: list[str]) -> list[Arrival]:
-        arrivals = generate(duration / time, rate * time, seed) if trace is None else read_azure(trace)
-        return Rotation(models, period).apply(
-            Scale(duration, 0.0, time, tokens, max_prompt, max_output).apply(arrivals)
-        )
+    def requests(models: list[str]) -> list[Request]:
+        made = generate(duration / time, rate * time, seed) if trace is None else from_zero(read_requests(trace))
+        return Rotation(models, period).apply(Scale(duration, 0.0, time, tokens, max_prompt, max_output).apply(made))
 
     async def run() -> bool:
         async with AsyncClient(target) as client:

@@ -15,8 +15,9 @@ from launcher.folder import DataFolder
 from launcher.programs import deploy, make_checkpoints, warmctl
 from launcher.progress import replay_with_progress
 from launcher.report import Report, print_report, summarise
-from launcher.traces import Arrival, Rotation, Scale, generate, read_azure
+from launcher.traces import Rotation, Scale, generate
 from launcher.up import deployed_models
+from warmserve.traces import Request, from_zero, read_requests
 
 # Each of the three models has 70 MiB. An arena, in pages of 1 MiB on the host and 2 MiB on a GPU, has room for one of
 # them and, in the quarter that the placer leaves for it, KV cache: two agents for three models, so whether a model is
@@ -39,14 +40,14 @@ class DemoConfig:
     agents: int
 
 
-def traffic(trace: Path | None, duration_s: float) -> list[Arrival]:
+def traffic(trace: Path | None, duration_s: float) -> list[Request]:
     """The requests of the demo, not yet given to models: a trace scaled down to what two CPU cores can do.
 
     Raises TraceError where the trace cannot be read.
     """
-    arrivals = generate(_TRACE_START_S + duration_s, 5.0, _SEED) if trace is None else read_azure(trace)
+    requests = generate(_TRACE_START_S + duration_s, 5.0, _SEED) if trace is None else from_zero(read_requests(trace))
     scale = Scale(duration_s, start_s=_TRACE_START_S, time=2.0, tokens=0.1, max_prompt_tokens=160, max_output_tokens=30)
-    return scale.apply(arrivals)
+    return scale.apply(requests)
 
 
 async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tuple[Report, list[str]]:
@@ -58,7 +59,7 @@ async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tupl
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     models = checkpoint_folders(folder.models)
-    arrivals = traffic(config.trace, config.duration_s)
+    requests = traffic(config.trace, config.duration_s)
     say(f"data folder: {folder.path}")
     say(f"etcd: {version('etcd')}; Redis: {version('redis-server')}")
     await make_checkpoints(folder.models, say)
@@ -76,11 +77,11 @@ async def demo(folder: DataFolder, config: DemoConfig, console: Console) -> tupl
             if name not in deployed:
                 await deploy(cluster.environment, name, checkpoint, say)
         source = f"{config.trace}" if config.trace else "the built-in generator"
-        say(f"replaying {len(arrivals)} requests from {source} for {config.duration_s:.0f} s; {len(models)} models")
+        say(f"replaying {len(requests)} requests from {source} for {config.duration_s:.0f} s; {len(models)} models")
         # Turns by the clock, so that a second run on the same folder goes on with the season that the first one learnt.
         rotation = Rotation(list(models), _PERIOD_S, offset_s=time.time() % _PERIOD_S)
         outcomes = await replay_with_progress(
-            cluster.router_address, rotation.apply(arrivals), timeout_s=_TIMEOUT_S, seed=_SEED, console=console
+            cluster.router_address, rotation.apply(requests), timeout_s=_TIMEOUT_S, seed=_SEED, console=console
         )
         report = summarise(outcomes)
         console.print()

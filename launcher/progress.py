@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from launcher.replay import Outcome, replay
-from launcher.traces import Arrival
+from warmserve.traces import Request
 
 _PLAIN_EVERY = 20  # requests per line where the output is no terminal
 
 
 async def replay_with_progress(
-    target: str, arrivals: Sequence[Arrival], *, timeout_s: float, seed: int, console: Console
+    target: str, requests: Sequence[Request], *, timeout_s: float, seed: int, console: Console
 ) -> list[Outcome]:
     """Like `replay`; on a terminal a live line shows where it stands, elsewhere a line is printed now and then."""
     running: Counter[str] = Counter()
@@ -29,15 +29,15 @@ async def replay_with_progress(
         TextColumn("{task.fields[state]}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("answered", total=len(arrivals), state="")
+        bar = progress.add_task("answered", total=len(requests), state="")
 
         def state() -> str:
             now = ", ".join(f"{model} {count}" for model, count in sorted(running.items()) if count) or "none"
             seen = ", ".join(f"{name} {count}" for name, count in sorted(found.items()))
             return f"running: {now}; found {seen or 'nothing yet'}"
 
-        def on_sent(arrival: Arrival) -> None:
-            running[arrival.model] += 1
+        def on_sent(request: Request) -> None:
+            running[request.model] += 1
             progress.update(bar, state=state())
 
         def on_outcome(outcome: Outcome) -> None:
@@ -46,7 +46,7 @@ async def replay_with_progress(
             running[outcome.model] -= 1
             found["lost" if outcome.lost else outcome.found_state] += 1
             progress.update(bar, advance=1, state=state())
-            if not console.is_terminal and (ended % _PLAIN_EVERY == 0 or ended == len(arrivals)):
-                console.print(f"answered {ended}/{len(arrivals)}; {state()}", highlight=False, soft_wrap=True)
+            if not console.is_terminal and (ended % _PLAIN_EVERY == 0 or ended == len(requests)):
+                console.print(f"answered {ended}/{len(requests)}; {state()}", highlight=False, soft_wrap=True)
 
-        return await replay(target, arrivals, timeout_s=timeout_s, seed=seed, on_sent=on_sent, on_outcome=on_outcome)
+        return await replay(target, requests, timeout_s=timeout_s, seed=seed, on_sent=on_sent, on_outcome=on_outcome)

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launcher.traces import Arrival
 from warmserve import AsyncClient, Options, TextDelta, WarmServeError
+from warmserve.traces import Request
 
 _WORDS = tuple(
     word
@@ -43,11 +43,11 @@ class Outcome:
 
 async def replay(
     target: str,
-    arrivals: Sequence[Arrival],
+    requests: Sequence[Request],
     *,
     timeout_s: float,
     seed: int,
-    on_sent: Callable[[Arrival], None],
+    on_sent: Callable[[Request], None],
     on_outcome: Callable[[Outcome], None],
 ) -> list[Outcome]:
     """Sends each request at its time, whatever became of those before, and waits for all. Failures are outcomes too.
@@ -58,30 +58,30 @@ async def replay(
     begin = time.monotonic()
     async with AsyncClient(target, timeout=timeout_s) as client:
 
-        async def send(index: int, arrival: Arrival) -> Outcome:
-            await asyncio.sleep(begin + arrival.at_s - time.monotonic())
-            on_sent(arrival)
-            outcome = await _send(client, arrival, random.Random(seed * 1_000_003 + index), begin)
+        async def send(index: int, request: Request) -> Outcome:
+            await asyncio.sleep(begin + request.time_s - time.monotonic())
+            on_sent(request)
+            outcome = await _send(client, request, random.Random(seed * 1_000_003 + index), begin)
             on_outcome(outcome)
             return outcome
 
-        return await asyncio.gather(*(send(index, arrival) for index, arrival in enumerate(arrivals)))
+        return await asyncio.gather(*(send(index, request) for index, request in enumerate(requests)))
 
 
-async def _send(client: AsyncClient, arrival: Arrival, chance: random.Random, begin: float) -> Outcome:
-    prompt = " ".join(chance.choices(_WORDS, k=arrival.prompt_tokens))
+async def _send(client: AsyncClient, request: Request, chance: random.Random, begin: float) -> Outcome:
+    prompt = " ".join(chance.choices(_WORDS, k=request.prompt_tokens))
     sent = time.monotonic()
     first: float | None = None
     error = ""
     completion = None
     options: Options = {
-        "max_tokens": arrival.output_tokens,
+        "max_tokens": request.output_tokens,
         "ignore_eos": True,
         "temperature": 0.8,
         "seed": chance.getrandbits(32),
     }
     try:
-        async with client.stream_generate(arrival.model, prompt, **options) as stream:
+        async with client.stream_generate(request.model, prompt, **options) as stream:
             async for event in stream:
                 if first is None and isinstance(event, TextDelta) and event.token_ids:
                     first = time.monotonic()
@@ -90,7 +90,7 @@ async def _send(client: AsyncClient, arrival: Arrival, chance: random.Random, be
         error = f"{type(failure).__name__}: {failure}"
     ended = time.monotonic()
     return Outcome(
-        model=arrival.model,
+        model=request.model,
         at_s=sent - begin,
         found_state=completion.timing.found_state if completion else "",
         ttft_s=(first or ended) - sent,
