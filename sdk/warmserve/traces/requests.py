@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from warmserve.traces.fields import TYPICAL_OUTPUT_TOKENS, TYPICAL_PROMPT_TOKENS, time_of, tokens_of
+from warmserve.traces.fields import TYPICAL_OUTPUT_TOKENS, TYPICAL_PROMPT_TOKENS, number_of, time_of, tokens_of
 from warmserve.traces.file import TraceFile
 from warmserve.traces.formats import ACCESS_LOG, COLUMNS, Format, header_of
 from warmserve.traces.shapes import Request, TraceError
@@ -80,7 +80,7 @@ def json_lines(file: TraceFile) -> Iterator[Request]:
             entry = json.loads(line)
             if not isinstance(entry, dict):
                 raise TypeError(f"expected a JSON object, not {line.strip()[:60]!r}")
-            if not 200 <= int(entry.get("status", 200)) < 300:
+            if not 200 <= number_of(entry.get("status", 200), "status") < 300:
                 continue
             yield _entry(entry)
         except (TypeError, ValueError) as error:
