@@ -8,6 +8,7 @@ import structlog
 
 from services.router.core import Core
 from services.router.errors import invalid
+from services.router.prewarm import Prewarmer
 from services.router.settings import RouterSettings
 from services.router.validation import MAX_TIMEOUT_S, Call, Conversation, Input
 from warmserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
@@ -16,8 +17,9 @@ from warmserve.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Serves InferenceService over the core."""
 
-    def __init__(self, core: Core, settings: RouterSettings) -> None:
+    def __init__(self, core: Core, prewarmer: Prewarmer, settings: RouterSettings) -> None:
         self._core = core
+        self._prewarmer = prewarmer
         self._settings = settings
 
     async def Generate(  # type: ignore[override]  # it writes to the context
@@ -40,17 +42,23 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def ListModels(self, request: inference_pb2.ListModelsRequest, context: Any) -> Any:
         """The deployed models, in order of name."""
-        view = self._core.view
-        return inference_pb2.ListModelsResponse(
-            models=[
-                inference_pb2.ModelStatus(
-                    name=name,
-                    state=view.best_state(name),
-                    context_tokens=spec.facts.context_tokens or spec.limits.max_context_tokens,
-                    deployed_unix_ms=spec.deployed_unix_ms,
-                )
-                for name, spec in sorted(view.models.items.items())
-            ]
+        names = sorted(self._core.view.models.items)
+        return inference_pb2.ListModelsResponse(models=[self._status(name) for name in names])
+
+    async def Prewarm(self, request: inference_pb2.PrewarmRequest, context: Any) -> Any:
+        """Announces traffic of a deployed model."""
+        if request.model:
+            self._core.spec(request.model)
+        announced = await self._prewarmer.announce(request)
+        return inference_pb2.PrewarmResponse(id=announced, model=self._status(request.model))
+
+    def _status(self, name: str) -> inference_pb2.ModelStatus:
+        spec = self._core.spec(name)
+        return inference_pb2.ModelStatus(
+            name=name,
+            state=self._core.view.best_state(name),
+            context_tokens=spec.facts.context_tokens or spec.limits.max_context_tokens,
+            deployed_unix_ms=spec.deployed_unix_ms,
         )
 
     def _call(self, request: inference_pb2.GenerateRequest, context: Any) -> Call:

@@ -17,6 +17,7 @@ from services.router.grpc_api import InferenceService
 from services.router.http_server import HttpServer
 from services.router.load import LoadRecorder, LoadReporter
 from services.router.openai_api import make_app
+from services.router.prewarm import Prewarmer
 from services.router.progress import ProgressTeller
 from services.router.recovery import Recovery
 from services.router.relay import RelayService
@@ -54,7 +55,7 @@ async def serve(settings: RouterSettings, node: Node) -> None:
 
     node.server.add(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server,
-        InferenceService(core, settings),
+        InferenceService(core, Prewarmer(node.store, node.keys), settings),
         inference_pb2.DESCRIPTOR.services_by_name["InferenceService"],
     )
     node.server.add(
