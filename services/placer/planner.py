@@ -22,6 +22,12 @@ def plan(snapshot: Snapshot) -> Plan:
     return _Planner(snapshot).plan()
 
 
+def wake(snapshot: Snapshot, model: str) -> Plan:
+    """What requests that wait need at once, with the outlook of one model: the plan's first part alone, so that a wake
+    need not wait for the rest."""
+    return _Planner(snapshot).wake(model)
+
+
 class _Planner:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
@@ -40,6 +46,13 @@ class _Planner:
         warming, obstacles = prewarm(self._board, self._demands, self._worths)
         self._actions += warming
         outlooks = tuple(self._outlook(model, obstacles.get(model.name, "")) for model in self._models)
+        return Plan(tuple(self._actions), outlooks, self._wakes)
+
+    def wake(self, name: str) -> Plan:
+        self._clear_away()
+        self._assess()
+        self._wake()
+        outlooks = tuple(self._outlook(model, "") for model in self._models if model.name == name)
         return Plan(tuple(self._actions), outlooks, self._wakes)
 
     # What has no place any more
