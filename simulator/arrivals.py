@@ -42,7 +42,7 @@ def in_window(count: int, length_s: float, gaps: Gaps, random: np.random.Generat
 
 
 def counts_of(rates: Floats, length_s: float, random: np.random.Generator) -> Integers:
-    """Requests per window for mean rates (1/s; NaN is none), rounded up or down at random so that their mean is right."""
+    """Requests per window for mean rates (1/s; NaN is none), rounded up or down at random: right on average."""
     expected = np.nan_to_num(rates) * length_s
     return np.asarray(np.floor(expected + random.uniform(size=expected.shape)), dtype=np.int64)
 

@@ -32,8 +32,9 @@ class Client:
 
 
 def read_clients(file: Path, models: Sequence[str] = ("m-large", "m-mid", "m-small")) -> list[Client]:
-    """All clients of `models`, in order of model and number. ValueError where the file does not hold ServeGen's windows."""
-    found: dict[tuple[str, int], list[tuple[int, float, Gaps]]] = defaultdict(list)
+    """All clients of `models`, in order of model and number. ValueError where the file holds no ServeGen windows."""
+    # By model and client: window, rate, gaps.
+    found: dict[str, dict[int, list[tuple[int, float, Gaps]]]] = {model: defaultdict(list) for model in models}
     with gzip.open(file, "rt", newline="") as lines:
         rows = csv.reader(lines)
         header = next(rows, [])
@@ -43,23 +44,25 @@ def read_clients(file: Path, models: Sequence[str] = ("m-large", "m-mid", "m-sma
         at = [header.index(name) for name in wanted]
         for row in rows:
             model, number, start, rate, family, shape = (row[column] for column in at)
-            if model in models:
+            if model in found:
                 gaps = Gaps(family, float(shape)) if family else POISSON
-                found[model, int(number)].append((round(float(start) / WINDOW_S), float(rate), gaps))
+                found[model][int(number)].append((round(float(start) / WINDOW_S), float(rate), gaps))
     clients = []
-    for name in models:
-        mine = {number: rows for (model, number), rows in found.items() if model == name}
+    for name, mine in found.items():
         if not mine:
             raise ValueError(f"{file} has no windows of {name}")
-        windows = 1 + max(window for rows in mine.values() for window, _, _ in rows)
+        windows = 1 + max(window for told in mine.values() for window, _, _ in told)
         rates = np.zeros((len(mine), windows))
-        for values, rows in zip(rates, mine.values(), strict=True):
-            for window, rate, _ in rows:
-                values[window] = rate
-        rates[:, _gaps_of(rates.sum(axis=0))] = np.nan
-        for values, (number, rows) in zip(rates, mine.items(), strict=True):
-            told = {window: gaps for window, _, gaps in rows}
-            clients.append(Client(name, number, values, tuple(told.get(w, POISSON) for w in range(windows))))
+        gaps_of: list[list[Gaps]] = [[POISSON] * windows for _ in mine]
+        for values, spread, told in zip(rates, gaps_of, mine.values(), strict=True):
+            for window, mean, gaps in told:
+                values[window] = mean
+                spread[window] = gaps
+        rates[:, _missing(rates.sum(axis=0))] = np.nan
+        clients += [
+            Client(name, number, values, tuple(spread))
+            for number, values, spread in zip(mine, rates, gaps_of, strict=True)
+        ]
     return clients
 
 
@@ -84,7 +87,7 @@ def read_lengths(file: Path) -> dict[tuple[str, str], Lengths]:
         raise ValueError(f"{file} does not hold ServeGen's lengths: there is no column {error}") from error
 
 
-def _gaps_of(total: Floats) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _missing(total: Floats) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Windows in which the collection failed: a total far under its running one-day median."""
     usual = np.array([np.median(total[max(0, at - DAY_WINDOWS + 1) : at + 1]) for at in range(len(total))])
     return np.asarray(total < GAP_SHARE * usual)
