@@ -17,6 +17,7 @@ from warmserve.errors import (
     WarmServeError,
 )
 from warmserve.types import (
+    Announcement,
     Choice,
     Completion,
     Message,
@@ -31,6 +32,7 @@ from warmserve.types import (
 )
 
 __all__ = [
+    "Announcement",
     "AsyncClient",
     "AsyncCompletionStream",
     "Choice",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -22,7 +23,7 @@ from warmserve.errors import (
     UnavailableError,
     WarmServeError,
 )
-from warmserve.types import Message, ModelInfo, Options, Progress
+from warmserve.types import Announcement, Message, ModelInfo, Options, Progress
 from warmserve.v1 import common_pb2, inference_pb2
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -116,6 +117,26 @@ def chat_call(
     return _finish(request, model, options, timeout)
 
 
+def prewarm_request(
+    model: str, load: float, at: datetime | None, duration: timedelta | float | None, note: str
+) -> inference_pb2.PrewarmRequest:
+    """An announcement of traffic. Raises InvalidRequestError for what the wire cannot carry."""
+    request = inference_pb2.PrewarmRequest()
+    set_field(request, "model", model, "a text that UTF-8 can carry")
+    set_field(request, "load", load, "a number of requests in progress, above 0")
+    set_field(request, "note", note, "a text that UTF-8 can carry")
+    if at is not None:
+        if not isinstance(at, datetime) or at.timestamp() < 1:
+            raise InvalidRequestError(f"at must be a datetime after 1970, not {at!r}")
+        request.start_unix_s = math.floor(at.timestamp())
+    if duration is not None:
+        seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < 1e9:
+            raise InvalidRequestError(f"duration must be a timedelta or a number of seconds, above 0, not {duration!r}")
+        request.duration_s = math.ceil(seconds)
+    return request
+
+
 def metadata_of(request_id: str) -> Metadata:
     """What goes with every call."""
     return ((REQUEST_ID, request_id),)
@@ -153,15 +174,21 @@ def _finish(
 
 def models(response: inference_pb2.ListModelsResponse) -> list[ModelInfo]:
     """The deployed models, in order of name."""
-    return [
-        ModelInfo(
-            name=model.name,
-            state=enum_word(common_pb2.ReplicaState.DESCRIPTOR, model.state),
-            context_tokens=model.context_tokens,
-            deployed_at=datetime.fromtimestamp(model.deployed_unix_ms / 1000, UTC),
-        )
-        for model in response.models
-    ]
+    return [_model(model) for model in response.models]
+
+
+def announcement(response: inference_pb2.PrewarmResponse) -> Announcement:
+    """What became of an announcement."""
+    return Announcement(id=response.id, model=_model(response.model))
+
+
+def _model(model: inference_pb2.ModelStatus) -> ModelInfo:
+    return ModelInfo(
+        name=model.name,
+        state=enum_word(common_pb2.ReplicaState.DESCRIPTOR, model.state),
+        context_tokens=model.context_tokens,
+        deployed_at=datetime.fromtimestamp(model.deployed_unix_ms / 1000, UTC),
+    )
 
 
 def error_of(

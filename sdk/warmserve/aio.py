@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -11,7 +12,7 @@ import grpc
 
 from warmserve import _protocol as protocol
 from warmserve._answer import Answer
-from warmserve.types import Completion, Message, ModelInfo, Options, Progress, TextDelta
+from warmserve.types import Announcement, Completion, Message, ModelInfo, Options, Progress, TextDelta
 from warmserve.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -171,18 +172,39 @@ class AsyncClient:
 
     async def models(self, *, timeout: float | None = 30.0) -> list[ModelInfo]:
         """The deployed models, in order of name, and how ready each is."""
-        request_id = protocol.new_request_id()
-        stub = self._stub()
         request = inference_pb2.ListModelsRequest()
+        return protocol.models(await self._call(self._stub().ListModels, request, timeout))
+
+    async def prewarm(
+        self,
+        model: str,
+        load: float,
+        *,
+        at: datetime | None = None,
+        duration: timedelta | float | None = None,
+        note: str = "",
+        timeout: float | None = 30.0,
+    ) -> Announcement:
+        """Announces traffic, so that the model is warm when it comes; it is forecast higher for that time.
+
+        `load`: requests in progress to expect. `at`: when it begins, now where it is None, at most a week ahead; a
+        datetime without a zone is local time. `duration`: how long it lasts, at most a day, in seconds where it is a
+        number; ten minutes where it is None. `note`: what it is for; operators see it. Raises QueueFullError where too
+        many announcements of the model are open.
+        """
+        request = protocol.prewarm_request(model, load, at, duration, note)
+        return protocol.announcement(await self._call(self._stub().Prewarm, request, timeout))
+
+    async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
+        """What a call with a single answer is answered with."""
+        request_id = protocol.new_request_id()
         call = await self._start(
-            lambda: stub.ListModels(
-                request, timeout=timeout, metadata=protocol.metadata_of(request_id), wait_for_ready=True
-            ),
+            lambda: method(request, timeout=timeout, metadata=protocol.metadata_of(request_id), wait_for_ready=True),
             timeout,
             request_id,
         )
         try:
-            return protocol.models(await call)
+            return await call
         except grpc.RpcError as error:
             status: Any = error
             raise protocol.error_of(status, target=self._target, request_id=request_id, timeout=timeout) from None

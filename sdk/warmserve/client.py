@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -12,7 +13,7 @@ import grpc
 
 from warmserve import _protocol as protocol
 from warmserve._answer import Answer
-from warmserve.types import Completion, Message, ModelInfo, Options, Progress, TextDelta
+from warmserve.types import Announcement, Completion, Message, ModelInfo, Options, Progress, TextDelta
 from warmserve.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -166,17 +167,40 @@ class Client:
 
     def models(self, *, timeout: float | None = 30.0) -> list[ModelInfo]:
         """The deployed models, in order of name, and how ready each is."""
+        return protocol.models(self._call(self._stub.ListModels, inference_pb2.ListModelsRequest(), timeout))
+
+    def prewarm(
+        self,
+        model: str,
+        load: float,
+        *,
+        at: datetime | None = None,
+        duration: timedelta | float | None = None,
+        note: str = "",
+        timeout: float | None = 30.0,
+    ) -> Announcement:
+        """Announces traffic, so that the model is warm when it comes; it is forecast higher for that time.
+
+        `load`: requests in progress to expect. `at`: when it begins, now where it is None, at most a week ahead; a
+        datetime without a zone is local time. `duration`: how long it lasts, at most a day, in seconds where it is a
+        number; ten minutes where it is None. `note`: what it is for; operators see it. Raises QueueFullError where too
+        many announcements of the model are open.
+        """
+        request = protocol.prewarm_request(model, load, at, duration, note)
+        return protocol.announcement(self._call(self._stub.Prewarm, request, timeout))
+
+    def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
+        """What a call with a single answer is answered with."""
         request_id = protocol.new_request_id()
-        request = inference_pb2.ListModelsRequest()
         call = self._connection.start(
-            lambda wait: self._stub.ListModels.future(
+            lambda wait: method.future(
                 request, timeout=timeout, metadata=protocol.metadata_of(request_id), wait_for_ready=wait
             ),
             timeout,
             request_id,
         )
         try:
-            return protocol.models(call.result())
+            return call.result()
         except grpc.RpcError as error:
             status: Any = error
             raise protocol.error_of(status, target=self._target, request_id=request_id, timeout=timeout) from None

@@ -224,3 +224,13 @@ class ModelInfo:
     """Most tokens of prompt plus output."""
     deployed_at: datetime
     """In UTC."""
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """Traffic that was announced."""
+
+    id: str
+    """Its id in the cluster's calendar: `warmctl calendar list` shows it."""
+    model: ModelInfo
+    """The model as it was when the announcement was taken."""

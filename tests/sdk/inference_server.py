@@ -32,6 +32,7 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
 
     def __init__(self, port: int = 0) -> None:
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.announced: list[inference_pb2.PrewarmRequest] = []
         self.metadata: list[dict[str, Any]] = []
         self.remaining_s: list[float | None] = []
         self.cancelled = threading.Event()
@@ -107,6 +108,16 @@ class InferenceServer(inference_pb2_grpc.InferenceServiceServicer):
                 )
             ]
         )
+
+    def Prewarm(
+        self, request: inference_pb2.PrewarmRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.PrewarmResponse:
+        self.announced.append(request)
+        if request.model in STATUSES:
+            context.set_trailing_metadata(TRAILERS.get(request.model, ()))
+            context.abort(*STATUSES[request.model])
+        status = inference_pb2.ModelStatus(name=request.model, state=common_pb2.REPLICA_STATE_WARM, context_tokens=2048)
+        return inference_pb2.PrewarmResponse(id="a1", model=status)
 
     def _delta(self, request: inference_pb2.GenerateRequest, text: str, offset: int) -> inference_pb2.GenerateResponse:
         delta = inference_pb2.TextDelta(text=text, token_ids=[100 + offset], offset=offset)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,53 @@ def test_on_progress_hears_why_a_request_waits(server: InferenceServer, call: Ca
     heard: list[Progress] = []
     call(server.address, "generate", "llama-a", "Hi", on_progress=heard.append)
     assert heard == [Progress("waking", "waiting_requests", "1 request waits", 250.0, 1)]
+
+
+def test_prewarm_announces_traffic(server: InferenceServer, call: Call) -> None:
+    at = datetime(2030, 1, 1, 14, 0, 0, 500_000, UTC)
+    announced = call(server.address, "prewarm", "llama-a", load=20, at=at, duration=timedelta(hours=1), note="launch")
+    assert (announced.id, announced.model.name, announced.model.state) == ("a1", "llama-a", "warm")
+    call(server.address, "prewarm", "llama-a", 0.5, duration=0.25)
+    call(server.address, "prewarm", "llama-a", 1, at=datetime(2030, 1, 1, 14))
+    assert server.announced == [
+        inference_pb2.PrewarmRequest(model="llama-a", load=20, start_unix_s=1893506400, duration_s=3600, note="launch"),
+        inference_pb2.PrewarmRequest(model="llama-a", load=0.5, duration_s=1),
+        inference_pb2.PrewarmRequest(
+            model="llama-a", load=1, start_unix_s=int(datetime(2030, 1, 1, 14).astimezone().timestamp())
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"load": "many"},
+        {"at": "14:00"},
+        {"at": datetime(1960, 1, 1, tzinfo=UTC)},
+        {"duration": 0},
+        {"duration": "1h"},
+        {"duration": float("nan")},
+        {"note": 5},
+        {"duration": timedelta(seconds=-1)},
+    ],
+)
+def test_prewarm_refuses_what_the_wire_cannot_carry(
+    server: InferenceServer, call: Call, options: dict[str, Any]
+) -> None:
+    with pytest.raises(warmserve.InvalidRequestError, match=next(iter(options))):
+        call(server.address, "prewarm", "llama-a", **{"load": 1, **options})
+    assert server.announced == []
+
+
+def test_prewarms_errors_are_those_of_every_call(server: InferenceServer, call: Call) -> None:
+    with pytest.raises(warmserve.ModelNotFoundError) as missing:
+        call(server.address, "prewarm", "unknown", 1)
+    assert missing.value.suggestions == ("llama-a", "llama-b")
+    with pytest.raises(warmserve.QueueFullError) as full:
+        call(server.address, "prewarm", "full", 1)
+    assert full.value.retry_after_s == 1.5
+    with pytest.raises(warmserve.UnavailableError, match="is a router listening"):
+        call(unused_address(), "prewarm", "llama-a", 1, client={"connect_timeout": 0.2})
 
 
 def test_models(server: InferenceServer, call: Call) -> None:
