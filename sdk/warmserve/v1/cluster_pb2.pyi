@@ -386,6 +386,8 @@ class AgentResidency(_message.Message):
     PAGES_WEIGHTS_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
     UPDATED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    PAGES_LENT_FIELD_NUMBER: _builtins.int
+    PAGES_PROMISED_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """The agent."""
     pages_free: _builtins.int
@@ -396,6 +398,10 @@ class AgentResidency(_message.Message):
     """Pages that hold weights."""
     updated_unix_ms: _builtins.int
     """When this was written, in Unix milliseconds."""
+    pages_lent: _builtins.int
+    """Of pages_weights, those that are lent: KV that finds no free page takes them back, least valuable model first."""
+    pages_promised: _builtins.int
+    """Of pages_free, those that warming leaves to running instances; only a wake may fill them."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentShard]:
         """The shards on this agent, cold ones left out."""
@@ -409,10 +415,12 @@ class AgentResidency(_message.Message):
         pages_weights: _builtins.int = ...,
         shards: _abc.Iterable[Global___ResidentShard] | None = ...,
         updated_unix_ms: _builtins.int = ...,
+        pages_lent: _builtins.int = ...,
+        pages_promised: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_weights", b"pages_weights", "shards", b"shards", "updated_unix_ms", b"updated_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_lent", b"pages_lent", "pages_promised", b"pages_promised", "pages_weights", b"pages_weights", "shards", b"shards", "updated_unix_ms", b"updated_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -439,6 +447,7 @@ class ResidentShard(_message.Message):
     BYTES_PER_S_FIELD_NUMBER: _builtins.int
     COLD_LOAD_MS_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model."""
     shard: _builtins.int
@@ -465,6 +474,8 @@ class ResidentShard(_message.Message):
     """How long its last cold load took (a load from its tier, all pages), in milliseconds; 0 if not yet measured."""
     running: _builtins.int
     """Sequences in progress on its instance. Written when an instance becomes busy or idle, and with every other change."""
+    score: _builtins.float
+    """What the placer's last order to warm it said it is worth; where instances take lent pages back, the lowest goes first."""
     @_builtins.property
     def group(self) -> _common_pb2.Group:
         """The group its replica lies on."""
@@ -491,10 +502,11 @@ class ResidentShard(_message.Message):
         bytes_per_s: _builtins.float = ...,
         cold_load_ms: _builtins.float = ...,
         running: _builtins.int = ...,
+        score: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "reason", b"reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "cold_load_ms", b"cold_load_ms", "group", b"group", "instance_id", b"instance_id", "model", b"model", "pages_kv", b"pages_kv", "pages_resident", b"pages_resident", "pages_total", b"pages_total", "reason", b"reason", "residency", b"residency", "running", b"running", "shard", b"shard", "since_unix_ms", b"since_unix_ms", "state", b"state", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "cold_load_ms", b"cold_load_ms", "group", b"group", "instance_id", b"instance_id", "model", b"model", "pages_kv", b"pages_kv", "pages_resident", b"pages_resident", "pages_total", b"pages_total", "reason", b"reason", "residency", b"residency", "running", b"running", "score", b"score", "shard", b"shard", "since_unix_ms", b"since_unix_ms", "state", b"state", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
