@@ -1,9 +1,10 @@
-"""The leader's loop: snapshot, plan, orders; at every tick, when a router asks, and when something has changed."""
+"""The leader's loop: snapshot, plan, orders, each tick and when something has changed; wakes are decided at once."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 from prometheus_client import Gauge, Histogram
 from redis.exceptions import RedisError
@@ -12,12 +13,15 @@ from services.common.queues import QueueCounts, RequestQueue
 from services.common.telemetry import logger
 from services.placer import planner
 from services.placer import records as convert
-from services.placer.decisions import Plan
+from services.placer.calls import AgentCalls
+from services.placer.decisions import Action, Plan
+from services.placer.measured import Capacity
 from services.placer.memory import Memory
 from services.placer.mirrors import Mirrors
 from services.placer.orders import Orders
+from services.placer.published import action_record, outlook_record
 from services.placer.settings import PlacerSettings
-from services.placer.snapshot import Key, Snapshot
+from services.placer.snapshot import Snapshot
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store, StoreUnavailableError
 from warmserve.v1 import cluster_pb2
@@ -26,10 +30,14 @@ _log = logger(__name__)
 _COALESCE_S = 0.02  # changes that come together are answered by one plan
 _REDIS_TIMEOUT_S = 1.0
 _PLAN_SECONDS = Histogram(
-    "warmserve_placer_plan_seconds", "Time to make a plan", buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
+    "warmserve_placer_plan_seconds",
+    "Time to decide: a whole plan, or a wake alone",
+    ["of"],
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
 )
 _ACTIONS = Gauge("warmserve_placer_orders_in_progress", "Orders on their way")
 _WAITING = Gauge("warmserve_placer_waiting_requests", "Requests that no instance has taken", ["model"])
+_ADVISORY = Gauge("warmserve_placer_advisory", "1 while plans are shown and not carried out")
 
 
 class DeposedError(Exception):
@@ -49,20 +57,26 @@ class Controller:
         self._mirrors = mirrors
         self._fence = fence
         self._memory = Memory()
-        self._orders = Orders(self._memory, settings.order_timeout_s)
+        self._orders = Orders(self._memory, AgentCalls(settings.order_timeout_s), self._changed)
         self._counts: dict[str, QueueCounts] = {}
-        self._told: dict[str, int] = {}  # waiting requests that routers told of, for the next decision
-        self._askers: list[asyncio.Future[tuple[Snapshot, Plan]]] = []
+        self._told: dict[str, int] = {}  # waiting requests that routers told of, until Redis is asked next
         self._kick = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._published: cluster_pb2.Plan | None = None
+        self._closed = False
         self._unsubscribe = mirrors.on_any_change(self._changed)
+
+    @property
+    def advisory(self) -> bool:
+        """Whether plans are shown only."""
+        return self._settings.advisory or self._mirrors.advisory
 
     async def run(self) -> None:
         """Decides and acts until cancelled. Raises DeposedError where etcd says that another leads."""
         while True:
             self._kick.clear()
-            await self._round()
+            if self._mirrors.connected:  # else nothing is placed anew until etcd answers
+                await self._round()
             try:
                 async with asyncio.timeout(self._settings.tick_s):
                     await self._kick.wait()
@@ -71,24 +85,30 @@ class Controller:
 
     async def close(self) -> None:
         """Drops what is on its way, once `run` has ended."""
+        self._closed = True
         self._unsubscribe()
         if self._timer is not None:
             self._timer.cancel()
-        for asker in self._askers:
-            if not asker.done():
-                asker.set_exception(DeposedError())
         await self._orders.close()
 
-    async def wake(self, model: str, waiting: int) -> tuple[Snapshot, Plan]:
-        """Has a decision made that knows of the model's waiting requests. One decision answers all who ask meanwhile.
+    def wake(self, model: str, waiting: int) -> tuple[Snapshot, Plan]:
+        """Decides about a deployed model's waiting requests, orders what that takes, and tells what was decided.
 
-        Raises StoreUnavailableError while etcd is away, DeposedError where this leadership ends.
+        It waits for nothing: neither for Redis, whose last counts it takes, nor for a plan in the making. A whole plan
+        follows. Raises StoreUnavailableError while etcd is away, DeposedError once this leadership has ended.
         """
+        if self._closed:
+            raise DeposedError
+        if not self._mirrors.connected:
+            raise StoreUnavailableError("nothing is placed anew until etcd answers")
         self._told[model] = max(waiting, 1, self._told.get(model, 0))
-        asker: asyncio.Future[tuple[Snapshot, Plan]] = asyncio.get_running_loop().create_future()
-        self._askers.append(asker)
+        records, snapshot = self._look()
+        with _PLAN_SECONDS.labels("wake").time():
+            plan = planner.wake(snapshot, model)
+        if not self.advisory:
+            self._orders.launch(plan.actions, snapshot, records, self._fence)
         self._kick.set()
-        return await asker
+        return snapshot, plan
 
     def _changed(self) -> None:
         if self._timer is None:
@@ -99,67 +119,65 @@ class Controller:
         self._kick.set()
 
     async def _round(self) -> None:
-        askers, self._askers = self._askers, []
-        told, self._told = self._told, {}
-        if not self._mirrors.connected:
-            for asker in askers:
-                if not asker.done():
-                    asker.set_exception(StoreUnavailableError("nothing is placed anew until etcd answers"))
-            return
-        await self._count(told)
-        snapshot, plan = self._decide()
-        for asker in askers:
-            if not asker.done():
-                asker.set_result((snapshot, plan))
-        await self._publish(plan)
+        await self._count()
+        records, snapshot = self._look()
+        sent = self._orders.sent
+        with _PLAN_SECONDS.labels("plan").time():
+            plan = await asyncio.to_thread(planner.plan, snapshot)  # wakes are decided meanwhile
+        if self.advisory:
+            proposed = plan.actions
+        else:
+            proposed = ()
+            actions = self._orders.unaffected(plan.actions, since=sent)
+            self._orders.launch(actions, snapshot, records, self._fence)
+        _ADVISORY.set(self.advisory)
+        _ACTIONS.set(len(self._orders.actions))
+        await self._publish(plan, proposed)
 
-    async def _count(self, told: dict[str, int]) -> None:
+    async def _count(self) -> None:
+        told, self._told = self._told, {}
         names = list(self._mirrors.models.items)
+        counts = self._counts
         try:
             async with asyncio.timeout(_REDIS_TIMEOUT_S):
-                self._counts = await self._queue.counts(names)
+                counts = await self._queue.counts(names)
         except (RedisError, OSError, TimeoutError) as error:
             _log.warning("queues cannot be read; going on with the last counts", error=str(error))
-        for name, waiting in told.items():
-            known = self._counts.get(name, QueueCounts())
-            self._counts[name] = QueueCounts(max(known.waiting, waiting), known.taken)
+        self._counts = _at_least(counts, told)
+        _WAITING.clear()  # undeployed models'
         for name in names:
             _WAITING.labels(name).set(self._counts.get(name, QueueCounts()).waiting)
 
-    def _decide(self) -> tuple[Snapshot, Plan]:
+    def _look(self) -> tuple[convert.Records, Snapshot]:
+        """The cluster as it is now, with the orders on their way."""
         records = self._mirrors.records()
+        self._orders.calls.connect(records.agents.values())
         shown = convert.replicas(records)
         self._orders.settle(shown, convert.failures(records), records.agents)
-        expected = self._orders.apply(shown, self._pages(records))
         snapshot = self._memory.snapshot(
-            records, expected, self._counts, self._settings.rules, time.monotonic(), time.time()
+            records,
+            self._orders.apply(shown, convert.order_pages(records, self._orders.actions)),
+            _at_least(self._counts, self._told),
+            self._settings.rules,
+            time.monotonic(),
+            time.time(),
         )
-        with _PLAN_SECONDS.time():
-            plan = planner.plan(snapshot)
-        self._orders.launch(plan.actions, records, self._fence)
-        _ACTIONS.set(len(self._orders.actions))
-        return snapshot, plan
+        return records, replace(snapshot, nodes=convert.nodes(records, self._settings.node_copy_bytes_per_s))
 
-    def _pages(self, records: convert.Records) -> dict[Key, int]:
-        """Shard pages of the replicas that orders on their way make."""
-        pages = {}
-        for action in self._orders.actions:
-            spec = records.models.get(action.model)
-            sizes = [records.agents[a].page_bytes for a in action.group if a in records.agents]
-            if spec is not None:
-                pages[action.model, action.group] = max(
-                    (-(-spec.facts.shard_bytes // size) for size in sizes if size), default=0
-                )
-        return pages
+    def _capacity(self, model: str) -> Capacity | None:
+        """None where the model was undeployed meanwhile."""
+        spec = self._mirrors.models.items.get(model)
+        return self._memory.measured.capacity(spec) if spec is not None else None
 
-    async def _publish(self, plan: Plan) -> None:
+    async def _publish(self, plan: Plan, proposed: tuple[Action, ...]) -> None:
         agents = self._mirrors.agents.items
         record = cluster_pb2.Plan(
             fence=self._fence,
             planner=planner.RULE,
             placer_id=self._settings.id,
-            actions=[convert.action_record(action, agents) for action in self._orders.actions],
-            outlooks=[convert.outlook_record(outlook) for outlook in plan.outlooks],
+            actions=[action_record(action, agents) for action in (*self._orders.actions, *proposed)],
+            outlooks=[outlook_record(outlook, self._capacity(outlook.model), agents) for outlook in plan.outlooks],
+            advisory=self.advisory,
         )
         if record == self._published:
             return
@@ -174,3 +192,12 @@ class Controller:
         if not held:
             raise DeposedError
         self._published = record
+
+
+def _at_least(counts: dict[str, QueueCounts], told: dict[str, int]) -> dict[str, QueueCounts]:
+    """Counts, with at least as many waiting as routers told of."""
+    known = dict(counts)
+    for name, waiting in told.items():
+        count = known.get(name, QueueCounts())
+        known[name] = QueueCounts(max(count.waiting, waiting), count.taken)
+    return known

@@ -23,6 +23,7 @@ class Mirrors:
         self.models = Mirror(store, keys.models(), cluster_pb2.ModelSpec)
         self.controls = Mirror(store, keys.controls(), cluster_pb2.AgentControl)
         self.forecasts = Mirror(store, keys.forecasts(), cluster_pb2.Forecast)
+        self.mode = Mirror(store, keys.placer_mode(), cluster_pb2.PlacerMode)
         self.leader = Mirror(store, keys.placer_leader(), cluster_pb2.LeaderRecord)
         self._planned: list[Mirror[Any]] = [
             self.agents,
@@ -31,6 +32,7 @@ class Mirrors:
             self.models,
             self.controls,
             self.forecasts,
+            self.mode,
         ]
         self._listeners: list[Callable[[], None]] = []
         for mirror in self._planned:
@@ -48,6 +50,12 @@ class Mirrors:
     def connected(self) -> bool:
         """Whether all that plans are made from is up to date."""
         return all(mirror.connected for mirror in self._planned)
+
+    @property
+    def advisory(self) -> bool:
+        """Whether an operator has said that plans are to be shown only."""
+        mode = self.mode.items.get("")
+        return mode is not None and mode.advisory
 
     @property
     def leader_address(self) -> str:

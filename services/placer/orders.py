@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import grpc
 from prometheus_client import Counter
 
-from services.common.grpc_frame import channel
 from services.common.tasks import end_tasks
 from services.common.telemetry import logger
+from services.placer.accounting import Prewarms
+from services.placer.backoff import Backoff
+from services.placer.calls import AgentCalls
 from services.placer.decisions import Action, Do
 from services.placer.memory import Memory
-from services.placer.records import Records, group_record, reason_record
-from services.placer.snapshot import Key, Replica, State
-from warmserve.v1 import agent_pb2, agent_pb2_grpc
+from services.placer.records import Records
+from services.placer.snapshot import Key, Replica, Snapshot, State
 
 _log = logger(__name__)
 _SETTLE_S = 3.0  # after an agent's answer: how long etcd may take to show it
@@ -27,18 +26,12 @@ _ORDERS = Counter("warmserve_placer_orders", "Orders sent to agents", ["kind", "
 
 @dataclass(eq=False)
 class _Order:
+    number: int
     action: Action
+    copies: int  # bytes, of a load
     task: asyncio.Task[str]  # "" or what failed
     answered_at: float | None = None  # monotonic
     begun: bool = False  # etcd has shown it in progress
-
-
-@dataclass(frozen=True)
-class _Context:
-    """What an order is sent with, as it was when it was decided."""
-
-    records: Records
-    fence: int
 
 
 @dataclass
@@ -46,17 +39,25 @@ class Orders:
     """All orders of one leadership. One order per replica at a time; a later one waits for the earlier one's answer."""
 
     memory: Memory
-    timeout_s: float
+    calls: AgentCalls
+    on_failure: Callable[[], None]  # called when an agent has refused an order or has not answered
+    sent: int = 0  # orders so far
     _orders: dict[Key, _Order] = field(default_factory=dict)
-    _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)  # by address
+    _prewarms: Prewarms = field(default_factory=Prewarms)
+    _clearing: Backoff[tuple[Do, Key]] = field(default_factory=Backoff)  # drains and evictions that failed
 
-    def launch(self, actions: Iterable[Action], records: Records, fence: int) -> None:
+    def launch(self, actions: Iterable[Action], snapshot: Snapshot, records: Records, fence: int) -> None:
         """Begins to carry out actions. What makes room on an agent is answered before what needs it is sent."""
-        context = _Context(records, fence)
+        found = {replica.key: replica for replica in snapshot.replicas}
+        refused = self._clearing.refused(time.monotonic())
+        blocked: set[str] = set()  # agents on which no room can be made for now
         for action in actions:
             key = (action.model, action.group)
             before = self._orders.get(key)
             if before is not None and before.action.do is action.do and before.action.keep <= action.keep:
+                continue
+            if (action.do, key) in refused or (action.do in (Do.WAKE, Do.WARM) and blocked.intersection(action.group)):
+                blocked.update(action.group)
                 continue
             first = [before] if before is not None else []
             if action.do in (Do.WAKE, Do.WARM):
@@ -66,10 +67,20 @@ class Orders:
                     if order.action.do is Do.EVICT and not set(order.action.group).isdisjoint(action.group)
                 ]
             _log.info("order", kind=action.do.value, model=action.model, agents=action.group, reason=action.reason.text)
-            task = asyncio.create_task(
-                self._carry_out(action, context, first), name=f"{action.do.value} {action.model}"
-            )
-            self._orders[key] = _Order(action, task)
+            self._prewarms.ordered(action, found.get(key))
+            name = f"{action.do.value} {action.model}"
+            task = asyncio.create_task(self._carry_out(action, records, fence, first), name=name)
+            self.sent += 1
+            self._orders[key] = _Order(self.sent, action, _copies(action, found.get(key), records), task)
+
+    def unaffected(self, actions: Iterable[Action], since: int) -> list[Action]:
+        """Those actions that have nothing to do with agents to which orders were sent after the first `since`."""
+        touched = {a for order in self._orders.values() if order.number > since for a in order.action.group}
+        left = list(actions)
+        while lost := [action for action in left if not touched.isdisjoint(action.group)]:
+            left = [action for action in left if touched.isdisjoint(action.group)]
+            touched.update(agent_id for action in lost for agent_id in action.group)  # what they make room for, too
+        return left
 
     @property
     def actions(self) -> list[Action]:
@@ -80,6 +91,8 @@ class Orders:
         """Forgets orders whose outcome etcd shows, and remembers what failed."""
         present = set(agents)
         now = time.monotonic()
+        self._prewarms.shown(shown)
+        self._clearing.forget(lambda kind_and_key: kind_and_key[1] not in shown)
         for key, order in list(self._orders.items()):
             if present.isdisjoint(order.action.group):
                 order.task.cancel()
@@ -94,9 +107,7 @@ class Orders:
             order.begun = order.begun or (replica is not None and replica.state is State.WARMING)
             if _shown_done(order, replica):
                 if order.answered_at is not None:
-                    del self._orders[key]
-                    if order.action.do in (Do.WAKE, Do.WARM):
-                        self.memory.succeeded(key)
+                    self._succeeded(key, order)
                 continue
             given_up = order.begun and (replica is None or replica.state is State.WARM)
             silent = order.answered_at is not None and now > order.answered_at + _SETTLE_S
@@ -127,15 +138,24 @@ class Orders:
         """Drops all orders; what agents have taken they carry out."""
         await end_tasks(order.task for order in self._orders.values())
         self._orders.clear()
-        for open_channel in self._channels.values():
-            await open_channel.close()
-        self._channels.clear()
+        await self.calls.close()
+
+    def _succeeded(self, key: Key, order: _Order) -> None:
+        del self._orders[key]
+        if order.action.do in (Do.WAKE, Do.WARM):
+            self.memory.succeeded(key)
+        else:
+            self._clearing.succeeded((order.action.do, key))
+        if order.action.do is Do.WARM:
+            self._prewarms.warmed(key, order.copies)
 
     def _failed(self, key: Key, order: _Order, error: str, now: float) -> None:
         action = order.action
         _log.warning("order failed", kind=action.do.value, model=action.model, agents=action.group, error=error)
         if action.do in (Do.WAKE, Do.WARM):
             self.memory.failed(key, error, now)
+        else:
+            self._clearing.failed((action.do, key), error, now)
         del self._orders[key]
 
     def _ended(self, key: Key, order: _Order, failures: Mapping[Key, str], now: float) -> None:
@@ -145,51 +165,24 @@ class Orders:
         else:
             del self._orders[key]
 
-    async def _carry_out(self, action: Action, context: _Context, first: list[_Order]) -> str:
+    async def _carry_out(self, action: Action, records: Records, fence: int, first: list[_Order]) -> str:
         for order in first:
             await asyncio.wait([order.task])
             if order.action.do is Do.EVICT and not order.task.cancelled() and (error := order.task.result()):
                 return f"no room was made: {error}"
-        addresses = [context.records.agents[a].address for a in action.group if a in context.records.agents]
-        results = await asyncio.gather(*(self._send(action, context, address) for address in addresses))
-        error = "; ".join(filter(None, results))
+        error = await self.calls.send(action, records, fence)
         _ORDERS.labels(action.do.value, "failed" if error else "taken").inc()
+        if error:
+            self.on_failure()
         return error
 
-    async def _send(self, action: Action, context: _Context, address: str) -> str:
-        if address not in self._channels:
-            self._channels[address] = channel(address)
-        stub = agent_pb2_grpc.AgentServiceStub(self._channels[address])
-        try:
-            await _call(stub, action, context, self.timeout_s)
-        except grpc.aio.AioRpcError as error:
-            return f"{address} refused to {action.do.value} {action.model}: {error.details() or error.code().name}"
-        return ""
 
-
-def _call(stub: Any, action: Action, context: _Context, timeout_s: float) -> Any:
-    records, fence = context.records, context.fence
-    reason = reason_record(action.reason)
-    match action.do:
-        case Do.WAKE | Do.WARM:
-            spec, group = records.models[action.model], group_record(action.group, records.agents)
-            if action.do is Do.WAKE:
-                request = agent_pb2.WakeReplicaRequest(spec=spec, group=group, reason=reason, fence=fence)
-                return stub.WakeReplica(request, timeout=timeout_s)
-            return stub.WarmReplica(
-                agent_pb2.WarmReplicaRequest(spec=spec, group=group, reason=reason, fence=fence), timeout=timeout_s
-            )
-        case Do.DRAIN:
-            return stub.DrainReplica(
-                agent_pb2.DrainReplicaRequest(model=action.model, reason=reason, fence=fence), timeout=timeout_s
-            )
-        case Do.EVICT:
-            # A whisker less, so that rounding up to pages does not keep one more.
-            keep = max(0.0, action.keep - 1e-9)
-            return stub.EvictReplica(
-                agent_pb2.EvictReplicaRequest(model=action.model, keep_residency=keep, reason=reason, fence=fence),
-                timeout=timeout_s,
-            )
+def _copies(action: Action, found: Replica | None, records: Records) -> int:
+    """Bytes that carrying out an action copies, on all agents of its group."""
+    if action.do not in (Do.WAKE, Do.WARM):
+        return 0
+    whole = records.models[action.model].facts.shard_bytes * len(action.group)
+    return int(whole * (1 - found.residency)) if found is not None else whole
 
 
 def _absent(key: Key, pages: Mapping[Key, int]) -> Replica:

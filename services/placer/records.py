@@ -1,4 +1,4 @@
-"""What etcd holds, as the planner's values; and plans as etcd holds them."""
+"""What etcd holds, as the planner's values."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from services.placer.decisions import Action, Do, Outlook, Reason
-from services.placer.snapshot import Agent, GroupIds, Key, Quantiles, Replica, State, WindowLoad
+from services.placer.decisions import Action
+from services.placer.snapshot import Agent, Key, Node, Quantiles, Replica, State, WindowLoad
 from warmserve.v1 import cluster_pb2, common_pb2
 
 _STATES = {
@@ -15,12 +15,6 @@ _STATES = {
     common_pb2.REPLICA_STATE_WARM: State.WARM,
     common_pb2.REPLICA_STATE_ACTIVE: State.ACTIVE,
     common_pb2.REPLICA_STATE_DRAINING: State.DRAINING,
-}
-_KINDS = {
-    Do.WAKE: cluster_pb2.ACTION_KIND_WAKE,
-    Do.DRAIN: cluster_pb2.ACTION_KIND_DRAIN,
-    Do.WARM: cluster_pb2.ACTION_KIND_WARM,
-    Do.EVICT: cluster_pb2.ACTION_KIND_EVICT,
 }
 
 
@@ -103,6 +97,24 @@ def _joint_state(states: list[State], size: int) -> State:
     return State.WARMING if states[0] is State.ACTIVE and len(states) < size else states[0]
 
 
+def nodes(records: Records, copy_bytes_per_s: float) -> dict[str, Node]:
+    """The machines that agents are on, each with the bound on what is copied there at a time."""
+    return {name: Node(name, copy_bytes_per_s) for name in {record.node for record in records.agents.values()}}
+
+
+def order_pages(records: Records, actions: Iterable[Action]) -> dict[Key, int]:
+    """Shard pages of the replicas that orders on their way make."""
+    pages = {}
+    for action in actions:
+        spec = records.models.get(action.model)
+        sizes = [records.agents[a].page_bytes for a in action.group if a in records.agents]
+        if spec is not None:
+            pages[action.model, action.group] = max(
+                (-(-spec.facts.shard_bytes // size) for size in sizes if size), default=0
+            )
+    return pages
+
+
 def failures(records: Records) -> dict[Key, str]:
     """Replicas whose last transition failed, with the agent's words."""
     return {
@@ -125,36 +137,3 @@ def windows(forecast: cluster_pb2.Forecast | None) -> tuple[WindowLoad, ...]:
 
 def _quantiles(record: cluster_pb2.Quantiles) -> Quantiles:
     return Quantiles(record.p50, record.p90, record.p99)
-
-
-def group_record(group: GroupIds, agents: Mapping[str, cluster_pb2.AgentRecord]) -> common_pb2.Group:
-    """A group as agents are told of it."""
-    node = next((agents[agent_id].node for agent_id in group if agent_id in agents), "")
-    return common_pb2.Group(agent_ids=group, node=node)
-
-
-def reason_record(reason: Reason) -> common_pb2.Reason:
-    """A reason as the protos have it."""
-    return common_pb2.Reason(cause=reason.cause, text=reason.text, by_model=reason.by_model, score=reason.score)
-
-
-def action_record(action: Action, agents: Mapping[str, cluster_pb2.AgentRecord]) -> cluster_pb2.Action:
-    """An action as etcd holds it."""
-    return cluster_pb2.Action(
-        kind=_KINDS[action.do],
-        model=action.model,
-        group=group_record(action.group, agents),
-        reason=reason_record(action.reason),
-    )
-
-
-def outlook_record(outlook: Outlook) -> cluster_pb2.ModelOutlook:
-    """An outlook as etcd holds it."""
-    return cluster_pb2.ModelOutlook(
-        model=outlook.model,
-        foundation_replicas=outlook.foundation,
-        burst_replicas=outlook.burst,
-        active_replicas=outlook.active,
-        warm_replicas=outlook.warm,
-        reason=reason_record(outlook.reason),
-    )

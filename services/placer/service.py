@@ -22,7 +22,7 @@ from services.placer.controller import Controller, DeposedError
 from services.placer.decisions import Outcome, Plan
 from services.placer.deploy import Deployer
 from services.placer.mirrors import Mirrors
-from services.placer.records import group_record, reason_record
+from services.placer.published import group_record, reason_record
 from services.placer.settings import PlacerSettings
 from services.placer.snapshot import Snapshot, State
 from warmserve.cluster.store import StoreUnavailableError
@@ -116,12 +116,14 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         controller = await self._leading()
         try:
             await self._know(request.model)
-            snapshot, plan = await controller.wake(request.model, request.waiting_requests)
+            snapshot, plan = controller.wake(request.model, request.waiting_requests)
         except StoreUnavailableError as error:
             raise StatusError(grpc.StatusCode.UNAVAILABLE, str(error)) from error
         except DeposedError as error:
             raise self._not_leading() from error
         response = answer(request.model, snapshot, plan)
+        if controller.advisory:
+            response = advised(request.model, snapshot, response)
         response.group.CopyFrom(group_record(tuple(response.group.agent_ids), self._mirrors.agents.items))
         if not response.group.agent_ids:
             response.ClearField("group")
@@ -155,6 +157,19 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         leader = self._mirrors.leader_address
         text = f"the leader is {leader}" if leader else "no placer leads at the moment; try again"
         return StatusError(grpc.StatusCode.FAILED_PRECONDITION, f"not the leader; {text}")
+
+
+_ADVISORY = "the placer only advises (see warmctl plan advisory): nothing is woken; the plan says: "
+
+
+def advised(
+    model: str, snapshot: Snapshot, answered: placement_pb2.WakeModelResponse
+) -> placement_pb2.WakeModelResponse:
+    """The answer where the plan is not carried out: what is there serves, and what was ordered before still comes."""
+    if any(r.model == model and r.state in (State.ACTIVE, State.WAKING) for r in snapshot.replicas):
+        return answered
+    reason = common_pb2.Reason(cause=common_pb2.CAUSE_OPERATOR, text=_ADVISORY + answered.reason.text)
+    return placement_pb2.WakeModelResponse(state=common_pb2.REPLICA_STATE_COLD, reason=reason)
 
 
 def answer(model: str, snapshot: Snapshot, plan: Plan) -> placement_pb2.WakeModelResponse:

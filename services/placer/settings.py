@@ -18,6 +18,10 @@ class PlacerSettings(ServiceSettings):
     lookahead_s: float = Field(30.0, ge=0, description="forecast windows that begin within these seconds count as now")
     scale_up: float = Field(0.8, gt=0, le=1, description="load over capacity above which an instance is added")
     scale_down: float = Field(0.5, gt=0, le=1, description="load over capacity, of one less, below which one is freed")
+    advisory: bool = Field(False, description="make plans and show them, but carry nothing out")
+    node_copy_bytes_per_s: float = Field(
+        0.0, ge=0, description="most that all loads of one node copy together; 0: no bound"
+    )
     order_timeout_s: float = Field(5.0, gt=0, description="seconds that an agent may take to answer an order")
 
     @property

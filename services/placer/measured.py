@@ -1,0 +1,128 @@
+"""What the cluster has shown of its models: what instances carry, loads take, requests are like. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from services.placer import records as convert
+from services.placer.records import Records
+from services.placer.snapshot import Key, Tier, WindowLoad
+from warmserve.v1 import cluster_pb2, common_pb2
+
+_ASSUMED_CAPACITY = 8
+_TIERS = {
+    common_pb2.TIER_PEER: Tier.PEER,
+    common_pb2.TIER_HOST: Tier.HOST,
+    common_pb2.TIER_DISK: Tier.DISK,
+    common_pb2.TIER_REMOTE: Tier.REMOTE,
+}
+_SLOWEST_LAST = list(Tier)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Requests that one instance carries, and where the number is from, for people."""
+
+    requests: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A forecast as the planner takes it, and what it says of one request. 0: not known."""
+
+    windows: tuple[WindowLoad, ...] = ()
+    service_s: float = 0.0  # mean seconds in progress
+    kv_bytes_per_request: float = 0.0  # mean while it runs, on one agent
+
+
+@dataclass
+class Measured:
+    """Everything by model; forgotten when a model is undeployed, and kept while no instance of it runs."""
+
+    _slots: dict[str, dict[str, int]] = field(default_factory=dict)  # by kind of device, the newest instance's
+    _devices: set[str] = field(default_factory=set)  # kinds that are registered
+    _loads: dict[str, dict[Tier, float]] = field(default_factory=dict)  # seconds by tier
+    _last_load_s: dict[str, float] = field(default_factory=dict)
+    _images: dict[str, dict[str, Tier]] = field(default_factory=dict)  # by node
+    _loading_from: dict[Key, Tier] = field(default_factory=dict)  # the slowest tier seen during a load
+    _traffic: dict[str, tuple[cluster_pb2.Forecast, Traffic]] = field(default_factory=dict)
+
+    def learn(self, records: Records) -> None:
+        """Takes note of what the records say."""
+        for by_model in (self._slots, self._loads, self._last_load_s, self._images, self._traffic):
+            for name in by_model.keys() - records.models.keys():
+                del by_model[name]
+        self._devices = {record.device_name for record in records.agents.values()}
+        for instance in records.instances.values():
+            agent = next((records.agents[a] for a in instance.group.agent_ids if a in records.agents), None)
+            if instance.slots and agent is not None and instance.model in records.models:
+                self._slots.setdefault(instance.model, {})[agent.device_name] = instance.slots
+        for shard in records.shards:
+            if shard.model in records.models:
+                self._learn_load(shard)
+
+    def _learn_load(self, shard: cluster_pb2.ResidentShard) -> None:
+        key = (shard.model, tuple(shard.group.agent_ids))
+        tier = _TIERS.get(shard.tier)
+        if tier is not None and tier is not Tier.PEER:
+            self._images.setdefault(shard.model, {})[shard.group.node] = tier
+        if shard.state == common_pb2.REPLICA_STATE_WARMING and tier is not None:
+            self._loading_from[key] = max(self._loading_from.get(key, tier), tier, key=_SLOWEST_LAST.index)
+        elif shard.cold_load_ms:
+            self._last_load_s[shard.model] = shard.cold_load_ms / 1e3
+            loaded_from = self._loading_from.pop(key, None)
+            if loaded_from is not None:
+                self._loads.setdefault(shard.model, {})[loaded_from] = shard.cold_load_ms / 1e3
+
+    def capacity(self, spec: cluster_pb2.ModelSpec) -> Capacity:
+        """What one instance carries: what instances on the present devices say, within the spec's limit."""
+        limit = spec.limits.max_batch
+        known = self._slots.get(spec.name, {})
+        slots = {device: count for device, count in known.items() if device in self._devices} or known
+        if slots:
+            device = min(slots, key=lambda name: (slots[name], name))
+            if limit and limit < slots[device]:
+                return Capacity(limit, f"its limit; instances on {device or 'its agents'} offered {slots[device]}")
+            return Capacity(slots[device], f"as its instances report on {device or 'their agents'}")
+        if limit:
+            return Capacity(limit, "its limit; no instance has reported yet")
+        return Capacity(_ASSUMED_CAPACITY, "assumed, until an instance reports")
+
+    def cold_load_s(self, model: str) -> float | None:
+        """What the newest load of a whole replica took; None where none was seen."""
+        return self._last_load_s.get(model)
+
+    def load_s(self, model: str) -> Mapping[Tier, float]:
+        """What loads of a whole replica took, by where they came from."""
+        return self._loads.get(model, {})
+
+    def images(self, model: str) -> Mapping[str, Tier]:
+        """Where each node has the model's images, as far as its agents have told."""
+        return self._images.get(model, {})
+
+    def traffic(self, spec: cluster_pb2.ModelSpec, forecast: cluster_pb2.Forecast | None) -> Traffic:
+        """The forecast, converted once however often it is asked for."""
+        if forecast is None:
+            return Traffic()
+        known = self._traffic.get(spec.name)
+        if known is None or known[0] is not forecast:
+            known = self._traffic[spec.name] = (forecast, _traffic(spec, forecast))
+        return known[1]
+
+
+def _traffic(spec: cluster_pb2.ModelSpec, forecast: cluster_pb2.Forecast) -> Traffic:
+    """By Little's law, over the windows with traffic; a request holds its prompt and, on average, half its answer."""
+    totals: defaultdict[str, float] = defaultdict(float)
+    for window in forecast.windows:
+        if window.request_rate.p50 > 0:
+            totals["rate"] += window.request_rate.p50
+            totals["load"] += window.mean_load.p50
+            totals["tokens"] += window.prompt_tokens_per_s.p50 + window.output_tokens_per_s.p50 / 2
+    windows = convert.windows(forecast)
+    if not totals["rate"] > 0 or not all(0 <= value < float("inf") for value in totals.values()):
+        return Traffic(windows)
+    per_request = totals["tokens"] / totals["rate"] * spec.facts.kv_bytes_per_token
+    return Traffic(windows, totals["load"] / totals["rate"], per_request)
