@@ -1,4 +1,4 @@
-"""How long the engine's steps take: a model that is linear in what a step moves and computes, fitted to measurements."""
+"""How long the engine's steps take: linear in what a step moves and computes, and fitted to measurements."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class Results:
             "unserved": int((~self.served).sum()),
             "requests_per_s": len(self.arrival_s) / self.duration_s if self.duration_s else 0.0,
             "tokens_per_s": self.tokens_per_s,
-            "ttft_s": {"mean": _finite(np.mean(self.ttft_s)) if self.ttft_s.size else None}
+            "ttft_s": {"mean": _finite(float(np.mean(self.ttft_s))) if self.ttft_s.size else None}
             | {f"p{p}": _finite(self.ttft(p)) for p in _PERCENTILES},
             "tpot_s": {f"p{p}": _finite(_percentile(self.tpot_s, p)) for p in _PERCENTILES},
             "within_target": self.within(),

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from services.forecaster.predictors import Predictor
 from services.placer.groups import is_power_of_two
 from services.placer.snapshot import Rules
 from simulator.cost import H100, CostModel
@@ -110,6 +113,7 @@ class Delays:
     reply_s: float = 0.0005  # a token's way from the instance to the client's stream
     wake_s: tuple[float, float] = (0.005, 0.010)  # order -> serving, of a replica all resident; uniformly between
     replan_s: float = 0.02  # changes that come together are answered by one plan
+    ask_s: float = 0.003  # a router's wake request -> the placer's order
     retry_s: float = 1.0  # a router asks again for a model that it could not get woken
 
 
@@ -117,14 +121,13 @@ class Delays:
 class Forecasting:
     """Where the planner's forecasts come from.
 
-    `predictor` has `forecast_all(history (models, windows, 5), horizon) -> (models, horizon, 5, 3)`: for mean load, peak
-    load, requests/s, prompt and output tokens/s the p50, p90 and p99, as services.forecaster's predictors; None: there
-    are no forecasts, and planners react only. `history`: per model what was before the run, (windows, 5), oldest first,
-    NaN in gaps; models that are missing in it are new.
+    `predictor`: one of services.forecaster's; None: there are no forecasts, and planners react only. `history`: per
+    model what was counted before the run, (windows, 5), columns as services.forecaster's QUANTITIES, oldest first, NaN
+    in gaps; it ends where the window begins that holds the first arrival. Models that are missing in it are new.
     """
 
-    predictor: Any = None
-    history: Mapping[str, Any] = field(default_factory=dict)
+    predictor: Predictor | None = None
+    history: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     window_s: float = 300.0
     horizon: int = 12
     silent_from_s: float = math.inf  # the forecaster dies at this time of the trace

@@ -1,0 +1,46 @@
+"""What one instance carries, by the cost model: the figures that a running system measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simulator.cost import StepCost
+from simulator.spec import ClusterSpec, ModelSpec
+
+_SLOWDOWN = 2.5  # of the time per token, which a model without a target of its own may suffer beside others
+
+
+@dataclass(frozen=True)
+class Carries:
+    """What an instance carries of requests of mean length."""
+
+    capacity: int  # requests at a time, within the time per token
+    service_s: float  # how long a request is in progress at half of that
+
+
+def carries(
+    cluster: ClusterSpec, model: ModelSpec, cost: StepCost, prompt_tokens: float, output_tokens: float
+) -> Carries:
+    """Of a model alone on its GPUs.
+
+    In a step each of b sequences gets a token, and b / output_tokens prompts are read.
+    """
+    context = prompt_tokens + output_tokens / 2
+    prompt_s = cost.prefill(int(prompt_tokens)) - cost.base
+    answer = max(output_tokens, 1.0)
+    pages = cluster.pages - model.shard_pages(cluster.page_bytes)
+    kv_tokens = pages * model.tokens_per_page(cluster.page_bytes)
+    limit = model.tpot_s or _SLOWDOWN * cost.decode(1, context)
+
+    def per_token(batch: int) -> float:
+        return cost.decode(batch, batch * context) + batch / answer * prompt_s
+
+    capacity = 1
+    while (
+        capacity < model.max_batch
+        and per_token(capacity + 1) <= limit
+        and (capacity + 1) * (prompt_tokens + output_tokens) <= kv_tokens
+    ):
+        capacity += 1
+    half = max(1, capacity // 2)
+    return Carries(capacity, cost.base + prompt_s + answer * per_token(half))

@@ -1,0 +1,69 @@
+"""When policies decide: at ticks, when routers ask for a model, and when something has changed that others wait for."""
+
+from __future__ import annotations
+
+import time
+
+from services.placer.snapshot import State
+from simulator.clock import Alarm, Clock
+from simulator.cluster import Cluster
+from simulator.policies.base import Policy
+from simulator.replica import ModelState
+from simulator.spec import Settings
+
+
+class Controller:
+    """The leading placer, and the routers' waking."""
+
+    def __init__(self, clock: Clock, cluster: Cluster, policy: Policy, settings: Settings) -> None:
+        self.plans = 0
+        self.plan_seconds = 0.0  # of real time
+        self._clock = clock
+        self._cluster = cluster
+        self._policy = policy
+        self._settings = settings
+        self._tick = Alarm(self._ticked)
+        self._replan = Alarm(self._changed)
+        self._asks = [Alarm(lambda model=model: self._asked(model)) for model in cluster.models]  # type: ignore[misc]
+        clock.set(self._tick, clock.now)
+
+    def need(self, model: ModelState) -> None:
+        """A request waits: where no instance is there or coming, a router asks for one, once for all who wait."""
+        if not self._asks[model.index].ticket and not model.instances:
+            self._clock.set(self._asks[model.index], self._clock.now + self._settings.delays.ask_s)
+
+    def crowded(self) -> None:
+        """A request waits although there are instances: the next tick comes soon."""
+        soon = self._clock.now + self._settings.busy_tick_s
+        if self._tick.due > soon:
+            self._clock.set(self._tick, soon)
+
+    def changed(self) -> None:
+        """Something has become warm, active or free."""
+        if not self._replan.ticket and any(model.queue for model in self._cluster.models):
+            self._clock.set(self._replan, self._clock.now + self._settings.delays.replan_s)
+
+    def _asked(self, model: ModelState) -> None:
+        if not model.queue or model.instances:
+            return
+        if not any(replica.state is State.WAKING for replica in model.replicas.values()):
+            self._decide([model.name])
+        self._clock.set(self._asks[model.index], self._clock.now + self._settings.delays.retry_s)
+
+    def _changed(self) -> None:
+        if any(model.queue for model in self._cluster.models):
+            self._decide([])
+
+    def _ticked(self) -> None:
+        self._decide([])
+        waiting = any(model.queue for model in self._cluster.models)
+        self._clock.set(
+            self._tick, self._clock.now + (self._settings.busy_tick_s if waiting else self._settings.tick_s)
+        )
+
+    def _decide(self, asked: list[str]) -> None:
+        began = time.perf_counter()
+        actions = list(self._policy.decide(self._cluster, asked))
+        self.plan_seconds += time.perf_counter() - began
+        self.plans += 1
+        self._cluster.carry_out(actions)

@@ -1,0 +1,41 @@
+"""The real planner: ours, the published rule, and ours with parts taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from services.placer import planner
+from services.placer.decisions import Action, Do, Plan
+from services.placer.snapshot import Rules, Snapshot
+from simulator.cluster import Cluster
+from simulator.observe import snapshot
+from simulator.policies.base import Future
+
+
+@dataclass(frozen=True)
+class Ours:
+    """WarmServe: services.placer.planner on a snapshot of the cluster, with whatever forecasts the run has.
+
+    `lends` and `partial` are for ablations: without lending an instance keeps all the KV that is free when it starts;
+    without partial residency an eviction takes all of a replica.
+    """
+
+    name: str = "warmserve"
+    plan: Callable[[Snapshot], Plan] = planner.plan
+    wake: Callable[[Snapshot, str], Plan] | None = planner.wake
+    rules: Rules | None = None  # None: the settings'
+    lends: bool = True
+    partial: bool = True
+    start_s: float = 0.0
+
+    def begin(self, cluster: Cluster, future: Future) -> None:
+        """See Policy."""
+
+    def decide(self, cluster: Cluster, asked: Sequence[str]) -> Iterable[Action]:
+        """See Policy. A wake is decided by the plan's first part alone, as the placer does it."""
+        seen = snapshot(cluster, self.rules or cluster.settings.rules)
+        made = self.wake(seen, asked[0]) if asked and self.wake is not None else self.plan(seen)
+        if self.partial:
+            return made.actions
+        return [replace(action, keep=0.0) if action.do is Do.EVICT else action for action in made.actions]
