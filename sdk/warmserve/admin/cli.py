@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 from redis.exceptions import RedisError
 
-from warmserve.admin import agents_commands, models_commands, render, units, views
+from warmserve.admin import agents_commands, calendar_commands, models_commands, render, units, views
 from warmserve.admin.arguments import ModelName, OutputOption, complete_model, target_of
 from warmserve.admin.plain import plain
+from warmserve.admin.simulate_command import CONTEXT, simulate
 from warmserve.admin.state import read_state
 from warmserve.admin.target import CommandError, Output, Target, console, run, show, warn
 from warmserve.admin.timeline import Item, newest, open_events
@@ -27,6 +28,8 @@ app = typer.Typer(
 )
 app.add_typer(models_commands.app, name="models")
 app.add_typer(agents_commands.app, name="agents")
+app.add_typer(calendar_commands.app, name="calendar")
+app.command("simulate", context_settings=CONTEXT, add_help_option=False)(simulate)
 
 _EXPLAIN_EVENTS = 10
 

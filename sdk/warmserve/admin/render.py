@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from warmserve.admin import units
+from warmserve.admin.drawing import fact_list, make_table, note_lines
 from warmserve.admin.plain import Plain
 from warmserve.admin.views import (
     AgentSummary,
@@ -29,7 +28,7 @@ def models(found: Sequence[ModelSummary], now_ms: int) -> RenderableType:
     """`models list`."""
     if not found:
         return "No model is deployed. Deploy one with: warmctl models deploy NAME --source DIR"
-    table = _table("NAME", "STATE", "REPLICAS", "ARCHITECTURE", "PARAMETERS", "TP", "CONTEXT", "DEPLOYED")
+    table = make_table("NAME", "STATE", "REPLICAS", "ARCHITECTURE", "PARAMETERS", "TP", "CONTEXT", "DEPLOYED")
     for model in found:
         counts = ", ".join(f"{count} {state}" for state, count in model.replicas.items() if count)
         table.add_row(
@@ -68,14 +67,14 @@ def model(description: ModelDescription, now_ms: int) -> RenderableType:
         ("time per token target", units.duration(target["tpot_ms"]) if target.get("tpot_ms") else "none"),
         ("fingerprint", facts.get("fingerprint", "-")),
     ]
-    return Group(Text(description.name, style="bold"), _facts(rows), "", _replicas(description.replicas, now_ms))
+    return Group(Text(description.name, style="bold"), fact_list(rows), "", _replicas(description.replicas, now_ms))
 
 
 def agents(found: Sequence[AgentSummary], now_ms: int) -> RenderableType:
     """`agents list`."""
     if not found:
         return "No agent is registered."
-    table = _table("ID", "NODE", "DEVICE", "STATE", "ARENA", "WEIGHTS █  KV ▓  FREE ░", "MODELS", "INSTANCES", "UP")
+    table = make_table("ID", "NODE", "DEVICE", "STATE", "ARENA", "WEIGHTS █  KV ▓  FREE ░", "MODELS", "INSTANCES", "UP")
     for agent in found:
         table.add_row(
             agent.id,
@@ -104,7 +103,7 @@ def status(view: Status, now_ms: int) -> RenderableType:
         if view.forecast_made_unix_ms
         else "none made yet"
     )
-    head = _facts(
+    head = fact_list(
         [
             ("etcd", view.etcd_version),
             ("placer", leader),
@@ -115,7 +114,7 @@ def status(view: Status, now_ms: int) -> RenderableType:
     )
     parts: list[RenderableType] = [head, ""]
     if view.agents:
-        table = _table("AGENT", "NODE", "STATE", "WEIGHTS █  KV ▓  FREE ░", "WEIGHTS", "KV", "FREE")
+        table = make_table("AGENT", "NODE", "STATE", "WEIGHTS █  KV ▓  FREE ░", "WEIGHTS", "KV", "FREE")
         for agent in view.agents:
             sizes = [agent.pages_weights, agent.pages_kv, agent.pages_free]
             table.add_row(
@@ -126,19 +125,19 @@ def status(view: Status, now_ms: int) -> RenderableType:
                 *(units.size(pages * agent.page_bytes) if agent.registered else "-" for pages in sizes),
             )
         parts += [table, ""]
-    models_table = _table("MODELS", "", "")
+    models_table = make_table("MODELS", "", "")
     for state, names in view.models.items():
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         models_table.add_row(_state(state), str(len(names)), shown)
     parts.append(models_table if view.models else "No model is deployed.")
-    return Group(*parts, *_notes(view.notes))
+    return Group(*parts, *note_lines(view.notes))
 
 
 def explanation(view: Explanation, now_ms: int) -> RenderableType:
     """`explain`."""
     parts: list[RenderableType] = [
         Text.assemble((view.model, "bold"), " is ", _state(view.state), f": {view.why}"),
-        *_notes(view.notes),
+        *note_lines(view.notes),
         "",
     ]
     rows: list[tuple[str, str | Text]] = []
@@ -159,9 +158,9 @@ def explanation(view: Explanation, now_ms: int) -> RenderableType:
             f"window of {units.duration(view.forecast['window_s'] * 1000)}"
         )
         rows.append(("forecast", text))
-    parts.append(_facts(rows))
+    parts.append(fact_list(rows))
     if view.actions:
-        table = _table("THE PLAN'S ACTIONS", "WHERE", "WHY")
+        table = make_table("THE PLAN'S ACTIONS", "WHERE", "WHY")
         for action in view.actions:
             where = " + ".join((action["group"] or {}).get("agent_ids", []))
             table.add_row(action["kind"], where, _because(action["reason"] or {}))
@@ -187,7 +186,7 @@ def event_line(event: Plain) -> RenderableType:
 def _replicas(found: Sequence[Replica], now_ms: int) -> RenderableType:
     if not found:
         return "No replica: nothing of it is resident on any agent."
-    table = _table("REPLICA ON", "STATE", "SINCE", "RESIDENT", "WEIGHTS", "KV", "REST FROM", "WHY")
+    table = make_table("REPLICA ON", "STATE", "SINCE", "RESIDENT", "WEIGHTS", "KV", "REST FROM", "WHY")
     for replica in found:
         copying = f" ({units.size(replica.bytes_per_s)}/s)" if replica.bytes_per_s else ""
         table.add_row(
@@ -204,7 +203,7 @@ def _replicas(found: Sequence[Replica], now_ms: int) -> RenderableType:
 
 
 def _events(found: Iterable[Plain], now_ms: int) -> Table:
-    table = _table("WHEN", "EVENT", "ON", "TOOK", "WHY")
+    table = make_table("WHEN", "EVENT", "ON", "TOOK", "WHY")
     for event in found:
         table.add_row(
             units.age(event["unix_ms"], now_ms),
@@ -214,26 +213,6 @@ def _events(found: Iterable[Plain], now_ms: int) -> Table:
             _because(event["reason"] or {}),
         )
     return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _facts(rows: Iterable[tuple[str, str | Text]]) -> RenderableType:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    return Padding(table, (0, 0, 0, 2), expand=False)
-
-
-def _notes(notes: Iterable[str]) -> list[Text]:
-    return [Text(f"! {note}", style="yellow") for note in notes]
 
 
 def _state(state: str) -> Text:

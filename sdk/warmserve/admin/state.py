@@ -27,6 +27,9 @@ class ClusterState:
     routers: dict[str, cluster_pb2.RouterRecord] = field(default_factory=dict)
     controls: dict[str, cluster_pb2.AgentControl] = field(default_factory=dict)
     forecasts: dict[str, cluster_pb2.Forecast] = field(default_factory=dict)
+    forecasters: dict[str, cluster_pb2.ForecasterRecord] = field(default_factory=dict)
+    calendar: dict[str, cluster_pb2.CalendarEntry] = field(default_factory=dict)
+    """By model/id."""
     plan: cluster_pb2.Plan | None = None
     leader: cluster_pb2.LeaderRecord | None = None
     unreadable: list[str] = field(default_factory=list)
@@ -61,6 +64,8 @@ def parse_state(changes: Iterable[Change], keys: Keys) -> ClusterState:
     state.routers = under(keys.routers(), cluster_pb2.RouterRecord)
     state.controls = under(keys.controls(), cluster_pb2.AgentControl)
     state.forecasts = under(keys.forecasts(), cluster_pb2.Forecast)
+    state.forecasters = under(keys.forecasters(), cluster_pb2.ForecasterRecord)
+    state.calendar = under(keys.calendars(), cluster_pb2.CalendarEntry)
     state.plan = under(keys.plan(), cluster_pb2.Plan).get("")
     state.leader = under(keys.placer_leader(), cluster_pb2.LeaderRecord).get("")
     return state
