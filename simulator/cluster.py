@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.placer.decisions import Action, Do
 from services.placer.groups import groups
-from services.placer.snapshot import Agent, State
+from services.placer.snapshot import Agent, Key, State
 from simulator.clock import Clock
 from simulator.engine import Engine, Job
 from simulator.loads import NodeLoads
@@ -65,9 +65,10 @@ class Cluster:
         self.news: Listener = Listener()
         self._start_s = start_s
         self._lends = lends
+        self.kv_pages: Mapping[Key, int] = {}  # replicas whose KV is fixed
         self._random = random.Random(seed)
         self._begun: set[tuple[int, str]] = set()  # (model, GPU) where it has been resident
-        self._groups = {tp: self._all_groups(tp) for tp in {model.spec.tp for model in models}}
+        self._groups: dict[int, list[tuple[Gpu, ...]]] = {}
         self.nodes = {
             f"n{node}": NodeLoads(
                 clock,
@@ -87,6 +88,9 @@ class Cluster:
 
     def groups(self, tp: int) -> list[tuple[Gpu, ...]]:
         """All aligned groups of `tp` GPUs, in order of node and index."""
+        if tp not in self._groups:
+            agents = [Agent(gpu.id, gpu.node, gpu.index, 1, 1) for gpu in self.gpus.values()]
+            self._groups[tp] = [tuple(self.gpus[agent] for agent in group) for group in groups(agents, tp)]
         return self._groups[tp]
 
     def replica(self, model: ModelState, group: Iterable[Gpu]) -> Replica | None:
@@ -213,12 +217,15 @@ class Cluster:
             news=self,
         )
         engine.replica = replica
+        fixed = self.kv_pages.get(replica.key)
+        if fixed is not None:
+            engine.reserve = engine.most = fixed
         if not self.resize(engine, engine.reserve):
             self.counts.refused += 1
             self._enter(replica, State.WARM)
             self.news.changed(replica)
             return
-        if not self._lends:
+        if not self._lends and fixed is None:
             engine.reserve += min(gpu.free for gpu in replica.gpus)
             self.resize(engine, engine.reserve)
         replica.engine = engine
@@ -327,6 +334,8 @@ class Cluster:
         more = pages - engine.kv_pages
         if more == 0:
             return True
+        if pages > engine.most:
+            return False
         if more > 0 and any(gpu.free < more for gpu in engine.gpus) and not self._make_room(engine.gpus, more):
             return False
         if engine.replica is not None:
@@ -340,21 +349,16 @@ class Cluster:
 
     def room(self, engine: Engine) -> int:
         """See simulator.engine.Memory."""
-        return engine.kv_pages + min(gpu.free + self._evictable(gpu) for gpu in engine.gpus)
+        return min(engine.most, engine.kv_pages + min(gpu.free + self._evictable(gpu) for gpu in engine.gpus))
 
     def limit(self, engine: Engine) -> int:
         """See simulator.engine.Memory."""
-        return min(
-            gpu.pages
-            - gpu.weights
-            + self._evictable(gpu)
-            - sum(
-                other.engine.reserve
-                for other in gpu.replicas.values()
-                if other.engine is not None and other.engine is not engine
-            )
-            for gpu in engine.gpus
-        )
+        return min(engine.most, *(self._limit(engine, gpu) for gpu in engine.gpus))
+
+    def _limit(self, engine: Engine, gpu: Gpu) -> int:
+        others = (replica.engine for replica in gpu.replicas.values())
+        reserved = sum(other.reserve for other in others if other is not None and other is not engine)
+        return gpu.pages - gpu.weights + self._evictable(gpu) - reserved
 
     def _evictable(self, gpu: Gpu, but: Replica | None = None) -> int:
         return sum(r.pages for r in gpu.replicas.values() if r.state is State.WARM and r is not but)
@@ -445,10 +449,6 @@ class Cluster:
                 if replica.engine is not None:
                     model.busy_gpu_s += replica.engine.device_seconds * len(replica.gpus)
                     replica.engine.device_seconds = 0.0
-
-    def _all_groups(self, tp: int) -> list[tuple[Gpu, ...]]:
-        agents = [Agent(gpu.id, gpu.node, gpu.index, 1, 1) for gpu in self.gpus.values()]
-        return [tuple(self.gpus[agent] for agent in group) for group in groups(agents, tp)]
 
 
 class Listener:

@@ -97,6 +97,7 @@ class Engine:
         self.jobs = 0  # taken and not ended
         self.kv_pages = 0  # on each GPU
         self.reserve = reserve
+        self.most = gpus[0].pages  # KV pages that it may have on each GPU
         self.device_seconds = 0.0
         self.preemptions = 0
         self.replica: Replica | None = None  # whose compute it is; set by whoever makes it

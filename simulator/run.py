@@ -146,6 +146,7 @@ class _Run(Listener):
         clock, columns = self._clock, self._columns
         service = np.array([model.service_s for model in self._models])[columns.model]
         self._policy.begin(self._cluster, Future(columns.time_s, columns.model, service))
+        self._cluster.kv_pages = self._policy.kv_pages
         first_end = self._forecasts.begin(float(columns.time_s[0]), clock.now)
         clock.at(first_end, self._window_ended)
         self._controller = Controller(clock, self._cluster, self._policy, self._settings)

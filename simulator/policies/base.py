@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.placer.decisions import Action
+from services.placer.snapshot import Key
 from simulator.cluster import Cluster
 
 
@@ -65,6 +66,11 @@ class Policy(Protocol):
     @property
     def lends(self) -> bool:
         """Whether KV pages that an instance does not use may hold other models' weights."""
+        ...
+
+    @property
+    def kv_pages(self) -> Mapping[Key, int]:
+        """Replicas that have so many KV pages on each GPU, no more and no fewer; asked after `begin`."""
         ...
 
     def begin(self, cluster: Cluster, future: Future) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from services.placer import planner
 from services.placer.decisions import Action, Do, Plan
-from services.placer.snapshot import Rules, Snapshot
+from services.placer.snapshot import Key, Rules, Snapshot
 from simulator.cluster import Cluster
 from simulator.observe import snapshot
 from simulator.policies.base import Future
@@ -28,6 +28,7 @@ class Ours:
     lends: bool = True
     partial: bool = True
     start_s: float = 0.0
+    kv_pages: Mapping[Key, int] = field(default_factory=dict)
 
     def begin(self, cluster: Cluster, future: Future) -> None:
         """See Policy."""
