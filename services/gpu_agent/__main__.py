@@ -13,6 +13,7 @@ from services.common.telemetry import logger
 from services.gpu_agent.agent import Agent
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.device import open_backend, open_device
+from services.gpu_agent.expectation import follow
 from services.gpu_agent.images import Images
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.service import AgentServicer
@@ -69,7 +70,12 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
         task.add_done_callback(forgetting.discard)
 
     models.on_change(on_model)
-    await models.start()
+    forecasts = Mirror(node.store, node.keys.forecasts(), cluster_pb2.Forecast)
+    instances = Mirror(node.store, node.keys.instances(), cluster_pb2.InstanceRecord)
+    follow(forecasts, instances, agent.expect)
+    followed = (models, instances, forecasts)
+    for mirror in followed:
+        await mirror.start()
     reports.start()
     await node.session.put(node.keys.agent(settings.id), record)
     await node.server.set_serving(True)
@@ -85,7 +91,8 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     await node.session.put(node.keys.agent(settings.id), record)
     await agent.stop(0 if died else settings.grace_s)
     await end_tasks(forgetting)
-    await models.close()
+    for mirror in followed:
+        await mirror.close()
     await reports.close()
     await node.server.stop(1)
     if died:

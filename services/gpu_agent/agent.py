@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 
 from services.common.queues import RequestQueue
 from services.common.tasks import begin_task, end_tasks
@@ -30,6 +30,11 @@ _log = logger(__name__)
 _OUTSIDE = Gauge(
     "warmserve_gpu_agent_outside_arena_bytes", "Device memory outside the arena: its bound, held, grown", ["what"]
 )
+
+_TAKEN_BACK = Counter(
+    "warmserve_gpu_agent_pages_taken_back_total", "Pages of warm weights that KV caches took back", ["model"]
+)
+_TELL_S = 0.2
 
 
 class NoRoomError(Exception):
@@ -68,6 +73,13 @@ class Agent:
         self._serving = Serving(agent_id, arena, queue, reports, self._transitions, self._shards)
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # fails when the device is lost
         reports.describe = self.residency
+        self._taken_back: dict[str, tuple[int, str]] = {}  # pages by model, and who took the last; not yet told
+        loop = asyncio.get_running_loop()
+
+        def on_taken_back(model: str, pages: int, owner: str) -> None:
+            loop.call_soon_threadsafe(self._on_taken_back, model, pages, owner)
+
+        arena.on_taken_back = on_taken_back
 
     def start(self) -> None:
         """Starts the engine."""
@@ -93,17 +105,27 @@ class Agent:
             pages_free=usage.free,
             pages_kv=usage.kv,
             pages_weights=usage.weights,
+            pages_lent=usage.lent,
+            pages_promised=usage.promised,
             shards=[
                 shard.to_proto(usage) for shard in self._shards.values() if shard.state != COLD or shard.reason.text
             ],
             updated_unix_ms=int(time.time() * 1e3),
         )
 
+    def expect(self, model: str, sequences: float) -> None:
+        """Says how many sequences the forecast has an instance of a model run at once."""
+        self._serving.expect(model, sequences)
+
     # Orders
 
     async def warm(self, spec: cluster_pb2.ModelSpec, group: common_pb2.Group, reason: common_pb2.Reason) -> Shard:
         """Begins to make a shard's weights resident. Raises NoRoomError, BusyError."""
         async with self._ordered(spec, group) as shard:
+            if reason.score != shard.score:
+                shard.score = reason.score
+                shard.lend()
+                self._reports.changed()
             if shard.state == COLD or (shard.state == WARM and not shard.complete):
                 self._begin_load(shard, reason, active=False)
             return shard
@@ -111,17 +133,16 @@ class Agent:
     async def wake(self, spec: cluster_pb2.ModelSpec, group: common_pb2.Group, reason: common_pb2.Reason) -> Shard:
         """Begins to make a shard an instance. Raises NoRoomError, BusyError."""
         async with self._ordered(spec, group) as shard:
-            if shard.state == WARM and shard.complete:
+            if shard.state in (COLD, WARM):
+                if shard.weights is not None:
+                    shard.weights.withhold()  # before anybody counts its pages
                 try:
-                    self._serving.activate(shard, reason)
-                except OutOfPages as error:
-                    raise NoRoomError(
-                        f"{shard.name} is warm on {self._id}, but has no room to serve: {error}"
-                    ) from error
-            elif shard.state in (COLD, WARM):
-                self._begin_load(shard, reason, active=True)
+                    self._wake(shard, reason)
+                except NoRoomError:
+                    shard.lend()
+                    raise
             elif shard.state == WARMING and not shard.wanted_active:
-                shard.wanted_active = True
+                shard.want(active=True)
                 shard.reason = reason
                 self._loader.hurry(shard)
                 self._reports.changed()
@@ -139,7 +160,7 @@ class Agent:
         elif shard.state == DRAINING:
             shard.rewoken.clear()
         elif shard.state == WARMING and shard.wanted_active:
-            shard.wanted_active = False
+            shard.want(active=False)
             shard.reason = reason
             self._reports.changed()
         return shard.state
@@ -189,6 +210,33 @@ class Agent:
         await end_tasks(drains)
         await self._serving.stop(f"agent {self._id} stopped")
 
+    # Lending
+
+    def _on_taken_back(self, model: str, pages: int, owner: str) -> None:
+        """KV took pages of a warm model: one page at a time, so it is told for several at once."""
+        _TAKEN_BACK.labels(model).inc(pages)
+        if not self._taken_back:
+            asyncio.get_running_loop().call_later(_TELL_S, self._tell_taken_back)
+        self._taken_back[model] = self._taken_back.get(model, (0, ""))[0] + pages, owner
+
+    def _tell_taken_back(self) -> None:
+        names = {shard.server.instance_id: shard.name for shard in self._shards.values() if shard.server}
+        news, self._taken_back = self._taken_back, {}
+        for model, (pages, owner) in news.items():
+            shard = self._shards.get(model)
+            if shard is None:
+                continue
+            reason = common_pb2.Reason(
+                cause=common_pb2.CAUSE_MADE_ROOM,
+                text=f"{pages} pages went back to the KV cache of {names.get(owner, owner)}, which needed them",
+                by_model=names.get(owner, ""),
+                score=shard.score,
+            )
+            if shard.state == WARM and not shard.pages_resident:
+                self._transitions.rest(shard, reason, None)
+            self._transitions.event(shard, cluster_pb2.EVENT_KIND_EVICTED, 0.0, pages * self._arena.page_bytes, reason)
+        self._reports.changed()
+
     # Loading
 
     @asynccontextmanager
@@ -204,18 +252,33 @@ class Agent:
                 raise BusyError(f"an older model named {spec.name} is still being removed from {self._id}; try again")
             yield shard
 
+    def _wake(self, shard: Shard, reason: common_pb2.Reason) -> None:
+        if not shard.complete:
+            self._begin_load(shard, reason, active=True)
+            return
+        try:
+            self._serving.activate(shard, reason)
+        except OutOfPages as error:
+            raise NoRoomError(f"{shard.name} is warm on {self._id}, but has no room to serve: {error}") from error
+
     def _begin_load(self, shard: Shard, reason: common_pb2.Reason, active: bool) -> None:
-        needed = self._pages_missing(shard) + (self._serving.kv_reserve(shard) if active else 0)
-        free = self._arena.free_pages
-        if needed > free:
-            raise NoRoomError(
-                f"{shard.name} needs {needed} more pages on {self._id}, of which {free} of {self._arena.num_pages} are "
-                "free; evict another model first"
-            )
-        shard.wanted_active = active
+        self._check_room(shard, active)
+        shard.want(active)
         shard.abandoned.clear()
         self._transitions.enter(shard, WARMING, reason, cluster_pb2.EVENT_KIND_WARMING)
         shard.task = begin_task(self._load(shard), f"load {shard.name}")
+
+    def _check_room(self, shard: Shard, active: bool) -> None:
+        """Raises NoRoomError. Weights need free pages; KV may take lent ones; warming leaves instances theirs."""
+        missing, reserve = self._pages_missing(shard), self._serving.kv_reserve(shard) if active else 0
+        usage = self._arena.usage()
+        free = usage.free if active else usage.free - usage.promised
+        if missing > free or missing + reserve > free + usage.lent:
+            kept = "" if active or not usage.promised else f" and {usage.promised} are kept for running instances"
+            raise NoRoomError(
+                f"{shard.name} needs {missing + reserve} more pages on {self._id}, of which {usage.free} of "
+                f"{self._arena.num_pages} are free{kept}; evict another model first"
+            )
 
     def _pages_missing(self, shard: Shard) -> int:
         total = shard.pages_total or math.ceil(shard.spec.facts.shard_bytes / self._arena.page_bytes)
@@ -225,15 +288,20 @@ class Agent:
         began = time.monotonic()
         resident = shard.pages_resident
         try:
-            with self._device_watched():
-                await self._loader.load(shard)
-            took_ms = (time.monotonic() - began) * 1e3
-            if resident == 0 and shard.complete:
-                shard.cold_load_ms = took_ms
-            await self._serving.preparing.ahead(shard)
+            while True:
+                with self._device_watched():
+                    await self._loader.load(shard)
+                took_ms = (time.monotonic() - began) * 1e3
+                if resident == 0 and shard.complete:
+                    shard.cold_load_ms = took_ms
+                await self._serving.preparing.ahead(shard)
+                if shard.complete or not shard.wanted_active or shard.abandoned.is_set():
+                    break  # else pages were taken back before it was woken
             self._transitions.rest(shard, shard.reason, None)
             if shard.abandoned.is_set():
                 return  # even if it was woken before that: its pages are about to go
+            if not shard.complete:
+                return  # instances needed its pages, which is told by itself
             copied = (shard.pages_resident - resident) * self._arena.page_bytes
             self._transitions.event(shard, cluster_pb2.EVENT_KIND_WARMED, took_ms, copied)
             if shard.wanted_active:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from services.common.telemetry import logger
 from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.copy_lane import CopyLane, CopyTurn
 from services.gpu_agent.engine.backend import Backend
 from services.gpu_agent.images import AbandonedError, Images
@@ -38,6 +39,7 @@ class Loader:
     async def load(self, shard: Shard) -> None:
         """Returns when the shard is complete, or soon after it was abandoned. Must not be cancelled: a thread copies.
 
+        Warming gives way to instances that need its pages for KV: then it returns before the shard is complete.
         Raises CheckpointError, ImageCorrupt, OutOfPages (what is resident stays), OSError.
         """
         image: Image | None = None
@@ -50,7 +52,13 @@ class Loader:
                     if not ours:
                         continue
                     try:
-                        await self._copy(shard, image, shard.turn)
+                        done = await self._copy(shard, image, shard.turn)
+                        if done.overtaken and not shard.wanted_active:
+                            return
+                    except OutOfPages:
+                        if shard.wanted_active:
+                            raise
+                        return  # there was room when it began; what is resident is of use all the same
                     except ImageCorrupt as error:
                         if mended:
                             raise
@@ -90,6 +98,7 @@ class Loader:
             shard.tier = common_pb2.TIER_DISK
             if shard.weights is None:
                 shard.weights = self._arena.add_weights(shard.name, blueprint.layout.total_bytes)
+                shard.lend()
             if shard.program is None:
                 shard.program = await asyncio.to_thread(
                     self._backend.program,
@@ -104,8 +113,8 @@ class Loader:
             raise
         return image
 
-    async def _copy(self, shard: Shard, image: Image, turn: CopyTurn) -> None:
-        """Copies until all is resident or the turn is cut short."""
+    async def _copy(self, shard: Shard, image: Image, turn: CopyTurn) -> LoadProgress:
+        """Copies until all is resident, the turn is cut short, or KV takes pages back."""
         assert shard.weights is not None
 
         def progress(done: LoadProgress) -> None:
@@ -113,7 +122,7 @@ class Loader:
 
         self._on_progress()
         try:
-            await asyncio.to_thread(load, image, shard.weights, cancel=turn.cancel, progress=progress)
+            return await asyncio.to_thread(load, image, shard.weights, cancel=turn.cancel, progress=progress)
         finally:
             self._on_progress()
 

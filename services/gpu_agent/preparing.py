@@ -59,6 +59,12 @@ class Preparing:
             self._transitions.enter(shard, shard.state, reason, cluster_pb2.EVENT_KIND_FAILED)
 
     async def _prepare(self, shard: Shard, go_on: Callable[[], bool]) -> None:
-        program = shard.program
+        program, weights = shard.program, shard.weights
         assert program is not None
-        await asyncio.wrap_future(self._engine.work(lambda: go_on() and program.prepare()))
+        assert weights is not None
+
+        def piece() -> bool:
+            with weights.in_use():  # else an instance that needs pages might take them from under it
+                return go_on() and weights.complete and program.prepare()
+
+        await asyncio.wrap_future(self._engine.work(piece))

@@ -18,7 +18,9 @@ from warmserve.v1 import cluster_pb2, common_pb2
 _log = logger(__name__)
 _LOOK_S = 1.0
 _CLOSE_S = 2.0
-_PAGES = Gauge("warmserve_gpu_agent_pages", "Pages of the arena", ["use"])
+_PAGES = Gauge(
+    "warmserve_gpu_agent_pages", "Pages of the arena; those lent are of weights, those promised free", ["use"]
+)
 _TRANSITION_SECONDS = Histogram(
     "warmserve_gpu_agent_transition_seconds",
     "Time a transition took",
@@ -96,8 +98,8 @@ class Reports:
             await self._write()
 
     @staticmethod
-    def _pages(residency: cluster_pb2.AgentResidency) -> tuple[int, int, int]:
-        return residency.pages_free, residency.pages_kv, residency.pages_weights
+    def _pages(residency: cluster_pb2.AgentResidency) -> tuple[int, ...]:
+        return residency.pages_free, residency.pages_kv, residency.pages_weights, residency.pages_promised
 
     async def _write(self) -> None:
         # Instances first: a router that sees one may send, and one that sees none wakes.
@@ -126,6 +128,8 @@ class Reports:
             ("free", residency.pages_free),
             ("kv", residency.pages_kv),
             ("weights", residency.pages_weights),
+            ("lent", residency.pages_lent),
+            ("promised", residency.pages_promised),
         ):
             _PAGES.labels(use).set(pages)
         _RESIDENT.clear()

@@ -7,6 +7,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 
 from services.common.queues import RequestQueue
@@ -17,7 +18,7 @@ from services.gpu_agent.device import is_fatal
 from services.gpu_agent.engine.grammar import GrammarCompiler
 from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache
-from services.gpu_agent.engine.loop import EngineLoop
+from services.gpu_agent.engine.loop import EngineLoop, EngineStopped
 from services.gpu_agent.engine.sequence import SequenceOutput
 from services.gpu_agent.instance_server import InstanceServer
 from services.gpu_agent.preparing import Preparing
@@ -50,6 +51,7 @@ class Serving:
         self._reports = reports
         self._transitions = transitions
         self._shards = shards
+        self._expected: dict[str, float] = {}  # sequences that the forecast has an instance run at once, by model
         self._loop = asyncio.get_running_loop()
         self.engine = EngineLoop(
             on_step=partial(self._from_engine, self._on_step),
@@ -64,6 +66,14 @@ class Serving:
         facts = shard.spec.facts
         full = math.ceil(facts.kv_bytes_per_token * facts.context_tokens / self._arena.page_bytes)
         return max(1, min(full, self._arena.num_pages // _KV_RESERVE_SHARE))
+
+    def expect(self, model: str, sequences: float) -> None:
+        """Says how many sequences the forecast has an instance of a model run at once: warming leaves room for them."""
+        self._expected[model] = sequences
+        shard = self._shards.get(model)
+        if shard is not None and shard.server is not None:
+            with suppress(EngineStopped):
+                self.engine.expect(shard.server.instance_id, sequences)
 
     def activate(self, shard: Shard, reason: common_pb2.Reason, lasted_ms: float = 0.0) -> None:
         """A warm shard, all of it resident, becomes active; what led to that took `lasted_ms`. Raises OutOfPages."""
@@ -91,6 +101,7 @@ class Serving:
             max_prefills=limits.max_prefills,
             prefill_budget=limits.prefill_budget,
         )
+        instance.expect(self._expected.get(shard.name, 0.0))
         self.engine.activate(instance)
         self.preparing.beside(shard)
         if shard.grammars is None:

@@ -42,7 +42,8 @@ class Shard:
     unprepared: threading.Event = field(default_factory=threading.Event)  # that is to end, for the weights go
     grammars: GrammarCompiler | None = None  # made when it first serves
     tier: common_pb2.Tier.ValueType = common_pb2.TIER_REMOTE
-    wanted_active: bool = False  # what a load in progress leads to
+    wanted_active: bool = False  # what a load in progress leads to; set by `want`
+    score: float = 0.0  # what the placer's last order to warm it says it is worth
     abandoned: threading.Event = field(default_factory=threading.Event)  # the load in progress is not wanted any more
     turn: CopyTurn | None = None  # of the load in progress
     task: asyncio.Task[None] | None = None  # the transition in progress
@@ -79,14 +80,29 @@ class Shard:
     @property
     def complete(self) -> bool:
         """Whether every weight page is resident."""
-        return self.weights is not None and self.weights.resident_pages == self.weights.num_pages
+        return self.weights is not None and self.weights.complete
 
     def enter(self, state: common_pb2.ReplicaState.ValueType, reason: common_pb2.Reason) -> float:
         """Changes state; returns how long the last one lasted, in milliseconds."""
         now = time.monotonic()
         lasted = (now - self.entered) * 1e3
         self.state, self.reason, self.since, self.entered = state, reason, time.time(), now
+        self.lend()
         return lasted
+
+    def want(self, active: bool) -> None:
+        """Says what a load in progress leads to."""
+        self.wanted_active = active
+        self.lend()
+
+    def lend(self) -> None:
+        """Offers the weights to instances that need KV pages, unless they are computed with or about to be."""
+        if self.weights is None:
+            return
+        if self.state in (ACTIVE, DRAINING) or (self.state == WARMING and self.wanted_active):
+            self.weights.withhold()
+        else:
+            self.weights.offer((self.score, self.entered))
 
     def to_proto(self, usage: ArenaUsage) -> cluster_pb2.ResidentShard:
         """The shard as etcd shows it."""
@@ -107,4 +123,5 @@ class Shard:
             bytes_per_s=self.bytes_per_s,
             cold_load_ms=self.cold_load_ms,
             running=self.server.running if self.server else 0,
+            score=self.score,
         )

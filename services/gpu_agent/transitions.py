@@ -46,15 +46,22 @@ class Transitions:
         reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=f"did not become ready: {error}")
         self.rest(shard, reason, cluster_pb2.EVENT_KIND_FAILED)
 
-    def event(self, shard: Shard, kind: cluster_pb2.EventKind.ValueType, duration_ms: float, nbytes: int) -> None:
-        """Something happened to the shard, for the reason of its state."""
+    def event(
+        self,
+        shard: Shard,
+        kind: cluster_pb2.EventKind.ValueType,
+        duration_ms: float,
+        nbytes: int,
+        reason: common_pb2.Reason | None = None,
+    ) -> None:
+        """Something happened to the shard, by default for the reason of its state."""
         self._reports.event(
             cluster_pb2.Event(
                 unix_ms=int(time.time() * 1e3),
                 kind=kind,
                 model=shard.name,
                 agent_ids=[self._id],
-                reason=shard.reason,
+                reason=reason or shard.reason,
                 duration_ms=duration_ms,
                 bytes=nbytes,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 
@@ -25,17 +25,24 @@ class WeightsOwner:
 
 
 @dataclass(frozen=True, slots=True)
+class FillingOwner:
+    """The page is being written, and will be a part of a model's weights when it holds its data."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
 class KvOwner:
     """The page holds KV blocks of an instance."""
 
     instance: str
 
 
-Owner = WeightsOwner | KvOwner
+Owner = WeightsOwner | FillingOwner | KvOwner
 
 
 class Pages:
-    """The accounting of `total` pages: each is free, or part i of one model's weights, or KV of one instance.
+    """The accounting of `total` pages: each is free, a part of one model's weights or to become one, or KV.
 
     A model's pages are a list whose position is the part; it grows and shrinks at its end only.
     """
@@ -45,6 +52,7 @@ class Pages:
         self._owners: list[Owner | None] = [None] * total
         self._free = list(range(total - 1, -1, -1))  # a stack; the lowest number is on top at first
         self._weights: dict[str, list[int]] = {}
+        self._filling: dict[str, list[int]] = {}  # in the order in which they were taken
         self._kv: dict[str, set[int]] = {}
 
     @property
@@ -55,6 +63,11 @@ class Pages:
     def weights(self) -> dict[str, int]:
         """Pages of each model's weights; models that have none resident are in it, with 0."""
         return {model: len(pages) for model, pages in self._weights.items()}
+
+    @property
+    def filling(self) -> int:
+        """Pages that are being written for weights."""
+        return sum(map(len, self._filling.values()))
 
     def kv(self) -> dict[str, int]:
         """Pages of each instance that has any."""
@@ -73,16 +86,56 @@ class Pages:
     def remove_weights(self, model: str) -> None:
         """Forgets a model and frees its pages. KeyError if it is not known."""
         self.shrink_weights(model, 0)
+        self.drop_filling(model)
         del self._weights[model]
 
     def grow_weights(self, model: str, count: int) -> list[int]:
         """Takes `count` free pages for the model's next parts, in order. Raises OutOfPages before taking any."""
-        held = self._weights[model]
+        taken = self.begin_filling(model, count)
+        for _ in taken:
+            self.end_filling(model)
+        return taken
+
+    def begin_filling(self, model: str, count: int) -> list[int]:
+        """Takes `count` free pages to be written for a model's weights. Raises OutOfPages before taking any."""
+        if model not in self._weights:
+            raise KeyError(model)
         taken = self._take(f"the weights of {model}", count)
         for page in taken:
-            self._owners[page] = WeightsOwner(model, len(held))
-            held.append(page)
+            self._owners[page] = FillingOwner(model)
+        if taken:
+            self._filling.setdefault(model, []).extend(taken)
         return taken
+
+    def end_filling(self, model: str) -> None:
+        """The page that has been written longest becomes the model's next part."""
+        held, filling = self._weights[model], self._filling[model]
+        page = filling.pop(0)
+        if not filling:
+            del self._filling[model]
+        self._owners[page] = WeightsOwner(model, len(held))
+        held.append(page)
+
+    def drop_filling(self, model: str, pages: Collection[int] | None = None) -> None:
+        """Frees pages that are being written for a model, by default all; nobody writes to them any more."""
+        held = self._filling.pop(model, [])
+        going = held if pages is None else [page for page in held if page in pages]
+        if len(going) < len(held):
+            self._filling[model] = [page for page in held if page not in going]
+        self._give(going)
+
+    def lend_weights(self, model: str, count: int, instance: str) -> list[int]:
+        """The last `count` pages of a model's weights become KV of an instance, without having been free.
+
+        ValueError, with nothing changed, if the model has not as many.
+        """
+        held = self._weights[model]
+        if not 0 <= count <= len(held):
+            raise ValueError(f"{model} has {len(held)} pages and cannot give {count}")
+        given = held[len(held) - count :]
+        del held[len(held) - count :]
+        self._set_kv(instance, given)
+        return given
 
     def shrink_weights(self, model: str, keep: int) -> list[int]:
         """Frees the model's pages from its end until `keep` are left; returns them in order of their parts."""
@@ -97,10 +150,7 @@ class Pages:
     def take_kv(self, instance: str, count: int) -> list[int]:
         """Takes `count` free pages for an instance's KV. Raises OutOfPages before taking any."""
         taken = self._take(f"the KV cache of {instance}", count)
-        for page in taken:
-            self._owners[page] = KvOwner(instance)
-        if taken:
-            self._kv.setdefault(instance, set()).update(taken)
+        self._set_kv(instance, taken)
         return taken
 
     def give_kv(self, instance: str, pages: Iterable[int]) -> None:
@@ -121,6 +171,7 @@ class Pages:
         claims: list[tuple[int, Owner]] = [
             (page, WeightsOwner(model, i)) for model, pages in self._weights.items() for i, page in enumerate(pages)
         ]
+        claims += [(page, FillingOwner(model)) for model, pages in self._filling.items() for page in pages]
         claims += [(page, KvOwner(instance)) for instance, pages in self._kv.items() for page in pages]
         for page, owner in claims:
             if expected[page] is not None:
@@ -141,6 +192,12 @@ class Pages:
         if count > len(self._free):
             raise OutOfPages(owner, count, len(self._free), self.total)
         return [self._free.pop() for _ in range(count)]
+
+    def _set_kv(self, instance: str, pages: list[int]) -> None:
+        for page in pages:
+            self._owners[page] = KvOwner(instance)
+        if pages:
+            self._kv.setdefault(instance, set()).update(pages)
 
     def _give(self, pages: list[int]) -> None:
         for page in reversed(pages):

@@ -75,12 +75,14 @@ class Instance:
         self.model_name = model_name
         self.device_seconds = 0.0
         """How long the device worked on its steps."""
+        self._expected = 0.0
         self._runner = runner
         self._kv = kv
         self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
         self._context_tokens = context_tokens
         self._clock = clock
+        self._max_batch = max_batch
         self._scheduler = Scheduler(
             kv, kv.spec.block_tokens, max_batch, max(token_budget, max_batch), max_prefills, prefill_budget
         )
@@ -90,6 +92,7 @@ class Instance:
         self._steps = 0
         self._computed_tokens = 0
         self._generated_tokens = 0
+        self._promise()
 
     @property
     def has_work(self) -> bool:
@@ -165,10 +168,16 @@ class Instance:
             self._drop(sequence)
             self._ended.append(_end(sequence, FinishReason.CANCELLED))
 
+    def expect(self, sequences: float) -> None:
+        """Says how many sequences the forecast has run at once, for which prewarming is to leave pages."""
+        self._expected = sequences
+        self._promise()
+
     def launch(self) -> bool:
         """Begins a step; False where there is nothing to compute now. For what it raises, see collect."""
         self._expire()
         schedule = self._scheduler.schedule()
+        self._promise()
         for sequence, reason in schedule.impossible:
             del self._sequences[sequence.request_id, sequence.attempt]
             self._ended.append(_end(sequence, FinishReason.ERROR, error=reason))
@@ -210,6 +219,7 @@ class Instance:
             if self._sequences.get((sequence.request_id, sequence.attempt)) is sequence:
                 self._ended.append(self._append(sequence, choice))
         self._kv.settled(self._steps - len(self._flights))
+        self._promise()
 
     def news(self) -> list[SequenceOutput]:
         """What has happened since the last call, in order."""
@@ -227,6 +237,9 @@ class Instance:
                 _log.warning("a step of %s that was under way failed too: %s", self.id, failure)
         self._kv.close()
         return outputs
+
+    def _promise(self) -> None:
+        self._kv.expect(self._scheduler.num_running, self._max_batch, self._expected)
 
     def _append(self, sequence: Sequence, choice: Choice) -> SequenceOutput:
         offset, token = sequence.num_generated, choice.token

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Many
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.engine.kv_spec import KvSpec
+from services.gpu_agent.engine.lending import promised_pages
 from services.gpu_agent.engine.prefix import PrefixCache
 
 
@@ -38,6 +39,7 @@ class KvCache:
         self._reserved = 0
         self._launched = 0
         self._settled = 0
+        self._load: tuple[int, int, int, float] | None = None  # that the promise was made for
         self._closed = False
 
     @property
@@ -61,6 +63,17 @@ class KvCache:
         self._reserved = pages
         self._arena.keep_kv(self.owner, pages)
         self._give_unheld()
+
+    def expect(self, running: int, max_batch: int, expected: float) -> None:
+        """Has prewarming leave what `running` sequences of at most max_batch need, and what `expected` ones would.
+
+        See promised_pages. It takes no pages.
+        """
+        load = running, max_batch, -(-self.blocks_in_use // self.slots_per_page), expected
+        if load != self._load:
+            self._load = load
+            total = self._arena.kv_share(self.owner)
+            self._arena.promise_kv(self.owner, promised_pages(total, running, max_batch, load[2], expected))
 
     def try_alloc(self, count: int) -> list[int] | None:
         """`count` blocks, their content undefined; None, with nothing taken, where memory is short."""
@@ -142,6 +155,7 @@ class KvCache:
         if not self._closed:
             self._closed = True
             self._arena.keep_kv(self.owner, 0)
+            self._arena.promise_kv(self.owner, 0)
             self._arena.give_kv(self.owner, sorted([*self._held_slots, *(page for _, page in self._leaving)]))
             self._held_slots.clear()
             self._leaving.clear()

@@ -109,6 +109,10 @@ class EngineLoop:
         """Ends a request, wherever it runs. It still gets its last output."""
         self._do(lambda: self._cancel(request_id))
 
+    def expect(self, instance_id: str, sequences: float) -> None:
+        """Tells an instance how many sequences the forecast has it run at once. Nothing where it is not active."""
+        self._do(lambda: self._expect(instance_id, sequences))
+
     def work(self, piece: Callable[[], bool]) -> Future[None]:
         """Calls `piece` in the engine's thread between steps, until it returns False. Several such jobs take turns.
 
@@ -315,6 +319,10 @@ class EngineLoop:
             f"instance {instance_id} is not active",
         )
         self._on_step(instance_id, [output])
+
+    def _expect(self, instance_id: str, sequences: float) -> None:
+        if active := self._active.get(instance_id):
+            active.instance.expect(sequences)
 
     def _cancel(self, request_id: str) -> None:
         for active in self._active.values():

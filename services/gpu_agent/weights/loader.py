@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.gpu_agent.arena.arena import WeightRange
 from services.gpu_agent.weights.image import Image
@@ -19,6 +19,7 @@ class LoadProgress:
     pages_done: int  # resident pages, those from earlier loads included
     pages_total: int
     bytes_per_s: float  # of this load so far; 0 before its first page
+    overtaken: bool = False  # it ended because KV took pages back
 
     @property
     def complete(self) -> bool:
@@ -35,10 +36,10 @@ def load(
 ) -> LoadProgress:
     """Copies the missing pages in layer order and returns how far it came.
 
-    Between two pages it looks at `cancel`, and stops there if it is set. However it ends, the resident pages are a
-    prefix with the right data. Raises ImageCorrupt, OutOfPages (evict, then go on), OSError where the disk fails, and
-    ArenaClosed where the range is removed meanwhile. To be called in a thread; the interpreter lock is free while it
-    copies.
+    Between two pages it looks at `cancel`, and stops there if it is set or KV has taken pages back. However it ends,
+    the resident pages are a prefix with the right data. Raises ImageCorrupt, OutOfPages (evict, then go on), OSError
+    where the disk fails, and ArenaClosed where the range is removed before. To be called in a thread; the interpreter
+    lock is free while it copies.
     """
     layout = image.layout
     if (layout.num_pages, layout.page_bytes) != (weights.num_pages, weights.page_bytes):
@@ -48,11 +49,16 @@ def load(
         )
     began = time.monotonic()
     copied = 0
-    done = LoadProgress(weights.resident_pages, weights.num_pages, 0.0)
-    with page_source(image, weights.resident_pages, weights.device) as fill:
+    with weights.filling() as filling, page_source(image, filling.first, weights.device) as fill:
+        done = LoadProgress(filling.first, weights.num_pages, 0.0)
         while not done.complete and not cancel.is_set():
-            weights.append(fill)
+            if filling.overtaken:
+                return replace(done, pages_done=weights.resident_pages, overtaken=True)
+            (page,) = filling.map(1)
+            fill(done.pages_done, page)
+            if not filling.done():
+                continue
             copied += layout.page_bytes
-            done = LoadProgress(weights.resident_pages, weights.num_pages, copied / (time.monotonic() - began))
+            done = LoadProgress(done.pages_done + 1, weights.num_pages, copied / (time.monotonic() - began))
             progress(done)
     return done
