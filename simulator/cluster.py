@@ -31,6 +31,7 @@ class Counts:
 
     wasted_bytes: float = 0.0
     drains: int = 0
+    preemptions: int = 0
     refused: int = 0  # orders that could not be carried out, because pages were lacking
 
 
@@ -256,8 +257,7 @@ class Cluster:
         engine = replica.engine
         engine.close()
         replica.engine = None
-        replica.model.busy_gpu_s += engine.device_seconds * len(replica.gpus)
-        self.news.preempted(engine.preemptions)
+        self._count(engine, replica)
         self._enter(replica, State.WARM)
         self.news.changed(replica)
 
@@ -447,8 +447,12 @@ class Cluster:
                     model.active_gpu_s += (self.clock.now - replica.since) * len(replica.gpus)
                     replica.since = self.clock.now
                 if replica.engine is not None:
-                    model.busy_gpu_s += replica.engine.device_seconds * len(replica.gpus)
-                    replica.engine.device_seconds = 0.0
+                    self._count(replica.engine, replica)
+
+    def _count(self, engine: Engine, replica: Replica) -> None:
+        replica.model.busy_gpu_s += engine.device_seconds * len(replica.gpus)
+        self.counts.preemptions += engine.preemptions
+        engine.device_seconds, engine.preemptions = 0.0, 0
 
 
 class Listener:
@@ -465,6 +469,3 @@ class Listener:
 
     def changed(self, replica: Replica) -> None:
         """A replica has become warm or active, or has drained."""
-
-    def preempted(self, times: int) -> None:
-        """Sequences that an instance preempted, told when it ends."""

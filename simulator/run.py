@@ -124,7 +124,6 @@ class _Run(Listener):
         self._found = [0] * count
         self._open = count  # requests that have not ended
         self._failed = 0
-        self._preemptions = 0
 
     def _deploy(self, cluster: ClusterSpec, spec: ModelSpec, index: int) -> ModelState:
         cost = self._settings.cost.steps(spec)
@@ -211,10 +210,6 @@ class _Run(Listener):
         if replica.model.queue and not replica.model.instances:
             self._controller.need(replica.model)
 
-    def preempted(self, times: int) -> None:
-        """See Listener."""
-        self._preemptions += times
-
     def results(self, wall_seconds: float) -> Results:
         """What came of it."""
         columns, delays, models = self._columns, self._settings.delays, self._models
@@ -246,7 +241,7 @@ class _Run(Listener):
             wakes_by_model=wakes,
             copied_bytes=dict(self._cluster.copied),
             wasted_bytes=self._cluster.counts.wasted_bytes,
-            preemptions=self._preemptions,
+            preemptions=self._cluster.counts.preemptions,
             drains=self._cluster.counts.drains,
             plans=self._controller.plans,
             plan_seconds=self._controller.plan_seconds,

@@ -1,0 +1,75 @@
+"""The cost model: how well it fits what was measured, and what it says of throughput that it was not fitted to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simulator.cost import H100, H100_MEASURED, CostModel, Measurement, fit
+from simulator.policies.static import Dedicated
+from simulator.run import simulate
+from simulator.spec import ClusterSpec, ModelSpec, llama2_13b
+from warmserve.traces import Request
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "engine-h100.json"
+LLAMA_8B = ModelSpec("8b", 8_030_261_248, 32, 131_072, hidden=4096)
+
+
+def measured_rows() -> dict[str, float]:
+    return {row["what"]: row["value"] for row in json.loads(RESULTS.read_text())["rows"]}
+
+
+def test_the_fit_is_as_good_as_its_docstring_says() -> None:
+    errors = [abs(error) for error in H100.error(H100_MEASURED)]
+    assert sum(errors) / len(errors) < 0.045
+    assert max(errors) < 0.12
+
+
+def test_it_was_fitted_to_the_committed_measurements() -> None:
+    rows = measured_rows()
+    kinds = ("8B: decode step", "8B: prefill", "1B-0: decode step", "1B-0: prefill")
+    measured = {round(value, 6) for what, value in rows.items() if what.startswith(kinds)}
+    assert {round(m.seconds * 1e3, 6) for m in H100_MEASURED} == measured
+
+
+def test_throughput_that_it_was_not_fitted_to() -> None:
+    """64 requests of 512 + 128 tokens at once, measured by the same benchmark."""
+    requests = [Request(0.0, "8b", 512, 128) for _ in range(64)]
+    results = simulate(ClusterSpec(1, 1), [LLAMA_8B], requests, Dedicated())
+    took = results.finished_s.max() - results.arrival_s.min()
+    assert 64 * 128 / took == pytest.approx(measured_rows()["8B: 64 requests of 512 + 128 at once"], rel=0.1)
+
+
+def test_a_fit_finds_the_truth_behind_exact_measurements() -> None:
+    truth = CostModel(5e-5, 3e-13, 2e-6, 4e-13, 1e-15, 5e-12, 7e-15, 2e-5)
+    models = [LLAMA_8B, ModelSpec("1b", 1_235_814_400, 16, 32_768, hidden=2048)]
+    measurements = []
+    for model in models:
+        steps = truth.steps(model)
+        measurements += [
+            Measurement(model, steps.decode(b, b * c), b, c) for b, c in ((1, 100), (8, 500), (64, 900), (32, 10))
+        ]
+        measurements += [Measurement(model, steps.prefill(p), prefill=p) for p in (64, 512, 1000, 3000)]
+    assert fit(measurements).error(measurements) == pytest.approx([0.0] * len(measurements), abs=1e-6)
+
+
+def test_more_gpus_make_a_large_model_faster_but_not_twice() -> None:
+    spec = llama2_13b()
+    one, two = H100.steps(ModelSpec("13b", spec.parameters, spec.layers, spec.kv_bytes_per_token)), H100.steps(spec)
+    assert one.decode(1, 512) / 2 < two.decode(1, 512) < one.decode(1, 512)
+    assert one.prefill(1024) / 2 < two.prefill(1024) < one.prefill(1024)
+
+
+@pytest.mark.parametrize(
+    ("measurements", "says"),
+    [
+        ([], "both kinds"),
+        ([Measurement(LLAMA_8B, 0.01, 1, 100)], "both kinds"),
+        ([Measurement(LLAMA_8B, 0.0, 1, 100), Measurement(LLAMA_8B, 0.1, prefill=10)], "above 0"),
+    ],
+)
+def test_a_fit_of_too_little_is_refused(measurements: list[Measurement], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        fit(measurements)
