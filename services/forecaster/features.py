@@ -7,6 +7,7 @@ of any size. Unknown is NaN, which LightGBM splits on as on any value.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Moments = NDArray[np.int64]
 
 LAGS = (0, 1, 2, 3, 4, 5, 6, 8, 11)
 DRIFT = 10  # residuals that the published predictor looks back on
@@ -37,54 +39,61 @@ class Features:
     roughness: Floats
     """Shape (rows,): mean step from window to window over the last day, in scales; NaN where nothing is known."""
 
+    def rows(self, which: NDArray[np.bool_]) -> Features:
+        """Some of the moments."""
+        return Features(self.values[which], self.base[which], self.scale[which], self.roughness[which])
 
-def features(series: Floats, origins: NDArray[np.int64], distance: int, season: int) -> Features:
-    """Features of the windows `distance` after each origin.
+
+def features(series: Floats, origins: Moments, distances: Sequence[int], season: int) -> list[Features]:
+    """For each of `distances` the features of the windows that far after each origin.
 
     `series`: shape (n, windows), NaN in gaps and before a series begins. `origins`: the last windows that may be looked
-    at, each within the series. Rows are in the order of series, then origins.
+    at, increasing, each within the series. Rows are in the order of series, then origins.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing: NaN is what they shall be
         step = max(1, _ROWS // max(1, len(origins)))
         parts = [
-            _features(series[at : at + step], origins, distance, season) for at in range(0, max(1, len(series)), step)
+            _features(series[at : at + step], origins, distances, season) for at in range(0, max(1, len(series)), step)
         ]
-    return Features(
-        np.concatenate([part.values for part in parts]),
-        np.concatenate([part.base for part in parts]),
-        np.concatenate([part.scale for part in parts]),
-        np.concatenate([part.roughness for part in parts]),
-    )
+    return [
+        Features(
+            np.concatenate([one.values for one in of_distance]),
+            np.concatenate([one.base for one in of_distance]),
+            np.concatenate([one.scale for one in of_distance]),
+            np.concatenate([one.roughness for one in of_distance]),
+        )
+        for of_distance in zip(*parts, strict=True)
+    ]
 
 
-def _features(series: Floats, origins: NDArray[np.int64], distance: int, season: int) -> Features:
+def _features(series: Floats, origins: Moments, distances: Sequence[int], season: int) -> list[Features]:
     # `past` holds enough unknown windows in front that every origin can look back on a whole season and its drift.
-    first = int(origins.min())
-    front = max(0, season + DRIFT - first)
+    front = max(0, season + DRIFT - int(origins.min()))
+    usual = _mean_so_far(series, origins)
     past = np.concatenate([np.full((len(series), front), np.nan), series], axis=1)
     at = origins + front
     day = sliding_window_view(past, season, axis=1)[:, at - season + 1]  # (n, origins, season), the newest last
     mean_day: Floats = np.nanmean(day, axis=2)
-    ewm = _newest_first(past, at, 6)
+    newest: Floats = past[:, at[:, None] - np.arange(6)]
     weights: Floats = np.power(0.6, np.arange(6))
-    level: Floats = np.nansum(ewm * weights, axis=2) / np.where(np.isnan(ewm), 0, weights).sum(axis=2)
-
-    phases = _same_phase(past, at + distance, at, season)  # (n, origins, days), the newest first
-    phase_mean: Floats = np.nanmean(phases, axis=2)
+    level: Floats = np.nansum(newest * weights, axis=2) / np.where(np.isnan(newest), 0, weights).sum(axis=2)
     drift_at = at[:, None] - np.arange(DRIFT)
     residual_phases = _same_phase(past, drift_at.ravel(), drift_at.ravel() - 1, season)
     residual = past[:, drift_at.ravel()] - np.nanmean(residual_phases, axis=2)
     residual = residual.reshape(len(series), len(at), DRIFT)
     halves: Floats = np.power(0.5, np.arange(DRIFT))
     drift = np.nansum(residual * halves, axis=2) / np.maximum(np.where(np.isnan(residual), 0, halves).sum(axis=2), TINY)
-    published = np.maximum(phase_mean + drift, 0)
+    phases = [
+        _same_phase(past, at + distance, at, season) for distance in distances
+    ]  # (n, origins, days), newest first
 
-    known_mean: Floats = np.where(np.isnan(mean_day), phase_mean, mean_day)
+    known_mean: Floats = np.where(np.isnan(mean_day), np.nanmean(phases[0], axis=2), mean_day)
     scale = 0.7 * known_mean + 0.3 * np.where(np.isnan(level), known_mean, level)
     # A quiet day of a busy series is no series of another size.
-    scale = np.maximum(np.nan_to_num(scale), _QUIET * _mean_so_far(past)[:, at])
+    scale = np.maximum(np.nan_to_num(scale), _QUIET * usual)
     scale = np.where(np.isnan(known_mean) & np.isnan(level), np.nan, np.maximum(scale, TINY))
+    base = np.nan_to_num(np.where(np.isnan(level), known_mean, level) / scale)
 
     columns = [past[:, at - lag] for lag in LAGS]
     columns += [level, mean_day, np.nanmax(day, axis=2), np.nanmin(day, axis=2), np.nanstd(day, axis=2)]
@@ -92,58 +101,70 @@ def _features(series: Floats, origins: NDArray[np.int64], distance: int, season:
         recent = day[:, :, -span:]
         columns += [np.nanmean(recent, axis=2), np.nanstd(recent, axis=2), np.nanmax(recent, axis=2)]
         columns += [np.nanmin(recent, axis=2)]
-    # The same window of past days, those around it, and how those days stood at the origin.
-    columns += [phases[:, :, 0], phases[:, :, 1], phases[:, :, 2], phase_mean, np.nanstd(phases, axis=2), published]
-    columns += [np.nanmax(phases, axis=2), np.nanmin(phases, axis=2)]
-    around = np.stack([_days_ago(past, at + distance + shift, 1, season) for shift in (-3, -2, -1, 1, 2, 3)])
-    columns += [np.nanmean(around[2:4], axis=0), np.nanmean(around, axis=0), np.nanmax(around, axis=0)]
     then = np.nanmean(np.stack([_days_ago(past, at - lag, 1, season) for lag in range(6)]), axis=0)
     columns += [then, drift, residual[:, :, 0]]
-    in_scales = [column / scale for column in columns]
     steps = np.abs(np.diff(day, axis=2))
     roughness = np.nanmean(steps, axis=2) / scale
-    now = past[:, at]
-    seasonal_swing = np.nanmean(np.abs(residual), axis=2) / scale
-    plain = [
+    columns += [np.nanmean(steps[:, :, -12:], axis=2), np.nanmean(np.abs(residual), axis=2)]
+    shared = [column / scale for column in columns]
+    shared += [
         roughness,
-        np.nanmean(steps[:, :, -12:], axis=2) / scale,
-        seasonal_swing,
         np.nanmean(day == 0, axis=2),
         np.log(scale),
-        now / np.maximum(level, TINY),
+        past[:, at] / np.maximum(level, TINY),
         level / np.maximum(then, 0.01 * scale),
         (np.isnan(day)).mean(axis=2),
-        np.broadcast_to(np.sin((at + distance - front) * (2 * np.pi / season)), scale.shape),
-        np.broadcast_to(np.cos((at + distance - front) * (2 * np.pi / season)), scale.shape),
     ]
-    base = np.nan_to_num(np.where(np.isnan(level), known_mean, level) / scale)
-    values = np.stack([*in_scales, *plain], axis=2).reshape(base.size, len(in_scales) + len(plain))
-    values = np.clip(values, -1e6, 1e6, out=values).astype(np.float32)
-    return Features(values, base.ravel(), scale.ravel(), roughness.ravel())
+    result = []
+    for distance, phase in zip(distances, phases, strict=True):
+        own = _of_distance(past, at, distance, phase, drift, season)
+        hour = (at + distance - front) * (2 * np.pi / season)
+        wave = [np.broadcast_to(of(hour), scale.shape) for of in (np.sin, np.cos)]
+        columns = [*shared, *(column / scale for column in own), *wave]
+        values = np.stack(columns, axis=2).reshape(base.size, len(columns))
+        values = np.clip(values, -1e6, 1e6, out=values).astype(np.float32)
+        result.append(Features(values, base.ravel(), scale.ravel(), roughness.ravel()))
+    return result
 
 
-def _mean_so_far(past: Floats) -> Floats:
-    """For each window the mean of all known ones up to it; 0 where there is none."""
-    known = np.cumsum(~np.isnan(past), axis=1)
-    means: Floats = np.cumsum(np.nan_to_num(past), axis=1) / np.maximum(known, 1)
+def _of_distance(past: Floats, at: Moments, distance: int, phases: Floats, drift: Floats, season: int) -> list[Floats]:
+    """The same window of past days, those around it, and the published forecast."""
+    mean: Floats = np.nanmean(phases, axis=2)
+    around = np.stack([_days_ago(past, at + distance + shift, 1, season) for shift in (-3, -2, -1, 1, 2, 3)])
+    return [
+        *(phases[:, :, day] for day in range(3)),
+        mean,
+        np.nanstd(phases, axis=2),
+        np.maximum(mean + drift, 0),
+        np.nanmax(phases, axis=2),
+        np.nanmin(phases, axis=2),
+        np.nanmean(around[2:4], axis=0),
+        np.nanmean(around, axis=0),
+        np.nanmax(around, axis=0),
+    ]
+
+
+def _mean_so_far(series: Floats, origins: Moments) -> Floats:
+    """The mean of all known windows up to each origin, 0 where there is none: shape (n, origins)."""
+    known = ~np.isnan(series[:, : origins[-1] + 1])
+    starts = np.concatenate([[0], origins[:-1] + 1])  # of what each origin adds to the one before
+    sums = np.cumsum(np.add.reduceat(np.where(known, series[:, : origins[-1] + 1], 0.0), starts, axis=1), axis=1)
+    counts = np.cumsum(np.add.reduceat(known, starts, axis=1, dtype=float), axis=1)
+    means: Floats = sums / np.maximum(counts, 1)
     return means
 
 
-def _newest_first(past: Floats, at: NDArray[np.int64], count: int) -> Floats:
-    """The `count` windows up to each of `at`: shape (n, at, count)."""
-    newest: Floats = past[:, at[:, None] - np.arange(count)]
-    return newest
-
-
-def _days_ago(past: Floats, target: NDArray[np.int64], days: NDArray[np.int64] | int, season: int) -> Floats:
+def _days_ago(past: Floats, target: Moments, days: int, season: int) -> Floats:
     """The window `days` seasons before each target; NaN where the series does not reach."""
     index = target - days * season
     reached = (index >= 0) & (index < past.shape[1])
     return np.where(reached, past[:, np.clip(index, 0, past.shape[1] - 1)], np.nan)
 
 
-def _same_phase(past: Floats, target: NDArray[np.int64], last: NDArray[np.int64], season: int) -> Floats:
+def _same_phase(past: Floats, target: Moments, last: Moments, season: int) -> Floats:
     """The windows of the target's phase that are not after `last`, newest first: shape (n, targets, days)."""
     ahead = -(-(target - last) // season)  # seasons to go back until the window is known
     days = min(DAYS, max(3, past.shape[1] // season + 1))
-    return np.stack([_days_ago(past, target, ahead + day, season) for day in range(days)], axis=2)
+    index = target[:, None] - (ahead[:, None] + np.arange(days)) * season
+    reached = (index >= 0) & (index < past.shape[1])
+    return np.where(reached, past[:, np.clip(index, 0, past.shape[1] - 1)], np.nan)

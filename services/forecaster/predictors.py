@@ -1,4 +1,4 @@
-"""Predictors: from a series of past windows to quantiles of the next ones. Pure: no clock, no I/O."""
+"""Predictors: from series of past windows to quantiles of the next ones. Pure: no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -8,24 +8,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVELS = (0.5, 0.9, 0.99)
+QUANTITIES = ("mean_load", "peak_load", "request_rate", "prompt_tokens_per_s", "output_tokens_per_s")
+MEAN_LOAD, PEAK_LOAD = 0, 1  # columns of QUANTITIES
 _RESIDUALS = 10
-_ERRORS = 1000  # the newest errors that quantiles are taken from
+_ERRORS = 1000  # the newest windows whose errors quantiles are taken from
 _MIN_ERRORS = 5
 _PRIOR = (0.0, 0.0, 1.0)  # of a quantity of which nothing is known
+_VALUES = 500_000  # windows worked on at once, for the memory's sake
 
 Floats = NDArray[np.float64]
 
 
 class Predictor(Protocol):
-    """What the forecaster asks of a predictor."""
+    """What the forecaster asks of a predictor.
 
-    name: str
+    Forecasts have a last axis of the levels p50, p90, p99. They are never negative, never NaN, and never decrease along
+    it. Past windows are oldest first, NaN in gaps and before a series begins; there may be none.
+    """
 
-    def predict(self, series: Floats, horizon: int) -> Floats:
-        """Quantiles of the windows that follow `series`.
+    @property
+    def name(self) -> str:
+        """How forecasts are signed."""
+        ...
 
-        `series`: shape (n,), oldest first, NaN in gaps, n may be 0. Returns shape (horizon, 3), columns as in LEVELS,
-        never negative, never decreasing along a row, never NaN.
+    def predict_many(self, series: Floats, horizon: int) -> Floats:
+        """Of one quantity: from shape (n, windows) to (n, horizon, 3), the windows that follow."""
+        ...
+
+    def forecast_all(self, history: Floats, horizon: int) -> Floats:
+        """Of all QUANTITIES: from shape (n, windows, 5) to (n, horizon, 5, 3). No peak is below its mean."""
+        ...
+
+    def at(self, series: Floats, origins: NDArray[np.int64], distance: int) -> Floats:
+        """Of one quantity, what would have been forecast at past moments: for each of `origins`, the last window then
+        known, the window `distance` after it. From shape (n, windows) to (n, origins, 3).
         """
         ...
 
@@ -46,81 +62,108 @@ class PublishedPredictor:
             raise ValueError(f"a season has at least one window, not {season}")
         self._season = season
 
-    def predict(self, series: Floats, horizon: int) -> Floats:
+    def predict_many(self, series: Floats, horizon: int) -> Floats:
         """See Predictor."""
-        known = np.flatnonzero(~np.isnan(series))
-        if not known.size:
-            return np.tile(np.array(_PRIOR), (horizon, 1))
-        series = series[known[0] :]
-        drift = self._drift(series - self._seasonal(series, 1)[: len(series)])
-        return np.stack([self._at(series, drift, distance) for distance in range(1, horizon + 1)])
+        result = np.tile(np.array(_PRIOR), (len(series), horizon, 1))
+        if series.shape[1]:
+            last = np.array([series.shape[1] - 1])
+            rows = max(1, _VALUES // series.shape[1])
+            for first in range(0, len(series), rows):
+                some = series[first : first + rows]
+                each = [self.at(some, last, step + 1)[:, 0] for step in range(horizon)]
+                result[first : first + rows] = np.stack(each, axis=1)
+        return result
+
+    def forecast_all(self, history: Floats, horizon: int) -> Floats:
+        """See Predictor."""
+        each = [self.predict_many(history[:, :, column], horizon) for column in range(len(QUANTITIES))]
+        return with_peaks_above_means(np.stack(each, axis=2))
 
     def points(self, series: Floats, distance: int) -> Floats:
-        """For each past window what was forecast for it `distance` windows before, of shape (n,); NaN where nothing."""
-        points = np.full(len(series), np.nan)
-        known = np.flatnonzero(~np.isnan(series))
-        if known.size:
-            series = series[known[0] :]
-            drift = self._drift(series - self._seasonal(series, 1)[: len(series)])
-            points[known[0] :] = self._past(self._seasonal(series, distance), drift, distance)
-        return points
+        """For each past window what was forecast for it `distance` windows before; NaN where nothing was.
 
-    @staticmethod
-    def _past(seasonal: Floats, drift: Floats, distance: int) -> Floats:
+        (n, windows) to the same shape.
+        """
+        return self._past(self._seasonal(series, distance), self._drift(series), distance)
+
+    def at(self, series: Floats, origins: NDArray[np.int64], distance: int) -> Floats:
+        """See Predictor."""
+        seasonal = self._seasonal(series, distance)  # one entry for each past window, and `distance` future ones
+        drift = self._drift(series)
+        errors = series - self._past(seasonal, drift, distance)
+        result = np.empty((len(series), len(origins), len(LEVELS)))
+        for index, origin in enumerate(origins):
+            point = np.maximum(seasonal[:, origin + distance] + drift[:, origin], 0.0)
+            newest = errors[:, max(0, origin + 1 - _ERRORS) : origin + 1]
+            spread = _upper(newest)
+            few = (~np.isnan(newest)).sum(axis=1) < _MIN_ERRORS
+            # Too little is known of its errors: as far apart as the windows themselves have been.
+            spread[few] = _upper(series[few, : origin + 1] - point[few, None])
+            # The median is the rule's own; only what lies above it is moved.
+            above = np.maximum.accumulate(np.maximum(spread, 0.0), axis=1)
+            known = ~np.isnan(point)
+            result[:, index] = np.where(known[:, None], np.column_stack([point, point[:, None] + above]), _PRIOR)
+        return result
+
+    def _past(self, seasonal: Floats, drift: Floats, distance: int) -> Floats:
         """What was forecast for past windows `distance` windows before; as many as there is drift of."""
-        count = len(drift)
-        past = np.full(count, np.nan)
-        past[distance:] = np.maximum(seasonal[distance:count] + drift[: max(count - distance, 0)], 0)
+        count = drift.shape[1]
+        past = np.full(drift.shape, np.nan)
+        past[:, distance:] = np.maximum(seasonal[:, distance:count] + drift[:, : max(count - distance, 0)], 0)
         return past
 
-    def _at(self, series: Floats, drift: Floats, distance: int) -> Floats:
-        """Quantiles of the window `distance` windows after the last one."""
-        count = len(series)
-        seasonal = self._seasonal(series, distance)  # one entry for each past window, and `distance` future ones
-        past = self._past(seasonal, drift, distance)
-        point = max(float(seasonal[count + distance - 1] + drift[-1]), 0.0)
-        errors = (series - past)[-_ERRORS:]
-        errors = errors[~np.isnan(errors)]
-        if errors.size < _MIN_ERRORS:
-            # Too little is known of its errors: as far apart as the windows themselves have been.
-            errors = series[~np.isnan(series)] - point
-        spread = np.quantile(errors, LEVELS)
-        # The median is the rule's own; only what lies above it is moved.
-        return point + np.maximum.accumulate(np.maximum(np.array([0.0, spread[1], spread[2]]), 0.0))
-
     def _seasonal(self, series: Floats, distance: int) -> Floats:
-        """For each window t < len + distance: the mean of its phase over days before t - distance + 1.
+        """For each window t < windows + distance: the mean of its phase over days before t - distance + 1.
 
         Where there is none yet, the mean of all windows up to then; NaN where there is none of those either.
         """
-        count, season = len(series), self._season
+        count, season = series.shape[1], self._season
         filled, known = np.nan_to_num(series), (~np.isnan(series)).astype(float)
         sums, counts = filled.copy(), known.copy()
         for start in range(season, count, season):  # a running sum along each phase
             stop = min(start + season, count)
-            sums[start:stop] += sums[start - season : stop - season]
-            counts[start:stop] += counts[start - season : stop - season]
+            sums[:, start:stop] += sums[:, start - season : stop - season]
+            counts[:, start:stop] += counts[:, start - season : stop - season]
         lag = -(-distance // season) * season
-        result = np.full(count + distance, np.nan)
-        upto = np.minimum(np.arange(count + distance) - distance, count - 1)
-        total, number = np.cumsum(filled), np.cumsum(known)
-        anywhere = upto >= 0
+        result = np.full((len(series), count + distance), np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
-            result[anywhere] = (total / number)[upto[anywhere]]
+            result[:, distance:] = np.cumsum(filled, axis=1) / np.cumsum(known, axis=1)
             source = np.arange(lag, min(count + lag, count + distance))
-            phase = sums[source - lag] / counts[source - lag]
-        has_phase = ~np.isnan(phase)
-        result[source[has_phase]] = phase[has_phase]
+            phase = sums[:, source - lag] / counts[:, source - lag]
+        result[:, source] = np.where(np.isnan(phase), result[:, source], phase)
         return result
 
-    @staticmethod
-    def _drift(residuals: Floats) -> Floats:
+    def _drift(self, series: Floats) -> Floats:
         """For each window the weighted mean of the ten residuals up to it, gaps left out; 0 where there is none."""
+        residuals = series - self._seasonal(series, 1)[:, : series.shape[1]]
         known = ~np.isnan(residuals)
-        weights = 0.5 ** np.arange(_RESIDUALS)
-        sums = np.convolve(np.where(known, residuals, 0.0), weights)[: len(residuals)]
-        totals = np.convolve(known.astype(float), weights)[: len(residuals)]
+        filled = np.where(known, residuals, 0.0)
+        sums, totals = np.zeros_like(filled), np.zeros_like(filled)
+        for back in range(min(_RESIDUALS, series.shape[1])):
+            kept = slice(0, series.shape[1] - back)
+            sums[:, back:] += filled[:, kept] * 0.5**back
+            totals[:, back:] += known[:, kept] * 0.5**back
         return np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
+
+
+def with_peaks_above_means(forecasts: Floats) -> Floats:
+    """Raises quantiles of the peak to those of the mean, in place. Shape (..., 5, 3)."""
+    forecasts[..., PEAK_LOAD, :] = np.maximum(forecasts[..., PEAK_LOAD, :], forecasts[..., MEAN_LOAD, :])
+    return forecasts
+
+
+def _upper(values: Floats) -> Floats:
+    """The quantiles above the median of each row's known values, interpolated linearly; 0 where none is known."""
+    order = np.sort(values, axis=1)  # NaN last
+    last = (~np.isnan(order)).sum(axis=1) - 1
+    quantiles = np.zeros((len(values), len(LEVELS) - 1))
+    rows = np.flatnonzero(last >= 0)
+    for column, level in enumerate(LEVELS[1:]):
+        place = last[rows] * level
+        below = place.astype(int)
+        lower, upper = order[rows, below], order[rows, np.minimum(below + 1, last[rows])]
+        quantiles[rows, column] = lower + (upper - lower) * (place - below)
+    return quantiles
 
 
 def last_values(series: Floats, distance: int) -> Floats:

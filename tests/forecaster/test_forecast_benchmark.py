@@ -70,7 +70,7 @@ def test_no_past_forecast_moves_when_the_future_changes(rates: dict[str, np.ndar
     def forecasts(values: np.ndarray) -> list[np.ndarray]:
         fits = {day * DAY: fit(values[:, : day * DAY], DAY) for day in (3, 4)}
         learned = forecast.learned_quantiles(values, fits, 3, distance)
-        points = np.stack([published.points(one, distance) for one in values])
+        points = published.points(values, distance)
         rule = forecast.rule_quantiles(values, lambda *_: points, 3, distance)
         return [learned, rule]
 

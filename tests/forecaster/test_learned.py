@@ -34,6 +34,11 @@ def predictor() -> LearnedPredictor:
     return fit(traffic(20), SEASON)
 
 
+def predict(series: np.ndarray, horizon: int) -> np.ndarray:
+    """Of one series: shape (horizon, 3)."""
+    return predictor().predict_many(series[None], horizon)[0]
+
+
 def unusual() -> dict[str, np.ndarray]:
     """Series of sorts that production has."""
     usual = traffic(10, 1, seed=3)[0]
@@ -56,7 +61,7 @@ def unusual() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", unusual())
 def test_odd_series_are_forecast(name: str) -> None:
-    forecast = predictor().predict(unusual()[name], MAX_HORIZON)
+    forecast = predict(unusual()[name], MAX_HORIZON)
     assert forecast.shape == (MAX_HORIZON, 3)
     assert np.isfinite(forecast).all()
     assert (forecast >= 0).all()
@@ -64,18 +69,18 @@ def test_odd_series_are_forecast(name: str) -> None:
 
 
 def test_a_constant_is_forecast_nearly_as_itself() -> None:
-    np.testing.assert_allclose(predictor().predict(np.full(200, 7.0), MAX_HORIZON)[:, 0], 7.0, rtol=0.25)
+    np.testing.assert_allclose(predict(np.full(200, 7.0), MAX_HORIZON)[:, 0], 7.0, rtol=0.25)
 
 
 def test_a_gap_is_not_zero_traffic() -> None:
     series = traffic(10, 1, seed=3)[0]
     series[-4:] = np.nan
-    assert predictor().predict(series, 3)[:, 0].min() > 0.3 * np.nanmin(series[-2 * SEASON :])
+    assert predict(series, 3)[:, 0].min() > 0.3 * np.nanmin(series[-2 * SEASON :])
 
 
 def test_a_spike_raises_the_next_window() -> None:
     series = unusual()["spike"]
-    assert predictor().predict(series, 1)[0, 1] > 5 * predictor().predict(series[:-1], 1)[0, 1]
+    assert predict(series, 1)[0, 1] > 5 * predict(series[:-1], 1)[0, 1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,7 +89,7 @@ def test_a_spike_raises_the_next_window() -> None:
     st.integers(1, MAX_HORIZON),
 )
 def test_quantiles_never_cross_nor_fall_below_zero(series: np.ndarray, horizon: int) -> None:
-    forecast = predictor().predict(series, horizon)
+    forecast = predict(series, horizon)
     assert forecast.shape == (horizon, 3)
     assert np.isfinite(forecast).all()
     assert (forecast >= 0).all()
@@ -97,7 +102,7 @@ def test_it_beats_the_published_predictor_and_covers_on_days_it_has_not_seen() -
     actual = series[:, origins + 1]
     forecast = predictor().at(series, origins, 1)
     published = PublishedPredictor(SEASON)
-    peer = np.stack([published.points(one, 1)[origins + 1] for one in series])
+    peer = published.points(series, 1)[:, origins + 1]
     size = series.mean(axis=1, keepdims=True)
     assert np.abs((forecast[..., 0] - actual) / size).mean() < 0.95 * np.abs((peer - actual) / size).mean()
     assert 0.85 < (actual <= forecast[..., 1]).mean() < 0.96
@@ -106,7 +111,7 @@ def test_it_beats_the_published_predictor_and_covers_on_days_it_has_not_seen() -
 
 def test_the_size_of_a_series_does_not_matter() -> None:
     series = traffic(10, 1, seed=3)[0]
-    small, large = (predictor().predict(series * size, 6) / size for size in (1.0, 10.0))
+    small, large = (predict(series * size, 6) / size for size in (1.0, 10.0))
     np.testing.assert_allclose(small, large, rtol=0.35)
 
 
@@ -114,7 +119,7 @@ def test_several_series_are_forecast_as_each_by_itself() -> None:
     series = traffic(10, 4, seed=5)
     together = predictor().predict_many(series, 7)
     for one, forecast in zip(series, together, strict=True):
-        np.testing.assert_allclose(predictor().predict(one, 7), forecast, rtol=1e-9)
+        np.testing.assert_allclose(predict(one, 7), forecast, rtol=1e-9)
 
 
 def test_no_series_have_no_forecasts() -> None:
@@ -126,17 +131,17 @@ def test_windows_before_a_series_begins_change_nothing() -> None:
     series = traffic(3, 1, seed=4)[0]
     padded = np.concatenate([np.full(2 * SEASON, np.nan), series])
     # Whole seasons of padding, so that the time of day stays.
-    np.testing.assert_allclose(predictor().predict(padded, 6), predictor().predict(series, 6), rtol=0.02)  # sums round
+    np.testing.assert_allclose(predict(padded, 6), predict(series, 6), rtol=0.02)  # sums round
 
 
 def test_between_anchors_lie_forecasts_between_theirs() -> None:
-    forecast = predictor().predict(traffic(10, 1, seed=3)[0], MAX_HORIZON)
+    forecast = predict(traffic(10, 1, seed=3)[0], MAX_HORIZON)
     np.testing.assert_allclose(forecast[1], (forecast[0] + forecast[2]) / 2)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="use the published predictor"):
-        predictor().predict(np.ones(50), MAX_HORIZON + 1)
+        predict(np.ones(50), MAX_HORIZON + 1)
     with pytest.raises(ValueError, match="too few to learn from"):
         fit(traffic(2), SEASON)
     quiet = traffic(6)
@@ -152,7 +157,7 @@ def test_features_do_not_look_ahead(distance: int) -> None:
     origins = np.arange(0, 6 * SEASON)
     changed = series.copy()
     changed[:, 6 * SEASON :] = 1e6
-    before, after = (features(values, origins, distance, SEASON) for values in (series, changed))
+    before, after = (features(values, origins, [distance], SEASON)[0] for values in (series, changed))
     np.testing.assert_array_equal(before.values, after.values)
     np.testing.assert_array_equal(before.scale, after.scale)
 
@@ -160,8 +165,8 @@ def test_features_do_not_look_ahead(distance: int) -> None:
 def test_rows_know_nothing_of_the_windows_after_their_own() -> None:
     series = traffic(6, 3)
     for origin in (0, 1, 10, SEASON, 3 * SEASON + 5):
-        together = features(series, np.arange(5 * SEASON), 3, SEASON).values.reshape(3, 5 * SEASON, -1)[:, origin]
-        alone = features(series[:, : origin + 1], np.array([origin]), 3, SEASON).values
+        together = features(series, np.arange(5 * SEASON), [3], SEASON)[0].values.reshape(3, 5 * SEASON, -1)[:, origin]
+        alone = features(series[:, : origin + 1], np.array([origin]), [3], SEASON)[0].values
         width = min(together.shape[1], alone.shape[1])
         np.testing.assert_allclose(together[:, :width], alone[:, :width], rtol=1e-5, atol=1e-6)
 

@@ -1,0 +1,137 @@
+"""Gradient-boosted quantiles of windows at one distance ahead, over all series at once, and their calibration. Pure.
+
+Calibration is split-conformal (Romano et al., Conformalized Quantile Regression, 2019), in multiples of the model's own
+spread and per class of series: how much a series steps from window to window.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import lightgbm
+import numpy as np
+
+from services.forecaster.features import TINY, Features, Floats
+from services.forecaster.predictors import LEVELS
+
+ROUNDS = 200
+_MEDIAN_LEAVES = 31  # a median bears more detail than what is far from it
+_OFFSET = 0.05  # scales added before logarithms, for windows without traffic
+_CLASSES = 4
+_FACTORS = (1.0, 4.0)  # calibration never narrows a spread: two days show too little to be bolder than all days
+_AIMS = (0.9, 0.993)  # coverage that p90 and p99 are calibrated to; two days hold few of the rarest windows
+_WEIGHT = 0.25  # power of the scale that rows weigh: between each series alike and each request alike
+_THREADS = 2  # to forecast with
+_PARAMETERS: dict[str, Any] = {
+    "objective": "quantile",
+    "learning_rate": 0.05,
+    "num_leaves": 15,
+    "min_data_in_leaf": 100,
+    "feature_fraction": 0.5,
+    "bagging_fraction": 0.7,
+    "bagging_freq": 1,
+    "lambda_l2": 1.0,
+    "max_bin": 127,
+    "seed": 1,
+    "deterministic": True,
+    "force_row_wise": True,
+    "num_threads": 1,
+    "verbose": -1,
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """By how much the spreads above the median are multiplied, per class of series."""
+
+    edges: Floats
+    """Shape (classes - 1,): roughness between one class and the next."""
+    factors: Floats
+    """Shape (classes, levels above the median)."""
+
+    def apply(self, quantiles: Floats, roughness: Floats) -> Floats:
+        """`quantiles`: shape (rows, 3), not crossing. The same shape."""
+        classes = np.searchsorted(self.edges, np.nan_to_num(roughness, nan=np.inf))
+        median = quantiles[:, :1]
+        spread = (quantiles[:, 1:] - median) * self.factors[classes]
+        return np.hstack([median, median + np.maximum.accumulate(spread, axis=1)])
+
+
+@dataclass(frozen=True)
+class Boosters:
+    """One model per level for what is added to the last windows' level; the median is the mean of its own and of one
+    for what that level is multiplied by, for each is better where the other is not."""
+
+    distance: int
+    sums: tuple[lightgbm.Booster, ...]
+    ratio: lightgbm.Booster
+
+    def quantiles(self, seen: Features) -> Floats:
+        """Before calibration, in scales: (rows, 3), never negative, not crossing."""
+        answers = np.stack([_predict(one, seen) for one in self.sums], axis=1)
+        answers += seen.base[:, None] / self.distance
+        answers[:, 0] = (answers[:, 0] + np.exp(_predict(self.ratio, seen) + _log(seen.base)) - _OFFSET) / 2
+        return np.maximum.accumulate(np.maximum(answers, 0.0), axis=1)
+
+    def to_texts(self) -> list[str]:
+        """What `from_texts` reads."""
+        return [one.model_to_string() for one in (*self.sums, self.ratio)]
+
+    @staticmethod
+    def from_texts(distance: int, texts: list[str]) -> Boosters:
+        """Raises lightgbm.basic.LightGBMError where a text is no model."""
+        *sums, ratio = (lightgbm.Booster(model_str=text) for text in texts)
+        return Boosters(distance, tuple(sums), ratio)
+
+
+def learn(seen: Features, actual: Floats, distance: int, pool: Executor) -> Boosters:
+    """From moments and what came, in scales, NaN where that is unknown."""
+    known = ~np.isnan(actual)
+    seen, actual = seen.rows(known), actual[known]
+    weight = seen.scale**_WEIGHT
+    # The further ahead, the less the last windows say by themselves.
+    sums = _dataset(seen, actual - seen.base / distance, weight)
+    ratios = _dataset(seen, _log(actual) - _log(seen.base), weight * np.maximum(seen.base, _OFFSET))
+    jobs = [pool.submit(_boost, sums, level) for level in LEVELS]
+    ratio = pool.submit(_boost, ratios, LEVELS[0])
+    return Boosters(distance, tuple(job.result() for job in jobs), ratio.result())
+
+
+def calibrate(boosters: Boosters, seen: Features, actual: Floats) -> Calibration:
+    """Factors with which held-out windows are covered as often as the levels say, in each class."""
+    known = ~np.isnan(actual)
+    seen, actual = seen.rows(known), actual[known]
+    quantiles = boosters.quantiles(seen)
+    roughness = np.nan_to_num(seen.roughness, nan=np.inf)
+    edges = np.quantile(roughness, np.arange(1, _CLASSES) / _CLASSES)
+    classes = np.searchsorted(edges, roughness)
+    factors = np.ones((_CLASSES, len(LEVELS) - 1))
+    for column, aim in enumerate(_AIMS):
+        spread = np.maximum(quantiles[:, column + 1] - quantiles[:, 0], TINY)
+        score = (actual - quantiles[:, 0]) / spread
+        for number in range(_CLASSES):
+            of_class = score[classes == number]
+            if len(of_class):
+                reach = min(1.0, aim * (1 + 1 / len(of_class)))
+                factors[number, column] = np.clip(np.quantile(of_class, reach), *_FACTORS)
+    return Calibration(edges, factors)
+
+
+def _predict(booster: lightgbm.Booster, seen: Features) -> Floats:
+    return np.asarray(booster.predict(seen.values, num_threads=_THREADS), dtype=np.float64)
+
+
+def _dataset(seen: Features, target: Floats, weight: Floats) -> lightgbm.Dataset:
+    return lightgbm.Dataset(seen.values, target, weight=weight / weight.mean(), params=_PARAMETERS).construct()
+
+
+def _boost(data: lightgbm.Dataset, level: float) -> lightgbm.Booster:
+    leaves = _MEDIAN_LEAVES if level == LEVELS[0] else _PARAMETERS["num_leaves"]
+    return lightgbm.train({**_PARAMETERS, "alpha": level, "num_leaves": leaves}, data, ROUNDS)
+
+
+def _log(value: Floats) -> Floats:
+    logarithm: Floats = np.log(np.maximum(value, 0.0) + _OFFSET)
+    return logarithm
