@@ -21,7 +21,7 @@ from services.placer.mirrors import Mirrors
 from services.placer.orders import Orders
 from services.placer.published import action_record, outlook_record
 from services.placer.settings import PlacerSettings
-from services.placer.snapshot import Snapshot
+from services.placer.snapshot import Snapshot, State
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store, StoreUnavailableError
 from warmserve.v1 import cluster_pb2
@@ -154,6 +154,8 @@ class Controller:
         self._orders.calls.connect(records.agents.values())
         shown = convert.replicas(records)
         self._orders.settle(shown, convert.failures(records), records.agents)
+        for model in {model for (model, _), replica in shown.items() if replica.state is State.ACTIVE}:
+            self._told.pop(model, None)  # its requests are in Redis, and taken from there
         snapshot = self._memory.snapshot(
             records,
             self._orders.apply(shown, convert.order_pages(records, self._orders.actions)),

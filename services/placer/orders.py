@@ -32,6 +32,7 @@ class _Order:
     task: asyncio.Task[str]  # "" or what failed
     answered_at: float | None = None  # monotonic
     begun: bool = False  # etcd has shown it in progress
+    shown: bool = False  # etcd has shown it carried out: what comes later is not its doing
 
 
 @dataclass
@@ -54,6 +55,8 @@ class Orders:
         for action in actions:
             key = (action.model, action.group)
             before = self._orders.get(key)
+            if before is not None and before.shown:
+                before = None
             if before is not None and before.action.do is action.do and before.action.keep <= action.keep:
                 continue
             if (action.do, key) in refused or (action.do in (Do.WAKE, Do.WARM) and blocked.intersection(action.group)):
@@ -105,7 +108,8 @@ class Orders:
                     continue
             replica = shown.get(key)
             order.begun = order.begun or (replica is not None and replica.state is State.WARMING)
-            if _shown_done(order, replica):
+            order.shown = order.shown or _shown_done(order, replica)
+            if order.shown:
                 if order.answered_at is not None:
                     self._succeeded(key, order)
                 continue
@@ -118,6 +122,8 @@ class Orders:
         """The replicas as they will be. `pages`: the shard pages of replicas that etcd does not show yet."""
         expected = dict(shown)
         for key, order in self._orders.items():
+            if order.shown:
+                continue
             replica = expected.get(key)
             match order.action.do:
                 case Do.EVICT if replica is not None:

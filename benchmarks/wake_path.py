@@ -1,0 +1,326 @@
+"""How long a wake request takes to become a wake order: from the call of WakeModel to WakeReplica's arrival.
+
+    python -m benchmarks.wake_path [--json FILE] [--wakes 300]
+
+A leading placer in a process of its own, over a real etcd, Redis and gRPC; one server per agent, all in this process,
+that answer orders at once and write their residency as agents do, but hold no weights. Every model has a forecast, so
+that whole plans are made all the while: each wake changes what etcd shows, and each change makes a plan. Measured from
+before the caller sends, so the hop to the leader is in it. "Room is made first": the model is cold and its agents full,
+so that an eviction is ordered and answered before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import uvloop
+
+from benchmarks.report import Row, report
+from launcher.backing import start_etcd, start_redis
+from services.common.grpc_frame import channel
+from warmserve.cluster.keys import Keys
+from warmserve.cluster.mirror import Mirror
+from warmserve.cluster.store import Store
+from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2, common_pb2, placement_pb2, placement_pb2_grpc
+
+PAGE = 16 << 20
+PAGES = 64
+SHARD_PAGES = 16  # three fit on an agent, beside KV
+TARGET_MS = 5.0
+SEED = 5
+COLD = common_pb2.REPLICA_STATE_COLD
+WARM = common_pb2.REPLICA_STATE_WARM
+ACTIVE = common_pb2.REPLICA_STATE_ACTIVE
+
+
+@dataclass
+class Agent(agent_pb2_grpc.AgentServiceServicer):
+    """An agent without weights: each order is carried out at once."""
+
+    name: str
+    store: Store
+    keys: Keys
+    arrived: Callable[[str], None]
+    shards: dict[str, cluster_pb2.ResidentShard] = field(default_factory=dict)
+
+    async def report(self) -> None:
+        """Writes residency."""
+        held = sum(shard.pages_resident for shard in self.shards.values())
+        residency = cluster_pb2.AgentResidency(
+            agent_id=self.name, pages_free=PAGES - held, pages_weights=held, shards=self.shards.values()
+        )
+        await self.store.put(self.keys.residency(self.name), residency)
+
+    def put(self, model: str, state: common_pb2.ReplicaState.ValueType) -> None:
+        """Sets a replica's state."""
+        self.shards[model] = cluster_pb2.ResidentShard(
+            model=model,
+            group=common_pb2.Group(agent_ids=[self.name], node=node_of(self.name)),
+            state=state,
+            pages_resident=SHARD_PAGES,
+            pages_total=SHARD_PAGES,
+            residency=1,
+        )
+
+    def PrepareModel(self, request: agent_pb2.PrepareModelRequest, context: Any) -> Any:
+        raise AssertionError("no model is deployed here by way of the placer")
+
+    async def WakeReplica(self, request: agent_pb2.WakeReplicaRequest, context: Any) -> Any:
+        self.arrived(request.spec.name)
+        self.put(request.spec.name, ACTIVE)
+        await self.report()
+        return agent_pb2.WakeReplicaResponse(state=ACTIVE)
+
+    async def WarmReplica(self, request: agent_pb2.WarmReplicaRequest, context: Any) -> Any:
+        self.put(request.spec.name, WARM)
+        await self.report()
+        return agent_pb2.WarmReplicaResponse(state=WARM)
+
+    async def DrainReplica(self, request: agent_pb2.DrainReplicaRequest, context: Any) -> Any:
+        if request.model in self.shards:
+            self.put(request.model, WARM)
+            await self.report()
+        return agent_pb2.DrainReplicaResponse(state=WARM)
+
+    async def EvictReplica(self, request: agent_pb2.EvictReplicaRequest, context: Any) -> Any:
+        self.shards.pop(request.model, None)
+        await self.report()
+        return agent_pb2.EvictReplicaResponse(state=COLD)
+
+
+def node_of(agent: str) -> str:
+    """Eight agents share a node."""
+    return f"n{int(agent[1:]) // 8}"
+
+
+@dataclass
+class Cluster:
+    """A running cluster of agents, with a placer that leads."""
+
+    store: Store
+    keys: Keys
+    stub: placement_pb2_grpc.PlacementServiceStub
+    agents: list[Agent]
+    plans: Mirror[cluster_pb2.Plan]
+    arrivals: dict[str, float]  # when WakeReplica came, by model
+
+    async def sees(self, model: str, active: bool, warm: bool) -> None:
+        """Waits for a plan that knows how the model stands now."""
+        await self.plans.wait_for(
+            lambda items: any(
+                outlook.model == model
+                and (outlook.active_replicas > 0) is active
+                and (warm or not outlook.warm_replicas)
+                for plan in items.values()
+                for outlook in plan.outlooks
+            )
+        )
+
+
+@asynccontextmanager
+async def running(agents: int, models: int, resident: int) -> AsyncIterator[Cluster]:
+    """A cluster whose first `resident` models are warm."""
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        etcd = await asyncio.to_thread(start_etcd, folder / "etcd", folder / "etcd.log")
+        stack.callback(etcd.child.stop, 5)
+        redis = await asyncio.to_thread(start_redis, folder / "redis", folder / "redis.log")
+        stack.callback(redis.child.stop, 5)
+        store, keys = Store([etcd.address]), Keys("bench")
+        stack.push_async_callback(store.close)
+        arrivals: dict[str, float] = {}
+
+        def arrived(model: str) -> None:
+            arrivals[model] = time.perf_counter()
+
+        peers = [Agent(f"g{index}", store, keys, arrived) for index in range(agents)]
+        for index, peer in enumerate(peers):
+            server = await serve(peer, index, store, keys)
+            stack.push_async_callback(server.stop, 0)
+        for index in range(models):
+            await deploy(f"m{index:03}", store, keys)
+        for index in range(resident):
+            peers[index % agents].put(f"m{index:03}", WARM)
+        for peer in peers:
+            await peer.report()
+        placer = start_placer(etcd.address, redis.address, keys.prefix, folder / "placer.log")
+        stack.callback(placer.wait)
+        stack.callback(placer.terminate)
+        leaders = Mirror(store, keys.placer_leader(), cluster_pb2.LeaderRecord)
+        plans = Mirror(store, keys.plan(), cluster_pb2.Plan)
+        for mirror in (leaders, plans):
+            await mirror.start()
+            stack.push_async_callback(mirror.close)
+        await leaders.wait_for(lambda items: bool(items))
+        open_channel = await stack.enter_async_context(channel(leaders.items[""].address))
+        await plans.wait_for(lambda items: bool(items))
+        yield Cluster(store, keys, placement_pb2_grpc.PlacementServiceStub(open_channel), peers, plans, arrivals)
+
+
+def start_placer(etcd: str, redis: str, prefix: str, log: Path) -> subprocess.Popen[bytes]:
+    """A placer as a process."""
+    settings = {"ETCD_ENDPOINTS": etcd, "REDIS_URL": f"redis://{redis}/0", "PREFIX": prefix, "ID": "p0"}
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "services.placer"],
+            env={**os.environ, **{f"WARMSERVE_{name}": value for name, value in settings.items()}},
+            stderr=file,
+        )
+
+
+async def serve(peer: Agent, index: int, store: Store, keys: Keys) -> grpc.aio.Server:
+    """Serves one agent and registers it."""
+    server = grpc.aio.server()
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(peer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    record = cluster_pb2.AgentRecord(
+        id=peer.name,
+        address=f"127.0.0.1:{port}",
+        node=node_of(peer.name),
+        device_index=index % 8,
+        page_bytes=PAGE,
+        pages_total=PAGES,
+    )
+    await store.put(keys.agent(peer.name), record)
+    return server
+
+
+async def deploy(name: str, store: Store, keys: Keys) -> None:
+    """A model whose forecast makes the planner think, and gives each the same small worth."""
+    facts = cluster_pb2.ModelFacts(shard_bytes=SHARD_PAGES * PAGE, kv_bytes_per_token=1 << 17)
+    await store.put(keys.model(name), cluster_pb2.ModelSpec(name=name, source=f"/m/{name}", tp=1, facts=facts))
+    start = int(time.time()) // 300 * 300
+    windows = [
+        cluster_pb2.WindowForecast(
+            start_unix_s=start + 300 * ahead,
+            mean_load=cluster_pb2.Quantiles(p50=0.02, p90=0.05, p99=0.09),
+            peak_load=cluster_pb2.Quantiles(p50=1, p90=2, p99=4),
+        )
+        for ahead in range(12)
+    ]
+    forecast = cluster_pb2.Forecast(model=name, window_s=300, predictor="published", windows=windows)
+    await store.put(keys.forecast(name), forecast)
+
+
+async def wake(cluster: Cluster, model: str) -> float:
+    """Milliseconds from the call to the order's arrival."""
+    cluster.arrivals.pop(model, None)
+    began = time.perf_counter()
+    call: Any = cluster.stub.WakeModel(placement_pb2.WakeModelRequest(model=model, waiting_requests=1))
+    answer = await call
+    if model not in cluster.arrivals:
+        await arrival(cluster, model, answer)
+    return (cluster.arrivals[model] - began) * 1e3
+
+
+async def arrival(cluster: Cluster, model: str, answer: placement_pb2.WakeModelResponse) -> None:
+    """Waits for the order. Raises RuntimeError where none comes."""
+    deadline = time.perf_counter() + 5
+    while model not in cluster.arrivals:
+        if time.perf_counter() > deadline:
+            raise RuntimeError(f"{model} was never woken: {answer.reason.text}")
+        await asyncio.sleep(0.0005)
+
+
+async def rest(cluster: Cluster, model: str) -> None:
+    """The instance is a warm replica again, and the placer knows it."""
+    await cluster.sees(model, active=True, warm=True)
+    for agent in cluster.agents:
+        if model in agent.shards:
+            agent.put(model, WARM)
+            await agent.report()
+    await cluster.sees(model, active=False, warm=True)
+
+
+async def of_warm_models(cluster: Cluster, wakes: int) -> list[float]:
+    """Wakes of models that are warm."""
+    taken = []
+    for _ in range(wakes):
+        model = random.choice([name for agent in cluster.agents for name in agent.shards])
+        taken.append(await wake(cluster, model))
+        await rest(cluster, model)
+    return taken
+
+
+async def of_cold_models(cluster: Cluster, wakes: int) -> list[float]:
+    """Wakes of models that are cold, on agents that are full."""
+    taken = []
+    for _ in range(wakes):
+        warm = {name for agent in cluster.agents for name in agent.shards}
+        model = random.choice(sorted(all_models(cluster) - warm))
+        taken.append(await wake(cluster, model))
+        await rest(cluster, model)
+    return taken
+
+
+def all_models(cluster: Cluster) -> set[str]:
+    """Names of the deployed models."""
+    return {outlook.model for plan in cluster.plans.items.values() for outlook in plan.outlooks}
+
+
+async def at_once(cluster: Cluster, wakes: int) -> list[float]:
+    """Eight wakes of warm models at the same moment, again and again."""
+    taken: list[float] = []
+    while len(taken) < wakes:
+        warm = sorted({name for agent in cluster.agents for name in agent.shards})
+        chosen = random.sample(warm, 8)
+        taken += await asyncio.gather(*(wake(cluster, model) for model in chosen))
+        for model in chosen:
+            await rest(cluster, model)
+    return taken
+
+
+def rows(what: str, taken: Sequence[float]) -> list[Row]:
+    """The median and the 99th percentile."""
+    ordered = sorted(taken)
+    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    return [
+        Row(f"{what}, p50", statistics.median(ordered), "ms"),
+        Row(f"{what}, p99", p99, "ms", target=TARGET_MS),
+    ]
+
+
+async def measure(wakes: int) -> list[Row]:
+    """All rows."""
+    kinds: list[tuple[str, Callable[[Cluster, int], Awaitable[list[float]]], bool]] = [
+        ("warm model", of_warm_models, False),
+        ("8 warm models at once", at_once, False),
+        ("cold model, room is made first", of_cold_models, True),
+    ]
+    found = []
+    for agents, models in ((16, 60), (64, 60)):
+        for what, run, full in kinds:
+            random.seed(SEED)
+            resident = 3 * agents if full else min(models, 3 * agents)
+            async with running(agents, resident + models // 2 if full else models, resident) as cluster:
+                await run(cluster, 20)  # connections, caches
+                found += rows(f"{agents} GPUs, {what}", await run(cluster, wakes))
+    return found
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument("--wakes", type=int, default=300, help="wakes of each kind")
+    arguments = parser.parse_args()
+    report("wake_path", uvloop.run(measure(arguments.wakes)), arguments.json)
+
+
+if __name__ == "__main__":
+    main()
