@@ -1,36 +1,56 @@
-"""A model's history as a forecast message. Pure."""
+"""Forecasts as messages. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
-from numpy.typing import NDArray
 
-from services.common.load import window_start
-from services.forecaster.history import QUANTITIES
-from services.forecaster.predictors import Predictor
-from warmserve.v1 import cluster_pb2
+from services.common.load import start_of
+from services.forecaster.predictors import QUANTITIES, Floats
+from warmserve.v1 import cluster_pb2, forecast_pb2
 
 
-def make_forecast(
-    model: str,
-    series: NDArray[np.float64],
-    predictor: Predictor,
-    horizon: int,
-    first_start_s: int,
-    window_s: float,
-    now_s: float,
+@dataclass(frozen=True)
+class Forecasting:
+    """What was forecast for all models at one moment, without announcements."""
+
+    made_unix_ms: int
+    predictor: str
+    first: int
+    """The number of the first window, which is the current one."""
+    models: tuple[str, ...]
+    quantiles: Floats
+    """Shape (models, windows, 5, 3)."""
+    per_load: Floats
+    """Arrivals and tokens per second for each request in progress: shape (models, 3)."""
+
+
+def message(
+    model: str, quantiles: Floats, made_unix_ms: int, predictor: str, first: int, window_s: float
 ) -> cluster_pb2.Forecast:
-    """Forecasts `horizon` windows, of which the first begins at `first_start_s`, from `series` of shape (n, 5)."""
-    quantiles = [predictor.predict(series[:, column], horizon) for column in range(len(QUANTITIES))]
+    """One model's forecast, from quantiles of shape (windows, 5, 3)."""
     windows = []
-    for step in range(horizon):
-        window = cluster_pb2.WindowForecast(
-            start_unix_s=window_start(first_start_s + (step + 0.5) * window_s, window_s)
-        )
-        for quantity, values in zip(QUANTITIES, quantiles, strict=True):
-            p50, p90, p99 = values[step]
-            getattr(window, quantity).CopyFrom(cluster_pb2.Quantiles(p50=p50, p90=p90, p99=p99))
-        windows.append(window)
+    for step, window in enumerate(quantiles.tolist()):
+        quantities = {
+            name: cluster_pb2.Quantiles(p50=p50, p90=p90, p99=p99)
+            for name, (p50, p90, p99) in zip(QUANTITIES, window, strict=True)
+        }
+        windows.append(cluster_pb2.WindowForecast(start_unix_s=start_of(first + step, window_s), **quantities))
     return cluster_pb2.Forecast(
-        model=model, made_unix_ms=int(now_s * 1e3), window_s=window_s, predictor=predictor.name, windows=windows
+        model=model, made_unix_ms=made_unix_ms, window_s=window_s, predictor=predictor, windows=windows
     )
+
+
+def loads_message(start_unix_s: int, quantiles: Floats) -> cluster_pb2.WindowForecast | None:
+    """What is kept of a past forecast, shape (2, 3): mean and peak load. None where nothing is."""
+    if np.isnan(quantiles).any():
+        return None
+    mean, peak = (cluster_pb2.Quantiles(p50=a, p90=b, p99=c) for a, b, c in quantiles.tolist())
+    return cluster_pb2.WindowForecast(start_unix_s=start_unix_s, mean_load=mean, peak_load=peak)
+
+
+def sample(values: Sequence[float]) -> forecast_pb2.LoadSample:
+    """A window that was counted, columns as in QUANTITIES."""
+    return forecast_pb2.LoadSample(**dict(zip(QUANTITIES, values, strict=True)))

@@ -1,111 +1,259 @@
-"""Load history on the forecaster's disk: one row per model and window, in SQLite."""
+"""Load history on the forecaster's disk.
+
+The newest windows lie one in a row, all models together; once a block of them is full they go into one compressed row
+per model. Blocks grow old: after `full_s` their windows are joined into hours, after `keep_s` they are forgotten. Both
+count blocks that hold something, and no clock: one that leaps ahead makes nothing old.
+"""
 
 from __future__ import annotations
 
-import sqlite3
-import threading
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.common.load import LoadCounts
+from services.forecaster.blocks import BLOCK, Array, hourly, joined, pack, unpack
+from services.forecaster.database import Database
+from services.forecaster.predictors import QUANTITIES, Floats
 
-# The quantities of a window, in the order of the columns of `History.series`.
-QUANTITIES = ("mean_load", "peak_load", "request_rate", "prompt_tokens_per_s", "output_tokens_per_s")
-_SCHEMA = """
-create table if not exists settings (name text primary key, value real) without rowid;
-create table if not exists windows (start_s integer primary key, gap integer not null) without rowid;
-create table if not exists loads (
-    model text, start_s integer, mean_load real, peak_load real, request_rate real,
-    prompt_tokens_per_s real, output_tokens_per_s real, primary key (model, start_s)
-) without rowid;
-"""
+_WIDTH = len(QUANTITIES)
+_BITS = 15
+_MODELS = 1 << 20  # more cannot be told apart in the number of a block's row
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was read of one window's counters."""
+
+    times: int  # how often they had been written
+    total_s: float  # how long all routers together had looked
+    missing: frozenset[str] = frozenset()  # routers that should have reported, and had not
 
 
 class History:
-    """Windows recorded so far. Recording one again replaces it. Methods touch the disk: call them in threads, of which
-    one at a time is let in."""
+    """Windows by number (see services.common.load.window_index), per model. NaN is what nobody counted."""
 
-    def __init__(self, folder: Path, window_s: float) -> None:
-        """Opens or makes the history in `folder`. ValueError where it was recorded with another window length."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._window_s = window_s
-        self._path = folder / "history.sqlite"
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(self._path, check_same_thread=False)
-        self._db.execute("pragma journal_mode=wal")
-        self._db.executescript(_SCHEMA)
-        found = self._db.execute("select value from settings where name = 'window_s'").fetchone()
-        if found is not None and found[0] != window_s:
-            self._db.close()
-            raise ValueError(
-                f"{self._path} holds windows of {found[0]:g} s and not of {window_s:g} s; use another data folder"
-            )
-        with self._db:
-            self._db.execute("insert or ignore into settings values ('window_s', ?)", (window_s,))
+    def __init__(self, database: Database, full_s: float, keep_s: float) -> None:
+        """`full_s`, `keep_s`: seconds for which windows are kept as they are, and at all."""
+        self._database = database
+        span = BLOCK * database.window_s
+        self._full = math.ceil(full_s / span) + 1
+        self._keep = max(self._full, math.ceil(keep_s / span) + 1)
+        self._factor = hourly(database.window_s)
+        if database.old_format:
+            self._migrate()
 
-    def newest(self) -> int | None:
-        """Begin of the newest recorded window, gaps included, in Unix seconds."""
-        with self._lock:
-            found: int | None = self._db.execute("select max(start_s) from windows").fetchone()[0]
-        return found
+    @property
+    def window_s(self) -> float:
+        """Length of a window, in seconds."""
+        return self._database.window_s
 
-    def record(self, start_s: int, counts: Mapping[str, LoadCounts] | None) -> None:
-        """Records one window of all models; None for a gap, in which nobody counted."""
-        rows = [
-            (
-                model,
-                start_s,
-                count.load_seconds / self._window_s,
-                float(count.peak),
-                count.arrivals / self._window_s,
-                count.prompt_tokens / self._window_s,
-                count.output_tokens / self._window_s,
-            )
-            for model, count in (counts or {}).items()
-        ]
-        with self._lock, self._db:
-            # A window that was counted once stays so, even if its counters have ended since.
-            conflict = "do nothing" if counts is None else "do update set gap = 0"
-            self._db.execute(
-                f"insert into windows values (?, ?) on conflict (start_s) {conflict}", (start_s, counts is None)
-            )
-            self._db.executemany("insert or replace into loads values (?, ?, ?, ?, ?, ?, ?)", rows)
+    def seen(self) -> dict[int, Seen]:
+        """What was read last of each window's counters."""
+        with self._database.reading() as db:
+            rows = db.execute("select window, times, total_s, missing from windows").fetchall()
+        return {
+            window: Seen(times, total_s, frozenset(missing.split(",")) - {""})
+            for window, times, total_s, missing in rows
+        }
 
-    def series(self, model: str, last_start_s: int, windows: int) -> NDArray[np.float64]:
-        """A model's windows, up to `windows` of them and the one that begins at `last_start_s` last.
+    def record(self, window: int, values: Mapping[str, Sequence[float]], seen: Seen) -> None:
+        """Records a window, by model, columns as in QUANTITIES. What it held of these models is replaced."""
+        with self._database.transaction() as db:
+            row = (window, seen.times, seen.total_s, ",".join(sorted(seen.missing)))
+            db.execute("insert or replace into windows values (?, ?, ?, ?)", row)
+            if values:
+                ids = self._database.model_ids(list(values))
+                data = np.array(list(values.values()), np.float32)
+                self._write_recent(window, dict(zip(ids, data, strict=True)))
+                newest = db.execute("select max(window) from recent").fetchone()[0]
+                self._file_away(newest // BLOCK * BLOCK)
 
-        Shape (n, 5), columns as in QUANTITIES, NaN in gaps; n is 0 for a model that has never been recorded.
+    def forget_seen(self, before: int) -> None:
+        """Forgets what was read of the counters of windows before a number, of which Redis has none any more."""
+        with self._database.transaction() as db:
+            db.execute("delete from windows where window < ?", (before,))
+
+    def add(self, values: Mapping[str, tuple[NDArray[np.int64], NDArray[np.floating]]]) -> None:
+        """Adds windows of the past, all or none: by model their numbers, of shape (n,), and values, of shape (n, 5).
+
+        What was known of them is replaced.
         """
-        first = last_start_s - (windows - 1) * self._window_s
-        with self._lock:
-            rows = self._db.execute(
-                f"select start_s, {', '.join(QUANTITIES)} from loads join windows using (start_s) "
-                "where model = ? and start_s between ? and ? and not gap order by start_s",
-                (model, first, last_start_s),
+        with self._database.transaction():
+            self._file_away(None)
+            ids = self._database.model_ids(list(values))
+            for number, (windows, data) in zip(ids, values.values(), strict=True):
+                for block in np.unique(windows // BLOCK).tolist():
+                    inside = windows // BLOCK == block
+                    part = np.full((BLOCK, _WIDTH), np.nan, np.float32)
+                    part[windows[inside] % BLOCK] = data[inside]
+                    self._merge(block, number, part)
+            self._grow_old()
+
+    def series(self, models: Sequence[str], last: int, windows: int) -> Floats:
+        """Windows of several models, up to `windows` of them, of which that numbered `last` is the last.
+
+        Shape (models, n, 5), columns as in QUANTITIES, NaN where unknown; it begins with the first that is known of
+        any, so n may be 0.
+        """
+        first = last - windows + 1
+        values = np.full((len(models), windows, _WIDTH), np.nan, np.float32)
+        with self._database.reading():
+            ids = self._database.known_ids()
+            rows = {ids[name]: row for row, name in enumerate(models) if name in ids}
+            for block in range(first // BLOCK, last // BLOCK + 1):
+                begin, end = max(first, block * BLOCK), min(last + 1, (block + 1) * BLOCK)
+                for number, _, part in self._read_block(block, rows):
+                    whole = np.repeat(part, BLOCK // len(part), axis=0)
+                    inside = slice(begin - block * BLOCK, end - block * BLOCK)
+                    values[rows[number], begin - first : end - first] = whole[inside]
+            for window, recent_ids, recent in self._recent(first, last):
+                chosen = [(rows[number], row) for row, number in enumerate(recent_ids.tolist()) if number in rows]
+                if chosen:
+                    to, source = np.array(chosen).T
+                    values[to, window - first] = recent[source]
+        known = np.flatnonzero(~np.isnan(values[:, :, 0]).all(axis=0))
+        return (values[:, known[0] :] if len(known) else values[:, :0]).astype(float)
+
+    def windows(self, model: str, first: int, last: int) -> list[tuple[int, int, list[float]]]:
+        """What is known of one model: (number of the first window, windows joined, values), oldest first."""
+        found: dict[int, tuple[int, list[float]]] = {}
+        with self._database.reading() as db:
+            number = self._database.known_ids().get(model)
+            if number is None:
+                return []
+            spans = "select block from spans where block between ? and ? order by block"
+            for (block,) in db.execute(spans, (first // BLOCK, last // BLOCK)).fetchall():
+                for _, factor, part in self._read_block(block, {number: 0}):
+                    for row in np.flatnonzero(~np.isnan(part[:, 0])).tolist():
+                        found[block * BLOCK + row * factor] = (factor, part[row].tolist())
+            for window, ids, values in self._recent(first, last):
+                if len(at := np.flatnonzero(ids == number)):
+                    found[window] = (1, values[at[0]].tolist())
+        return [(window, *found[window]) for window in sorted(found) if first - found[window][0] < window <= last]
+
+    def known_windows(self, last: int, most: int) -> int:
+        """How many windows there are from the first that is known of any model, or the last `most`, to `last`."""
+        with self._database.reading() as db:
+            blocks = db.execute("select block from spans where block >= ?", ((last - most) // BLOCK,)).fetchall()
+            recent = db.execute("select min(window) from recent where window > ?", (last - most,)).fetchone()[0]
+        firsts = [block * BLOCK for (block,) in blocks] + ([] if recent is None else [recent])
+        return 0 if not firsts else max(0, min(most, last - min(firsts) + 1))
+
+    def models(self) -> list[str]:
+        """Names of all models of which anything is known."""
+        return sorted(self._database.known_ids())
+
+    def knows(self, model: str) -> bool:
+        """Whether anything was ever recorded of a model."""
+        return model in self._database.known_ids()
+
+    def _read_block(self, block: int, ids: Iterable[int]) -> list[tuple[int, int, Array]]:
+        """Of those models that are in it: number, windows joined into one, values."""
+        wanted = set(ids)
+        with self._database.reading() as db:
+            span = db.execute("select joined from spans where block = ?", (block,)).fetchone()
+            if span is None:
+                return []
+            factor = span[0]
+            if len(wanted) > 20:
+                between = (block * _MODELS, (block + 1) * _MODELS)
+                rows = db.execute("select id, data from blocks where id >= ? and id < ?", between).fetchall()
+            else:
+                one = "select id, data from blocks where id = ?"
+                rows = [row for number in wanted for row in db.execute(one, (block * _MODELS + number,))]
+        return [
+            (row % _MODELS, factor, unpack(data, BLOCK // factor, _WIDTH))
+            for row, data in rows
+            if row % _MODELS in wanted
+        ]
+
+    def _recent(self, first: int, last: int) -> list[tuple[int, NDArray[np.int64], Array]]:
+        with self._database.reading() as db:
+            rows = db.execute(
+                "select window, models, data from recent where window between ? and ?", (first, last)
             ).fetchall()
-        if not rows:
-            return np.empty((0, len(QUANTITIES)))
-        length = round((last_start_s - rows[0][0]) / self._window_s) + 1
-        values = np.full((length, len(QUANTITIES)), np.nan)
-        for start_s, *row in rows:
-            values[round((start_s - rows[0][0]) / self._window_s)] = row
-        return values
+        return [(window, np.frombuffer(models, "<i8"), unpack(data, -1, _WIDTH)) for window, models, data in rows]
 
-    def trim(self, before_s: float) -> None:
-        """Forgets windows that began before a moment, in Unix seconds."""
-        with self._lock, self._db:
-            self._db.execute("delete from loads where start_s < ?", (before_s,))
-            self._db.execute("delete from windows where start_s < ?", (before_s,))
+    def _write_recent(self, window: int, values: dict[int, Array]) -> None:
+        with self._database.transaction() as db:
+            for _, ids, before in self._recent(window, window):
+                values = {**dict(zip(ids.tolist(), before, strict=True)), **values}
+            ids = np.array(list(values), "<i8")
+            data = pack(np.array(list(values.values())), _BITS)
+            db.execute("insert or replace into recent values (?, ?, ?)", (window, ids.tobytes(), data))
 
-    def forget(self, models: Iterable[str]) -> None:
-        """Forgets models, so that later ones of the same name begin anew."""
-        with self._lock, self._db:
-            self._db.executemany("delete from loads where model = ?", [(model,) for model in models])
+    def _file_away(self, before: int | None) -> None:
+        """Puts the newest windows, or those before a number, into blocks."""
+        with self._database.transaction() as db:
+            newest = db.execute("select min(window), max(window) from recent").fetchone()
+            if newest[0] is None or (before is not None and newest[0] >= before):
+                return
+            last = newest[1] if before is None else before - 1
+            parts: dict[tuple[int, int], Array] = {}
+            for window, ids, values in self._recent(newest[0], last):
+                for number, row in zip(ids.tolist(), values, strict=True):
+                    key = (window // BLOCK, number)
+                    if key not in parts:
+                        parts[key] = np.full((BLOCK, _WIDTH), np.nan, np.float32)
+                    parts[key][window % BLOCK] = row
+            for (block, number), part in parts.items():
+                self._merge(block, number, part)
+            db.execute("delete from recent where window <= ?", (last,))
+            self._grow_old()
 
-    def close(self) -> None:
-        """Closes the file."""
-        with self._lock:
-            self._db.close()
+    def _merge(self, block: int, number: int, part: Array) -> None:
+        """Lays the known windows of a full block over what is there."""
+        with self._database.transaction() as db:
+            db.execute("insert or ignore into spans values (?, 1)", (block,))
+            factor = db.execute("select joined from spans where block = ?", (block,)).fetchone()[0]
+            part = joined(part, factor) if factor > 1 else part
+            for _, _, before in self._read_block(block, {number}):
+                part = np.where(np.isnan(part), before, part)
+            db.execute("insert or replace into blocks values (?, ?)", (block * _MODELS + number, pack(part, _BITS)))
+
+    def _grow_old(self) -> None:
+        """Joins windows of old blocks into hours, and forgets the oldest."""
+        with self._database.transaction() as db:
+            spans = db.execute("select block, joined from spans order by block desc").fetchall()
+            for block, factor in spans[self._full : self._keep]:
+                if factor == 1 and self._factor > 1:
+                    between = (block * _MODELS, (block + 1) * _MODELS)
+                    rows = db.execute("select id, data from blocks where id >= ? and id < ?", between).fetchall()
+                    new = [(pack(joined(unpack(data, BLOCK, _WIDTH), self._factor), _BITS), row) for row, data in rows]
+                    db.executemany("update blocks set data = ? where id = ?", new)
+                    db.execute("update spans set joined = ? where block = ?", (self._factor, block))
+            for block, _ in spans[self._keep :]:
+                db.execute("delete from blocks where id >= ? and id < ?", (block * _MODELS, (block + 1) * _MODELS))
+                db.execute("delete from spans where block = ?", (block,))
+            if spans[self._keep :]:
+                # Models of which nothing is left.
+                left = {row % _MODELS for (row,) in db.execute("select id from blocks")}
+                left |= {number for _, ids, _ in self._recent(0, 1 << 62) for number in ids.tolist()}
+                gone = set(self._database.known_ids().values()) - left
+                db.executemany("delete from models where id = ?", [(number,) for number in gone])
+
+    def _migrate(self) -> None:
+        """Takes over what the first version of this program recorded, one row per model and window."""
+        window_s = self.window_s
+        with self._database.transaction() as db:
+            columns = ", ".join(QUANTITIES)
+            for (model,) in db.execute("select distinct model from old_loads").fetchall():
+                rows = db.execute(
+                    f"select start_s, {columns} from old_loads join old_windows using (start_s) "
+                    "where model = ? and not gap",
+                    (model,),
+                ).fetchall()
+                if rows:
+                    table = np.array(rows, float)
+                    self.add({model: (np.floor(table[:, 0] / window_s + 0.5).astype(np.int64), table[:, 1:])})
+            db.execute("drop table old_loads")
+            db.execute("drop table old_windows")
+
+
+def open_history(folder: Path, window_s: float, full_s: float, keep_s: float) -> History:
+    """The history in a folder, made where there is none. ValueError: see Database."""
+    return History(Database(folder, window_s), full_s, keep_s)

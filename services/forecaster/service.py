@@ -1,181 +1,225 @@
-"""The forecaster's loop and its gRPC service."""
+"""The forecaster's loop: at the end of each window it records what was, forecasts what will be, and publishes."""
 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection
 
-import grpc
 import numpy as np
 from prometheus_client import Counter, Gauge
 from redis.exceptions import RedisError
 
-from services.common.grpc_frame import StatusError
-from services.common.load import window_start
+from services.common.load import start_of, window_index
 from services.common.telemetry import logger
-from services.forecaster.forecast import make_forecast
-from services.forecaster.history import QUANTITIES, History
-from services.forecaster.predictors import Floats, Predictor
+from services.forecaster.announced import per_load, raised
+from services.forecaster.calendar import Calendar
+from services.forecaster.champion import Champions
+from services.forecaster.forecast import Forecasting, message
+from services.forecaster.history import History
+from services.forecaster.past import PastForecasts
+from services.forecaster.predictors import QUANTITIES, Floats, Predictor
+from services.forecaster.publisher import Publisher
 from services.forecaster.recorder import Recorder
 from services.forecaster.settings import ForecasterSettings
-from warmserve.cluster.keys import Keys
 from warmserve.cluster.mirror import Mirror
-from warmserve.cluster.store import Store, StoreUnavailableError
-from warmserve.v1 import cluster_pb2, forecast_pb2, forecast_pb2_grpc
+from warmserve.cluster.store import StoreUnavailableError
+from warmserve.v1 import cluster_pb2
 
 _log = logger(__name__)
 _RETRY_S = 1.0
-# Routers report a window's last counts a little after its end.
-_LATE = 0.1
+_LATE_S = 2.0  # at most, or a tenth of a window: routers report a window's last counts a little after its end
 _ERROR = Counter(
     "warmserve_forecaster_absolute_error_total", "Sum of |median forecast - actual| of the next window", ["quantity"]
 )
 _ACTUAL = Counter("warmserve_forecaster_actual_total", "Sum of the actual values that forecasts were for", ["quantity"])
-_AGE = Gauge("warmserve_forecaster_last_window_unix_seconds", "Begin of the newest recorded window")
-
-
-class Forecasts:
-    """The newest forecasts, and those who follow them."""
-
-    def __init__(self) -> None:
-        self.newest: dict[str, cluster_pb2.Forecast] = {}
-        self._followers: set[asyncio.Queue[cluster_pb2.Forecast]] = set()
-
-    def publish(self, forecast: cluster_pb2.Forecast) -> None:
-        """Replaces the model's forecast."""
-        self.newest[forecast.model] = forecast
-        for follower in self._followers:
-            follower.put_nowait(forecast)
-
-    async def follow(self) -> AsyncIterator[cluster_pb2.Forecast]:
-        """The newest forecasts, then each new one."""
-        queue: asyncio.Queue[cluster_pb2.Forecast] = asyncio.Queue()
-        self._followers.add(queue)
-        try:
-            for forecast in list(self.newest.values()):
-                yield forecast
-            while True:
-                yield await queue.get()
-        finally:
-            self._followers.discard(queue)
+_LAST = Gauge("warmserve_forecaster_last_window_unix_seconds", "Begin of the newest recorded window")
+_FELL_BACK = Counter(
+    "warmserve_forecaster_fallbacks_total",
+    "Forecasts for which the learned predictor failed and the published one spoke",
+)
 
 
 class Forecaster:
-    """At the end of each window: records it, forecasts all deployed models, publishes."""
+    """Records, forecasts and publishes. `remake` and `announced` tell it what else has happened."""
 
     def __init__(
         self,
         settings: ForecasterSettings,
-        keys: Keys,
-        store: Store,
         models: Mirror[cluster_pb2.ModelSpec],
+        routers: Mirror[cluster_pb2.RouterRecord],
         history: History,
         recorder: Recorder,
-        predictor: Predictor,
-        forecasts: Forecasts,
+        past: PastForecasts,
+        calendar: Calendar,
+        champions: Champions,
+        publisher: Publisher,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._settings = settings
-        self._keys = keys
-        self._store = store
         self._models = models
+        self._routers = routers
         self._history = history
         self._recorder = recorder
-        self._predictor = predictor
-        self._forecasts = forecasts
+        self._past = past
+        self._calendar = calendar
+        self._champions = champions
+        self._publisher = publisher
         self._clock = clock
+        self._forecasting: Forecasting | None = None
+        self._behind = False  # windows have ended that could not be recorded yet
+        self._stale = True  # forecasts are to be made anew
+        self._announced: set[str] = set()  # models whose calendar has changed
+        self._clean = False  # etcd holds no forecast of a model that is gone
+        self._news = asyncio.Event()
+
+    @property
+    def last(self) -> int:
+        """The number of the newest window that has ended."""
+        late = min(_LATE_S, self._settings.window_s / 10)
+        return window_index(self._clock() - late, self._settings.window_s) - 1
+
+    def remake(self) -> None:
+        """Has forecasts made anew at once: a model is new, its past was imported, or the predictor is another."""
+        self._stale = True
+        self._news.set()
+
+    def announced(self, model: str) -> None:
+        """Has a model's forecast published at once as the calendar now has it."""
+        self._announced.add(model)
+        self._news.set()
+
+    def undeployed(self, model: str) -> None:
+        """Takes the forecast of a model that is gone back. Its history stays."""
+        self._publisher.withdraw(model)
+        self._news.set()
 
     async def run(self) -> None:
         """Works until cancelled."""
-        window_s = self._settings.window_s
         while True:
+            self._news.clear()
+            pause = _RETRY_S
             try:
-                await self.forecast()
-            except (RedisError, StoreUnavailableError) as error:
-                _log.warning("no new forecasts for now", error=str(error))
-                await asyncio.sleep(_RETRY_S)
-                continue
-            now = self._clock()
-            await asyncio.sleep(window_s - (now - _LATE * window_s) % window_s)
+                if await self._work():
+                    pause = self._until_next()
+            except StoreUnavailableError as error:
+                _log.warning("forecasts are not all published yet", error=str(error))
+            if not self._stale:
+                try:
+                    await asyncio.wait_for(self._news.wait(), pause)
+                except TimeoutError:
+                    continue
 
-    async def forecast(self) -> None:
-        """Records what has ended and forecasts what begins. Raises redis.RedisError, StoreUnavailableError."""
-        now = self._clock()
-        names = sorted(self._models.items)
-        last = await self._recorder.catch_up(names, now)
-        _AGE.set(last)
-        for name in names:
-            forecast, actual = await asyncio.to_thread(self._forecast_one, name, last, now)
-            if name not in self._models.items:
-                continue  # undeployed meanwhile
-            self._score(name, last, actual)
-            self._forecasts.publish(forecast)
-            await self._store.put(self._keys.forecast(name), forecast)
-        await self._withdraw_undeployed()
+    async def _work(self) -> bool:
+        """Does what is to be done; False where something is left. Raises StoreUnavailableError."""
+        if self._behind:
+            await self._record()
+        if self._stale or self._forecasting is None or self._forecasting.first != self.last + 1:
+            await self._forecast()
+        elif self._announced:
+            models, self._announced = self._announced, set()
+            await self._publish(self._forecasting, models & set(self._forecasting.models))
+        await self._publisher.flush()
+        if not self._clean:
+            await self._publisher.withdraw_others(self._models.items)
+            await self._publisher.flush()
+            self._clean = True
+        await self._calendar.settle(self.last)
+        return not self._behind
 
-    async def _withdraw_undeployed(self) -> None:
-        """Deletes forecasts that outlived their models, because this process or etcd was away."""
-        for entry in await self._store.get_all(self._keys.forecasts(), cluster_pb2.Forecast):
-            if entry.value.model not in self._models.items:
-                await self._store.delete(entry.key)
+    def _until_next(self) -> float:
+        """Seconds until the window that has begun is forecast no more."""
+        due = start_of(self.last + 2, self._settings.window_s) + min(_LATE_S, self._settings.window_s / 10)
+        return max(0.0, due - self._clock())
 
-    def _forecast_one(self, name: str, last: int, now: float) -> tuple[cluster_pb2.Forecast, Floats | None]:
-        """The forecast, and what the window that begins at `last` was; None where that was not recorded."""
+    async def _record(self) -> None:
+        """Records what has ended. What cannot be recorded now is later."""
+        deployed = {name: spec.deployed_unix_ms / 1e3 for name, spec in self._models.items.items()}
+        routers = {router: record.started_unix_ms / 1e3 for router, record in self._routers.items.items()}
+        try:
+            recorded = await self._recorder.catch_up(
+                deployed, routers, start_of(self.last + 1, self._settings.window_s)
+            )
+        except (RedisError, sqlite3.OperationalError) as error:
+            if not self._behind:
+                _log.warning("what has ended will be recorded later", error=str(error))
+            self._behind = True
+            return
+        self._stale = self._stale or self._behind
+        self._behind = False
+        if recorded:
+            _LAST.set(start_of(max(recorded), self._settings.window_s))
+
+    async def _forecast(self) -> None:
+        """Records what has ended, and forecasts what begins."""
+        await self._record()
+        last = self.last
+        self._stale = self._clean = False
+        self._announced.clear()
+        names = tuple(sorted(self._models.items))
+        forecasting, newest = await asyncio.to_thread(self._make, names, last)
+        for name, actual in zip(names, newest, strict=True):
+            self._compare(name, last, actual)
+        self._forecasting = forecasting
+        published = await self._publish(forecasting, names)
+        try:
+            await asyncio.to_thread(self._past.save, last + 1, names, published, forecasting.quantiles)
+        except sqlite3.OperationalError as error:
+            _log.warning("forecasts are not kept for later scores", error=str(error))
+
+    def _make(self, names: tuple[str, ...], last: int) -> tuple[Forecasting, Floats]:
+        """Forecasts, and what the window numbered `last` was: shape (models, 5), NaN where that was not recorded."""
         settings = self._settings
-        series = self._history.series(name, last, round(settings.retention_s / settings.window_s))
-        first = window_start(last + settings.window_s * 1.5, settings.window_s)
-        forecast = make_forecast(name, series, self._predictor, settings.horizon, first, settings.window_s, now)
-        return forecast, series[-1] if len(series) and not np.isnan(series[-1]).any() else None
+        series = self._history.series(names, last, round(settings.full_s / settings.window_s))
+        champion = self._champions.champion
+        quantiles, name = self._predict(series, champion.predictor)
+        made = Forecasting(int(self._clock() * 1e3), name, last + 1, names, quantiles, per_load(series))
+        newest = series[:, -1] if series.shape[1] else np.full((len(names), len(QUANTITIES)), np.nan)
+        return made, newest
 
-    def _score(self, name: str, last: int, actuals: Floats | None) -> None:
-        """Compares the window that has ended with what was forecast for it."""
-        before = self._forecasts.newest.get(name)
-        window = next((w for w in before.windows if w.start_unix_s == last), None) if before else None
-        if window is None or actuals is None:
+    def _predict(self, series: Floats, predictor: Predictor) -> tuple[Floats, str]:
+        horizon = self._settings.horizon
+        if not len(series):
+            return np.empty((0, horizon, len(QUANTITIES), 3)), predictor.name
+        try:
+            return predictor.forecast_all(series, horizon), predictor.name
+        except Exception:
+            fallback = self._champions.published.predictor
+            if predictor is fallback:
+                raise
+            # Whatever is wrong with what was learned, there is a rule that needs no learning.
+            _log.exception("the champion failed; the published predictor speaks", predictor=predictor.name)
+            _FELL_BACK.inc()
+            return fallback.forecast_all(series, horizon), fallback.name
+
+    async def _publish(self, made: Forecasting, models: Collection[str]) -> Floats:
+        """Publishes these models' forecasts with what is announced. Returns them all: shape (models, windows, 5, 3)."""
+        window_s = self._settings.window_s
+        expected = await self._calendar.expectations(made.models)
+        begins = [float(start_of(made.first + step, window_s)) for step in range(self._settings.horizon)]
+        all_quantiles = made.quantiles.copy()
+        for row, name in enumerate(made.models):
+            if name in expected:
+                all_quantiles[row] = raised(made.quantiles[row], begins, window_s, expected[name], made.per_load[row])
+            if name in models and name in self._models.items:  # not undeployed meanwhile
+                made_ms = max(made.made_unix_ms, self._made_before(name) + 1)
+                self._publisher.publish(
+                    message(name, all_quantiles[row], made_ms, made.predictor, made.first, window_s)
+                )
+        return all_quantiles
+
+    def _made_before(self, name: str) -> int:
+        before = self._publisher.newest.get(name)
+        return before.made_unix_ms if before else 0
+
+    def _compare(self, name: str, last: int, actuals: Floats) -> None:
+        """Holds the window that has ended against what was forecast for it."""
+        before = self._publisher.newest.get(name)
+        begin = start_of(last, self._settings.window_s)
+        window = next((w for w in before.windows if w.start_unix_s == begin), None) if before else None
+        if window is None or np.isnan(actuals).any():
             return
         for quantity, actual in zip(QUANTITIES, actuals.tolist(), strict=True):
             _ERROR.labels(quantity).inc(abs(getattr(window, quantity).p50 - actual))
             _ACTUAL.labels(quantity).inc(actual)
-
-    async def forget(self, name: str) -> None:
-        """Drops an undeployed model's forecast and history."""
-        self._forecasts.newest.pop(name, None)
-        await asyncio.to_thread(self._history.forget, [name])
-        try:
-            await self._store.delete(self._keys.forecast(name))
-        except StoreUnavailableError as error:
-            # The next round of forecasts withdraws it.
-            _log.warning("a forecast outlives its model until etcd is back", model=name, error=str(error))
-
-
-class ForecastServicer(forecast_pb2_grpc.ForecastServiceServicer):
-    """See forecast.proto."""
-
-    def __init__(self, models: Mirror[cluster_pb2.ModelSpec], forecasts: Forecasts) -> None:
-        self._models = models
-        self._forecasts = forecasts
-
-    async def GetForecasts(
-        self, request: forecast_pb2.GetForecastsRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> forecast_pb2.GetForecastsResponse:
-        """The newest forecasts."""
-        self._check(request.models)
-        newest = self._forecasts.newest
-        names = sorted(request.models or newest)
-        return forecast_pb2.GetForecastsResponse(forecasts=[newest[name] for name in names if name in newest])
-
-    async def WatchForecasts(
-        self, request: forecast_pb2.WatchForecastsRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[forecast_pb2.WatchForecastsResponse]:
-        """The newest forecasts, then each new one."""
-        self._check(request.models)
-        async for forecast in self._forecasts.follow():
-            if not request.models or forecast.model in request.models:
-                yield forecast_pb2.WatchForecastsResponse(forecast=forecast)
-
-    def _check(self, models: Iterable[str]) -> None:
-        unknown = sorted(set(models) - set(self._models.items))
-        if unknown:
-            raise StatusError(grpc.StatusCode.NOT_FOUND, f"not deployed: {', '.join(unknown)}")

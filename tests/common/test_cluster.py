@@ -11,7 +11,15 @@ from redis.asyncio import Redis
 
 from launcher.backing import start_etcd
 from launcher.ports import free_port
-from services.common.load import LoadCounters, LoadCounts, window_start
+from services.common.load import (
+    LoadCounters,
+    LoadCounts,
+    WindowCounts,
+    reporter_name,
+    start_of,
+    window_index,
+    window_start,
+)
 from services.common.queues import RequestQueue
 from services.common.session import Election, Session
 from warmserve.cluster.events import EventStream
@@ -221,14 +229,25 @@ async def test_a_blocked_reader_wakes_when_a_request_comes(redis: Redis, keys: K
 
 async def test_load_counters_add_up_over_routers_and_tell_a_gap_from_silence(redis: Redis, keys: Keys) -> None:
     counters = LoadCounters(redis, keys)
-    start = window_start(1_700_000_123.4, 300)
-    assert start % 300 == 0
-    assert await counters.read(["m"], start) is None
-    await counters.add("r0", start, {"m": LoadCounts(2, 10, 4, 1.5, 3)})
-    await counters.add("r1", start, {"m": LoadCounts(1, 5, 2, 0.5, 1)})
-    await counters.add("r0", start, {"m": LoadCounts(1, 5, 2, 0.5, 4)})
-    read = await counters.read(["m", "silent"], start)
-    assert read == {"m": LoadCounts(4, 20, 8, 2.5, 5), "silent": LoadCounts()}
+    index = window_index(1_700_000_123.4, 300)
+    assert start_of(index, 300) == window_start(1_700_000_123.4, 300)
+    assert await counters.read(index, 300) is None
+    await counters.report("r0:a.0", index, 300, 200, {"m": LoadCounts(2, 10, 4, 1.5, 3)})
+    await counters.report("r1:b.0", index, 300, 300, {"m": LoadCounts(1, 5, 2, 0.5, 1)})
+    await counters.report("r0:a.0", index, 300, 300, {"m": LoadCounts(3, 15, 6, 2.0, 4)})  # all that it has counted
+    assert await counters.windows() == {index: 3}
+    read = await counters.read(index, 300)
+    assert read == WindowCounts(300, 600, frozenset({"r0", "r1"}), {"m": LoadCounts(4, 20, 8, 2.5, 5)})
+    await counters.report("r2:c.0", index + 1, 300, 300, {})  # silence
+    assert await counters.read(index + 1, 300) == WindowCounts(300, 300, frozenset({"r2"}), {})
+
+
+async def test_a_clock_that_goes_through_a_window_twice_counts_half_each_time(redis: Redis, keys: Keys) -> None:
+    counters = LoadCounters(redis, keys)
+    for life in (0, 1):
+        await counters.report(reporter_name("r0", "a", life), 5, 300, 300, {"m": LoadCounts(2, 10, 4, 60.0, 3)})
+    read = await counters.read(5, 300)
+    assert read == WindowCounts(300, 600, frozenset({"r0"}), {"m": LoadCounts(2, 10, 4, 60.0, 3)})
 
 
 async def test_events_are_kept_in_order(redis: Redis, keys: Keys) -> None:

@@ -7,70 +7,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
-from redis.asyncio import Redis
 
 from launcher.backing import Backing
 from services.common.grpc_frame import channel
-from services.common.load import LoadCounters, LoadCounts
 from services.common.process import make_node
 from services.forecaster.__main__ import serve
-from services.forecaster.history import History
-from services.forecaster.recorder import Recorder
 from services.forecaster.settings import ForecasterSettings
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.mirror import Mirror
 from warmserve.cluster.store import Store
 from warmserve.v1 import cluster_pb2, forecast_pb2, forecast_pb2_grpc
-
-BUSY = LoadCounts(arrivals=20, prompt_tokens=100, output_tokens=50, load_seconds=40.0, peak=7)
-
-
-def test_history_keeps_windows_over_a_restart_and_tells_gaps(tmp_path: Path) -> None:
-    history = History(tmp_path, 10)
-    history.record(100, {"m": BUSY})
-    history.record(110, None)
-    history.record(120, {"m": LoadCounts()})
-    history.record(120, {"m": BUSY})  # again, with a late report
-    history.record(120, None)  # again, when its counters have ended: what was recorded stays
-    history.close()
-    history = History(tmp_path, 10)
-    series = history.series("m", 120, 50)
-    assert series.shape == (3, 5)
-    np.testing.assert_allclose(series[0], [4.0, 7.0, 2.0, 10.0, 5.0])
-    assert np.isnan(series[1]).all()
-    np.testing.assert_allclose(series[2], series[0])
-    assert history.newest() == 120
-    assert history.series("m", 120, 2).shape == (1, 5)  # only what is wanted; a gap at its begin is left out
-    history.trim(115)
-    assert history.series("m", 120, 50).shape == (1, 5)
-    history.forget(["m"])
-    assert history.series("m", 120, 50).shape == (0, 5)
-    history.close()
-
-
-def test_history_refuses_another_window_length(tmp_path: Path) -> None:
-    History(tmp_path, 10).close()
-    with pytest.raises(ValueError, match="windows of 10 s and not of 20 s"):
-        History(tmp_path, 20)
-
-
-async def test_windows_missed_while_away_are_recorded_later(tmp_path: Path, redis: Redis, keys: Keys) -> None:
-    counters = LoadCounters(redis, keys)
-    history = History(tmp_path, 10)
-    recorder = Recorder(history, counters, 10, 1e6)
-    await counters.add("r0", 1000, {"m": BUSY})
-    assert await recorder.catch_up(["m"], 1011) == 1000
-    await counters.add("r0", 1020, {"m": BUSY})  # nobody counts in the window that begins at 1010
-    await counters.add("r0", 1030, {})  # somebody counts, and nothing arrives
-    assert await recorder.catch_up(["m"], 1047) == 1030
-    loads = history.series("m", 1030, 10)[:, 0]
-    np.testing.assert_array_equal(loads, [4.0, np.nan, 4.0, 0.0])
-    # The clock goes back: nothing is recorded twice, nothing is lost.
-    await recorder.catch_up(["m"], 1015)
-    np.testing.assert_array_equal(history.series("m", 1030, 10)[:, 0], loads)
-    history.close()
 
 
 @pytest.fixture

@@ -96,10 +96,15 @@ class Keys:
         """Capped stream of events."""
         return f"{self.prefix}:events"
 
-    def load(self, model: str, window_start_s: int) -> str:
-        """Hash of one window's counters of one model."""
-        return f"{self.prefix}:load:{model}:{window_start_s}"
+    def load(self, window: int, reporter: str) -> str:
+        """Hash of what one router counted in one window, by model. `window` is its number since 1970."""
+        return f"{self.prefix}:load:{window}:{reporter}"
 
-    def load_reporters(self, window_start_s: int) -> str:
-        """Set of the routers that counted in a window; where it is empty, the window is a gap and not zero traffic."""
-        return f"{self.prefix}:load-reporters:{window_start_s}"
+    def load_reporters(self, window: int) -> str:
+        """Hash of the routers that counted in a window, and for how long; without it, the window is a gap and not zero
+        traffic."""
+        return f"{self.prefix}:load-reporters:{window}"
+
+    def load_windows(self) -> str:
+        """Hash of the windows of which there are counts, and of how often each was written."""
+        return f"{self.prefix}:load-windows"
