@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -113,15 +114,24 @@ class Board:
         """Whether all agents of a replica are there."""
         return all(agent_id in self.snapshot.agents for agent_id in replica.group)
 
-    def free(self, agent: Agent, shard_pages: int = 0) -> int:
-        """Pages that a newcomer of that many pages may have on an agent; below 0 where weights crowd KV."""
-        held = sum(self._replicas[key].pages for key in self._by_agent[agent.id]) + self._promised[agent.id]
-        return agent.pages_total - held - max(self.snapshot.kv_reserve(agent, shard_pages), agent.pages_kv)
+    def promised(self, agent_id: str) -> int:
+        """Pages of an agent that are kept for replicas to come."""
+        return self._promised[agent_id]
 
-    def deficits(self, model: Model, group: GroupIds, given: Iterable[tuple[Replica, int]] = ()) -> dict[str, int]:
-        """Pages that lack on each agent for the model's replica, after others have given all but some pages."""
+    def deficits(
+        self,
+        model: Model,
+        group: GroupIds,
+        given: Iterable[tuple[Replica, int]] = (),
+        kept: Mapping[str, int] | None = None,
+    ) -> dict[str, int]:
+        """Pages that lack on each agent for the model's replica, after others have given all but some pages.
+
+        `kept`: the KV pages to leave on each agent. Without it the replica is to serve at once: the rules' reserve, and
+        beside the KV of other instances room for a first request.
+        """
         own = self.get(model.name, group)
-        kept = {replica.key: (replica, keep) for replica, keep in given}
+        keeps = {replica.key: (replica, keep) for replica, keep in given}
         lacking = {}
         for agent_id in group:
             agent = self.snapshot.agents[agent_id]
@@ -131,20 +141,28 @@ class Board:
                 replica = self._replicas[key]
                 if replica is own:
                     continue
-                if key in kept:
-                    held += kept[key][1]
+                if key in keeps:
+                    held += keeps[key][1]
                     kv -= replica.kv_pages
                 else:
                     held += replica.pages
-            lacking[agent_id] = held + need + max(self.snapshot.kv_reserve(agent, need), kv) - agent.pages_total
+            if kept is not None:
+                reserve = kept[agent_id]
+            else:
+                has_kv = own is not None and own.kv_pages > 0
+                first = 0 if has_kv else math.ceil(model.kv_bytes_per_request / agent.page_bytes)
+                reserve = max(self.snapshot.kv_reserve(agent, need), kv + first)
+            lacking[agent_id] = held + need + reserve - agent.pages_total
         return lacking
 
-    def make_room(self, model: Model, group: GroupIds, sources: Collection[Source]) -> Room | None:
+    def make_room(
+        self, model: Model, group: GroupIds, sources: Collection[Source], kept: Mapping[str, int] | None = None
+    ) -> Room | None:
         """The cheapest way to make room for the model's replica on a group, by greedy choice; None where there is none.
 
-        The last warm replica taken gives only as many pages as are needed, from its end.
+        The last warm replica taken gives only as many pages as are needed, from its end. `kept` as in `deficits`.
         """
-        lacking = self.deficits(model, group)
+        lacking = self.deficits(model, group, (), kept)
         if _suffices(lacking):
             return Room()
         short = {agent_id: pages for agent_id, pages in lacking.items() if pages > 0}
@@ -152,20 +170,20 @@ class Board:
         for source in sorted(sources, key=lambda s: (s.last, _price(s, short), s.replica.key)):
             if any(lacking.get(agent_id, 0) > 0 for agent_id in source.replica.group):
                 taken.append(source)
-                lacking = self.deficits(model, group, [(s.replica, 0) for s in taken])
+                lacking = self.deficits(model, group, [(s.replica, 0) for s in taken], kept)
                 if _suffices(lacking):
-                    return self._trim(model, group, taken)
+                    return self._trim(model, group, taken, kept)
         return None
 
-    def _trim(self, model: Model, group: GroupIds, taken: list[Source]) -> Room:
+    def _trim(self, model: Model, group: GroupIds, taken: list[Source], kept: Mapping[str, int] | None) -> Room:
         """Gives back what the greedy choice took too much, the dearest first."""
         keeps = {source.replica.key: 0 for source in taken}
         for source in reversed(taken):
             rest = [(s.replica, keeps[s.replica.key]) for s in taken if s is not source]
-            if _suffices(self.deficits(model, group, rest)):
+            if _suffices(self.deficits(model, group, rest, kept)):
                 taken = [s for s in taken if s is not source]
             elif source.step is Step.EVICT and source.replica.state is State.WARM:
-                lacking = self.deficits(model, group, [*rest, (source.replica, 0)])
+                lacking = self.deficits(model, group, [*rest, (source.replica, 0)], kept)
                 slack = min(-lacking[agent_id] for agent_id in source.replica.group if agent_id in lacking)
                 keeps[source.replica.key] = min(slack, source.replica.resident)
         return Room(

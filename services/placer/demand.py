@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from services.placer.snapshot import Model, Rules
+from services.placer.chances import Chances
+from services.placer.snapshot import Model, Quantiles, Rules, WindowLoad
 
 _NO_LOAD = 0.1  # requests in progress; a mean below this leaves an instance idle nine tenths of the time, or more
+_NOTHING = Quantiles.exactly(0.0)
+_FORGOTTEN_S = 86400.0  # a forecast that ended longer ago says nothing
+_WIDEST = 3.0  # a forecast's spread grows to so many times what it was
+_LEAST_SPREAD = 0.5  # of the median, by which a forecast that was sure of itself widens while its spread doubles
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the forecast says of a model's load, in requests in progress."""
+
+    mean: Quantiles = _NOTHING  # highest of the windows that count as now
+    peak: Quantiles = _NOTHING  # likewise
+    later: Quantiles = _NOTHING  # highest peak of all windows
+    lasts_s: float = 0.0  # until the windows that count as now have ended
+    known: bool = False  # whether there is a forecast at all
+    problem: str = ""  # what is wrong with the forecast, for people
 
 
 @dataclass(frozen=True)
@@ -15,16 +33,25 @@ class Demand:
     """What a model needs."""
 
     capacity: int  # requests that one instance carries
-    mean: float  # forecast mean load, the highest of the windows that count
-    peak: float  # forecast peak load, likewise
-    foundation: int  # instances for the mean
-    burst: int  # further ones for the peak alone
+    expected: Expectation
+    foundation: int  # instances for the median of the mean load
+    burst: int  # further ones for a peak that one window in ten exceeds
     wake: int  # instances to have active at least: fewer are made up for
     keep: int  # instances to keep active if they are: more are drained
 
     @property
+    def mean(self) -> float:
+        """Median of the mean load."""
+        return self.expected.mean.p50
+
+    @property
+    def peak(self) -> float:
+        """The peak load that one window in ten exceeds."""
+        return max(self.expected.peak.p90, self.mean)
+
+    @property
     def replicas(self) -> int:
-        """Replicas to have warm or active."""
+        """Replicas for the mean and the peak."""
         return self.foundation + self.burst
 
     @property
@@ -33,13 +60,14 @@ class Demand:
         return min(1.0, (self.peak - self.mean) / (self.replicas * self.capacity)) if self.replicas else 0.0
 
 
-def demand(model: Model, now_s: float, active: int, rules: Rules) -> Demand:
-    """What `model` needs, of which `active` instances serve or are being woken."""
-    counted = [w for w in model.windows if w.end_s > now_s and w.start_s < now_s + rules.lookahead_s]
-    mean = max((w.mean.p50 for w in counted), default=0.0)
-    peak = max((max(w.peak.p90, w.mean.p50) for w in counted), default=0.0)
-    foundation = instances(mean, model.capacity)
-    replicas = max(foundation, instances(peak, model.capacity))
+def demand(model: Model, now_s: float, active: int, rules: Rules, lookahead_s: float | None = None) -> Demand:
+    """What `model` needs, of which `active` instances serve or are being woken.
+
+    Forecast windows that begin within `lookahead_s` (the rules' unless said) count as now.
+    """
+    expected = expect(model.windows, now_s, rules, rules.lookahead_s if lookahead_s is None else lookahead_s)
+    foundation = instances(expected.mean.p50, model.capacity)
+    replicas = max(foundation, instances(max(expected.peak.p90, expected.mean.p50), model.capacity))
     if model.max_replicas:
         replicas = min(replicas, model.max_replicas)
         foundation = min(foundation, replicas)
@@ -51,9 +79,83 @@ def demand(model: Model, now_s: float, active: int, rules: Rules) -> Demand:
     keep = max(wake, foundation, math.ceil(load / (rules.scale_down * model.capacity)))
     if model.max_replicas:
         wake, keep = min(wake, model.max_replicas), min(keep, model.max_replicas)
-    return Demand(model.capacity, mean, peak, foundation, replicas - foundation, wake, keep)
+    return Demand(model.capacity, expected, foundation, replicas - foundation, wake, keep)
+
+
+def expect(windows: Sequence[WindowLoad], now_s: float, rules: Rules, lookahead_s: float) -> Expectation:
+    """What a forecast says, whatever state it is in.
+
+    Windows that are not finite, negative or without length are left out. After the last window its values go on for a
+    day, widened with its age.
+    """
+    usable = [window for window in map(_cleaned, windows) if window is not None]
+    if not usable:
+        return Expectation(problem="its forecast holds no usable number" if windows else "")
+    ahead = [window for window in usable if window.end_s > now_s]
+    if not ahead:
+        last = max(usable, key=lambda window: window.end_s)
+        age_s = now_s - last.end_s
+        if age_s > _FORGOTTEN_S:
+            return Expectation(problem=f"its forecast ended {age_s / 3600:.0f} h ago")
+        length_s = last.end_s - last.start_s
+        ahead = [replace(_widened(last, age_s, rules), start_s=now_s, end_s=now_s + length_s)]
+        problem = f"its forecast ended {age_s:.0f} s ago and is widened"
+    else:
+        problem = ""
+    near = [window for window in ahead if window.start_s < now_s + lookahead_s]
+    return Expectation(
+        _highest(window.mean for window in near),
+        _highest(window.peak for window in near),
+        _highest(window.peak for window in ahead),
+        max((window.end_s for window in near), default=now_s) - now_s,
+        True,
+        problem,
+    )
+
+
+def needed(expected: Quantiles, capacity: int, ranks: int) -> list[tuple[float, float]]:
+    """For each of the first `ranks` instances of a model, the first first: (P(needed), expected requests for it).
+
+    The n-th instance is for the load above what n - 1 carry, as far as it carries it. A load of less than one request
+    counts as a chance of one.
+    """
+    chances = Chances(expected)
+    return [
+        (chances.between(low, low + 1), chances.between(low, low + capacity))
+        for low in range(0, ranks * capacity, capacity)
+    ]
 
 
 def instances(load: float, capacity: int) -> int:
     """Instances that carry a load of requests in progress."""
     return math.ceil(load / capacity) if load >= _NO_LOAD else 0
+
+
+def _cleaned(window: WindowLoad) -> WindowLoad | None:
+    mean, peak = window.mean, window.peak
+    numbers = (window.start_s, window.end_s, mean.p50, mean.p90, mean.p99, peak.p50, peak.p90, peak.p99)
+    if not all(map(math.isfinite, numbers)) or min(numbers[2:]) < 0 or window.end_s <= window.start_s:
+        return None
+    peak = _highest((_uncrossed(peak), _uncrossed(mean)))  # a peak is no lower than the mean
+    return replace(window, mean=_uncrossed(mean), peak=peak)
+
+
+def _uncrossed(quantiles: Quantiles) -> Quantiles:
+    p90 = max(quantiles.p50, quantiles.p90)
+    return Quantiles(quantiles.p50, p90, max(p90, quantiles.p99))
+
+
+def _highest(quantiles: Iterable[Quantiles]) -> Quantiles:
+    many = list(quantiles) or [_NOTHING]
+    return Quantiles(max(q.p50 for q in many), max(q.p90 for q in many), max(q.p99 for q in many))
+
+
+def _widened(window: WindowLoad, age_s: float, rules: Rules) -> WindowLoad:
+    grown = min(_WIDEST, 1 + rules.widening_per_hour * age_s / 3600)
+
+    def widen(old: Quantiles) -> Quantiles:
+        least = old.p50 * _LEAST_SPREAD * (grown - 1)
+        p90 = old.p50 + max((old.p90 - old.p50) * grown, least)
+        return Quantiles(old.p50, p90, max(p90, old.p50 + max((old.p99 - old.p50) * grown, 2 * least)))
+
+    return replace(window, mean=widen(window.mean), peak=widen(window.peak))

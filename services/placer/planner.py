@@ -1,58 +1,72 @@
-"""The published rule: foundation and burst replicas, scored, on nested groups. Pure: snapshot in, plan out."""
+"""What to do with the replicas of a cluster. Pure: snapshot in, plan out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from services.placer.board import Board, Room
-from services.placer.decisions import Action, Do, Outcome, Outlook, Plan, Reason, Wake
-from services.placer.demand import Demand, demand
-from services.placer.prewarm import prewarm
-from services.placer.scores import Kind, Worth, worth, worths
-from services.placer.snapshot import Key, Model, Replica, Snapshot, State
+from services.placer.decisions import Action, Do, Outcome, Plan, Reason, Wake
+from services.placer.demand import Demand
+from services.placer.expected_rule import ExpectedRule
+from services.placer.outlooks import outlook
+from services.placer.published_rule import PublishedRule
+from services.placer.rule import Prewarming, Rule
+from services.placer.snapshot import Model, Replica, Snapshot, State
+from services.placer.value import serves
 from services.placer.wake import Wish, choose
-from services.placer.words import count, load, names, share
+from services.placer.words import count, load, names
 from warmserve.v1 import common_pb2
 
-RULE = "published"
+RULE = "expected value"
 
 
 def plan(snapshot: Snapshot) -> Plan:
-    """What to wake, drain, warm and evict. The same snapshot gives the same plan."""
-    return _Planner(snapshot).plan()
+    """What to wake, drain, warm and evict by our rule. The same snapshot gives the same plan."""
+    return _Planner(snapshot, ExpectedRule).plan()
+
+
+def plan_published(snapshot: Snapshot) -> Plan:
+    """The same by the published rule: what ours is compared with."""
+    return _Planner(snapshot, PublishedRule).plan()
 
 
 def wake(snapshot: Snapshot, model: str) -> Plan:
     """What requests that wait need at once, with the outlook of one model: the plan's first part alone, so that a wake
     need not wait for the rest."""
-    return _Planner(snapshot).wake(model)
+    return _Planner(snapshot, ExpectedRule).wake(model)
+
+
+def wake_published(snapshot: Snapshot, model: str) -> Plan:
+    """The same by the published rule."""
+    return _Planner(snapshot, PublishedRule).wake(model)
 
 
 class _Planner:
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, rule: Callable[[Board], Rule]) -> None:
         self._snapshot = snapshot
         self._board = Board(snapshot)
         self._models = sorted(snapshot.models.values(), key=lambda model: model.name)
-        self._demands: dict[str, Demand] = {}
-        self._worths: dict[Key, Worth] = {}
         self._actions: list[Action] = []
         self._wakes: dict[str, Wake] = {}
+        self._clear_away()
+        self._rule = rule(self._board)  # what models need and replicas are worth, without what was cleared away
 
     def plan(self) -> Plan:
-        self._clear_away()
-        self._assess()
         self._wake()
         self._drain_low_load()
-        warming, obstacles = prewarm(self._board, self._demands, self._worths)
-        self._actions += warming
-        outlooks = tuple(self._outlook(model, obstacles.get(model.name, "")) for model in self._models)
-        return Plan(tuple(self._actions), outlooks, self._wakes)
+        prewarming = self._rule.prewarm()
+        self._actions += prewarming.actions
+        return self._done(self._models, prewarming)
 
     def wake(self, name: str) -> Plan:
-        self._clear_away()
-        self._assess()
         self._wake()
-        outlooks = tuple(self._outlook(model, "") for model in self._models if model.name == name)
+        return self._done([model for model in self._models if model.name == name], Prewarming())
+
+    def _done(self, told: list[Model], prewarming: Prewarming) -> Plan:
+        outlooks = tuple(
+            outlook(self._board, self._rule, model, self._wakes.get(model.name), prewarming) for model in told
+        )
         return Plan(tuple(self._actions), outlooks, self._wakes)
 
     # What has no place any more
@@ -84,21 +98,13 @@ class _Planner:
         self._actions.append(Action(Do.DRAIN, replica.model, replica.group, reason))
         self._board.put(replace(replica, state=State.DRAINING))
 
-    def _assess(self) -> None:
-        """What models need and replicas are worth, without what was cleared away."""
-        for model in self._models:
-            replicas = self._board.of(model.name)
-            needed = demand(model, self._snapshot.now_s, len(_serving(replicas)), self._snapshot.rules)
-            self._demands[model.name] = needed
-            self._worths |= worths(model, needed, replicas, self._board.usable)
-
     # Instances
 
     def _wake(self) -> None:
         # Who has waited longest, weighted by priority, chooses first and keeps what is being freed for it.
         for model in sorted(self._models, key=lambda m: (-m.waited_s * m.priority, -m.waiting, m.name)):
             while (wish := self._wish(model)) is not None:
-                decision = choose(self._board, model, self._worths, wish)
+                decision = choose(self._board, self._rule, model, wish)
                 self._wakes.setdefault(model.name, decision.wake)
                 self._make_room(model, decision.wake, decision.room)
                 if decision.wake.outcome is not Outcome.NOW:
@@ -108,7 +114,7 @@ class _Planner:
     def _wish(self, model: Model) -> Wish | None:
         """Why the model wants one more instance; None where it has enough."""
         serving = len(_serving(self._board.of(model.name)))
-        needed = self._demands[model.name]
+        needed = self._rule.demand(model)
         if serving >= needed.wake:
             return None
         if serving < model.min_replicas and not model.waiting:
@@ -122,13 +128,13 @@ class _Planner:
         text = (
             f"{count(model.waiting + model.running, 'request')} in progress, {count(serving, 'instance')} for {carried}"
         )
-        return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text, worth(serving, model, needed).score)
+        return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text, self._rule.urgency(model, serving))
 
     def _make_room(self, model: Model, wake: Wake, room: Room) -> None:
         place = names(wake.group)
         if wake.outcome is Outcome.NOW:
             for replica, keep in room.evictions:
-                score = self._worth(replica).score
+                score = self._rule.worth(replica).score
                 text = (
                     f"{model.name} is woken on {place} ({wake.reason.text.partition(';')[0]}); gives "
                     f"{replica.pages - keep} of {count(replica.pages, 'page')}, worth {score:.2f} s"
@@ -148,21 +154,21 @@ class _Planner:
                     )
                 else:
                     why = f"it has been idle for {replica.idle_s:.1f} s and {model.name} needs its pages on {place}"
-                self._drain(replica, Reason(common_pb2.CAUSE_MADE_ROOM, why, model.name, self._worth(replica).score))
+                self._drain(
+                    replica, Reason(common_pb2.CAUSE_MADE_ROOM, why, model.name, self._rule.worth(replica).score)
+                )
             self._board.promise(model, wake.group)
 
     def _carry_out(self, model: Model, wake: Wake) -> None:
         self._actions.append(Action(Do.WAKE, model.name, wake.group, wake.reason))
         own = self._board.get(model.name, wake.group)
         pages = max(self._snapshot.shard_pages(model, agent_id) for agent_id in wake.group)
-        woken = Replica(model.name, wake.group, State.WAKING, pages, own.resident if own else 0)
-        self._board.put(woken)
-        self._worths[woken.key] = worth(0, model, self._demands[model.name])
+        self._board.put(Replica(model.name, wake.group, State.WAKING, pages, own.resident if own else 0))
 
     def _drain_low_load(self) -> None:
         rules = self._snapshot.rules
         for model in self._models:
-            needed = self._demands[model.name]
+            needed = self._rule.demand(model)
             serving = _serving(self._board.of(model.name))
             surplus = len(serving) - needed.keep
             candidates = [r for r in serving if r.state is State.ACTIVE and r.in_state_s >= rules.min_stay_s]
@@ -182,60 +188,6 @@ class _Planner:
             text = f"load {in_progress} needs {needed.keep} of {count(serving, 'instance')}"
         return Reason(common_pb2.CAUSE_LOW_LOAD, text)
 
-    # The answer to "why is my model cold?"
-
-    def _outlook(self, model: Model, obstacle: str) -> Outlook:
-        needed = self._demands[model.name]
-        replicas = self._board.of(model.name)
-        active = sum(r.state is State.ACTIVE for r in self._snapshot.replicas if r.model == model.name)
-        warm = sum(r.state in (State.WARM, State.WARMING) for r in replicas)
-        wake = self._wakes.get(model.name)
-        if wake is not None and (wake.outcome is Outcome.NOW or not _serving(replicas)):
-            reason = wake.reason
-        else:
-            obstacle = wake.reason.text if wake is not None else obstacle  # of a further instance
-            reason = Reason(self._cause(needed, replicas, obstacle), self._sentence(model, needed, replicas, obstacle))
-        score = max((self._worth(replica).score for replica in replicas), default=0.0)
-        return Outlook(model.name, needed.foundation, needed.burst, active, warm, replace(reason, score=score))
-
-    def _cause(self, needed: Demand, replicas: list[Replica], obstacle: str) -> common_pb2.Cause.ValueType:
-        if not replicas and not self._snapshot.agents:
-            return common_pb2.CAUSE_NO_AGENT
-        if not replicas and obstacle:
-            return common_pb2.CAUSE_NO_CAPACITY
-        if any(replica.state is State.WAKING for replica in replicas):
-            return common_pb2.CAUSE_WAITING_REQUESTS
-        if needed.foundation:
-            return common_pb2.CAUSE_FOUNDATION
-        return common_pb2.CAUSE_BURST if needed.burst else common_pb2.CAUSE_NOT_NEEDED
-
-    def _sentence(self, model: Model, needed: Demand, replicas: list[Replica], obstacle: str) -> str:
-        if not model.windows:
-            need = "there is no forecast yet"
-        elif not needed.replicas:
-            need = f"mean load {load(needed.mean)} and peak {load(needed.peak)} need no instance"
-        else:
-            need = f"mean load {load(needed.mean)} needs {count(needed.foundation, 'instance')}"
-            if needed.burst:
-                need += f", peak {load(needed.peak)} needs {needed.burst} more"
-        have = ", ".join(_stands(replica) for replica in replicas) or "nothing is resident"
-        return f"{need}; {have}" + (f"; {obstacle}" if obstacle else "")
-
-    def _worth(self, replica: Replica) -> Worth:
-        return self._worths.get(replica.key, Worth(Kind.SPARE, 0.0))
-
 
 def _serving(replicas: list[Replica]) -> list[Replica]:
-    return [replica for replica in replicas if replica.state in (State.ACTIVE, State.WAKING)]
-
-
-def _stands(replica: Replica) -> str:
-    """ "1 is warm on g0"."""
-    state = replica.state.value
-    if replica.state is State.WARM and replica.residency < 1:
-        state += f" ({share(replica.residency)} resident)"
-    elif replica.state is State.ACTIVE:
-        state += f" ({replica.running} running)"
-    elif replica.state is State.WAKING:
-        state = "being woken"
-    return f"1 is {state} on {names(replica.group)}"
+    return [replica for replica in replicas if serves(replica)]

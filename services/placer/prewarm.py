@@ -1,162 +1,206 @@
-"""Which replicas to warm and where: foundation replicas first, the most valuable first, over what scores less."""
+"""From the layout that is to be to the loads and evictions that can begin now."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from services.placer.board import Board, Room, Source, Step
-from services.placer.decisions import Action, Do, Reason
-from services.placer.demand import Demand
-from services.placer.groups import groups
-from services.placer.scores import Kind, Worth, ranked, worth
-from services.placer.snapshot import GroupIds, Key, Model, Replica, State
-from services.placer.words import count, load, names
+from services.placer.board import Board
+from services.placer.decisions import Action, Competitor, Do, Reason
+from services.placer.layout import Agents, Item, Seat
+from services.placer.loading import load_bytes_per_s, load_s
+from services.placer.rule import Prewarming
+from services.placer.scores import Kind
+from services.placer.snapshot import Replica, State
+from services.placer.target import Target, target
+from services.placer.value import Stakes
+from services.placer.words import chance, count, load, names
 from warmserve.v1 import common_pb2
 
-_MARGIN = 1.5  # what comes must be worth so much more than what goes, or each forecast would turn the two round
 
+def prewarm(board: Board, stakes: Mapping[str, Stakes]) -> Prewarming:
+    """Actions that lead towards the best layout found, carried out on the board; and why there are not more.
 
-@dataclass(frozen=True)
-class _Wanted:
-    worth: Worth
-    model: Model
-    rank: int
-    own: Replica | None  # a partly resident replica to complete; None: a new one
-
-
-@dataclass(frozen=True)
-class _Place:
-    group: GroupIds
-    room: Room
-
-
-def prewarm(
-    board: Board, demands: Mapping[str, Demand], worths: Mapping[Key, Worth]
-) -> tuple[list[Action], dict[str, str]]:
-    """Actions that warm what the forecast needs, carried out on the board; and per model why one could not be.
-
-    One load at a time per agent, so that the most valuable is there first; the next plan goes on.
+    One load at a time per agent, and per node as many as its bound on copying allows, the most valuable first; the
+    next plan goes on. Of what gives way only as many pages go as are needed now.
     """
-    actions: list[Action] = []
-    obstacles: dict[str, str] = {}
-    known = dict(worths)
-    for wanted in sorted(_wanted(board, demands), key=lambda w: (-w.worth.kind, -w.worth.score, w.model.name, w.rank)):
-        model = wanted.model
-        place, obstacle = _place(board, wanted, known)
-        if place is None:
-            obstacles.setdefault(model.name, obstacle)
-            continue
-        for replica, keep in place.room.evictions:
-            actions.append(_evict(replica, keep, wanted, known))
-            board.evict(replica, keep)
-        actions.append(Action(Do.WARM, model.name, place.group, _reason(wanted, demands[model.name], place.group)))
-        pages = max(board.snapshot.shard_pages(model, agent_id) for agent_id in place.group)
-        resident = wanted.own.resident if wanted.own else 0
-        board.put(Replica(model.name, place.group, State.WARMING, pages, resident))
-        known[model.name, place.group] = wanted.worth
-    return actions, obstacles
+    return _Prewarmer(board, target(board, stakes)).prewarm()
 
 
-def _wanted(board: Board, demands: Mapping[str, Demand]) -> list[_Wanted]:
-    wanted = []
-    for name, model in board.snapshot.models.items():
-        demand = demands[name]
-        existing = ranked(filter(board.usable, board.of(name)), board.usable)
-        for rank in range(demand.replicas):
-            own = existing[rank] if rank < len(existing) else None
-            if own is None or (own.state is State.WARM and own.residency < 1):
-                wanted.append(_Wanted(worth(rank, model, demand), model, rank, own))
-    return wanted
+class _Prewarmer:
+    def __init__(self, board: Board, aim: Target) -> None:
+        self._board = board
+        self._aim = aim
+        self._actions: list[Action] = []
+        self._competitors: defaultdict[str, dict[tuple[str, bool], Competitor]] = defaultdict(dict)
+        self._loading = {a for r in board.all() if r.state in (State.WARMING, State.WAKING) for a in r.group}
+        self._copied = self._copies_in_progress()
+        # Pages free now: the layout's, with everything in place that it lets go or has yet to load.
+        self._free = list(aim.layout.free)
+        for seat in aim.seats.values():
+            for agents in seat.held.keys() | seat.at.keys():
+                item = seat.at.get(agents)
+                for agent in agents:
+                    self._free[agent] += (item.used if item else 0) - seat.held.get(agents, 0)
 
+    def prewarm(self) -> Prewarming:
+        wanted = [i for s in self._aim.seats.values() for i in s.order if i.used > i.seat.held.get(i.agents, 0)]
+        wanted.sort(key=lambda i: (not i.fixed, -self._net(i) / (i.pages * len(i.agents)), i.seat.stakes.model.name))
+        waiting = {item.seat.stakes.model.name for item in wanted if not self._begin(item)}
+        obstacles = {}
+        for name, seat in self._aim.seats.items():
+            if name in self._aim.unpinned:
+                missing, pinned = self._aim.unpinned[name], seat.stakes.model.pinned
+                obstacles[name] = (
+                    f"of its {count(pinned, 'pinned replica')} {missing} cannot be placed: {self._no_room(seat)}"
+                )
+            elif name in waiting:
+                obstacles[name] = "it is loaded as soon as the loads in progress have ended"
+            elif self._aim.search.wants(seat):
+                obstacles[name] = self._obstacle(seat)
+        order = {
+            name: tuple(sorted(many.values(), key=lambda c: (-c.score, c.model, c.won)))
+            for name, many in self._competitors.items()
+        }
+        return Prewarming(self._actions, obstacles, order)
 
-def _place(board: Board, wanted: _Wanted, worths: Mapping[Key, Worth]) -> tuple[_Place | None, str]:
-    """The best place, or None and why there is none."""
-    snapshot, model = board.snapshot, wanted.model
-    if wanted.own is not None:
-        possible = [wanted.own.group]
-    else:
-        possible = [g for g in groups(board.open_agents, model.tp) if all(r.model != model.name for r in board.on(g))]
-    if not possible:
-        return None, f"no further group of {count(model.tp, 'agent')} can hold another replica"
-    possible = [group for group in possible if (model.name, group) not in snapshot.refused]
-    if not possible:
-        return None, "the last try to load it failed and will be repeated soon"
-    quiet = [g for g in possible if all(r.state not in (State.WARMING, State.WAKING) for r in board.on(g))]
-    if not quiet:
-        return None, "it is loaded as soon as the loads in progress have ended"
-    places = []
-    for group in quiet:
-        room = board.make_room(model, group, _sources(board, wanted, group, worths))
-        if room is not None and room.cost * _MARGIN <= wanted.worth.score:
-            places.append(_Place(group, room))
-    if not places:
-        return None, f"no room: everything resident is needed or worth more than its {wanted.worth.score:.2f} s"
-    return min(places, key=lambda place: _rank(board, wanted, place, worths)), ""
+    def _copies_in_progress(self) -> defaultdict[str, float]:
+        copied: defaultdict[str, float] = defaultdict(float)
+        for replica in self._board.all():
+            seat = self._aim.seats.get(replica.model)
+            agent = self._board.snapshot.agents.get(replica.group[0])
+            if replica.state in (State.WARMING, State.WAKING) and seat is not None and agent is not None:
+                copied[agent.node] += self._rate(seat.stakes, agent.node)
+        return copied
 
+    def _rate(self, stakes: Stakes, node: str) -> float:
+        return load_bytes_per_s(stakes.model, load_s(stakes.model, node))
 
-def _sources(board: Board, wanted: _Wanted, group: GroupIds, worths: Mapping[Key, Worth]) -> list[Source]:
-    """Warm replicas that score less, except those that were loaded or served a moment ago."""
-    return [
-        Source(replica, Step.EVICT, _score(replica, worths))
-        for replica in board.on(group)
-        if replica.state is State.WARM
-        and replica.model != wanted.model.name
-        and replica.idle_s >= board.snapshot.rules.min_stay_s
-        and _score(replica, worths) * _MARGIN < wanted.worth.score
-    ]
+    def _begin(self, item: Item) -> bool:
+        """Begins to load an item; False where it has to wait."""
+        group, node = self._aim.ids(item.agents), item.seat.nodes[item.agents[0]]
+        model, held = item.seat.stakes.model, item.seat.held.get(item.agents, 0)
+        if not self._loading.isdisjoint(group):
+            return False
+        shared = self._board.snapshot.nodes.get(node)
+        rate = self._rate(item.seat.stakes, node)
+        bound = shared.copy_bytes_per_s if shared is not None else 0.0
+        if bound and self._copied[node] and self._copied[node] + rate > bound:
+            return False
+        evictions = self._make_room(item)
+        if evictions is None:
+            return False
+        for replica, keep in evictions:
+            self._evict(replica, keep, item)
+        self._actions.append(Action(Do.WARM, model.name, group, self._reason(item)))
+        self._board.put(Replica(model.name, group, State.WARMING, item.pages, held))
+        self._loading.update(group)
+        self._copied[node] += rate
+        for agent in item.agents:
+            self._free[agent] -= item.used - held
+        return True
 
+    def _make_room(self, item: Item) -> list[tuple[Replica, int]] | None:
+        """What has to give way on an item's agents, with the pages each keeps; None where it does not suffice yet."""
+        held = item.seat.held.get(item.agents, 0)
+        short = {agent: item.used - held - self._free[agent] for agent in item.agents}
+        if max(short.values()) <= 0:
+            return []
+        found = []
+        for replica in self._board.on(self._aim.ids(item.agents)):
+            seat = self._aim.seats.get(replica.model)
+            if replica.state is not State.WARM or seat is None or seat is item.seat:
+                continue
+            agents = tuple(self._aim.index[agent_id] for agent_id in replica.group)
+            left = seat.at.get(agents)
+            stays = min(left.used, replica.resident) if left is not None else 0
+            if stays < replica.resident:
+                found.append((self._worth_of(replica), replica, agents, stays))
+        evictions = []
+        for _, replica, agents, stays in sorted(found, key=lambda f: (f[0], f[1].key)):
+            needed = max((short[agent] for agent in agents if agent in short), default=0)
+            if needed <= 0:
+                continue
+            keep = max(stays, replica.resident - needed)
+            evictions.append((replica, keep))
+            for agent in agents:
+                if agent in short:
+                    short[agent] -= replica.resident - keep
+        return evictions if max(short.values()) <= 0 else None
 
-def _score(replica: Replica, worths: Mapping[Key, Worth]) -> float:
-    known = worths.get(replica.key)
-    return known.score if known is not None else 0.0
+    def _evict(self, replica: Replica, keep: int, item: Item) -> None:
+        gone, model = self._aim.seats[replica.model], item.seat.stakes.model
+        agents = tuple(self._aim.index[agent_id] for agent_id in replica.group)
+        for agent in agents:
+            self._free[agent] += replica.resident - keep
+        gone.held[agents] = keep
+        score, net = self._worth_of(replica), self._net(item)
+        why = "is pinned" if item.fixed else f"is expected to be needed: its replica is worth {net:.2f} s"
+        text = (
+            f"{model.name} {why}, this one {score:.2f} s; gives {replica.resident - keep} of "
+            f"{count(replica.resident, 'page')}"
+        )
+        reason = Reason(common_pb2.CAUSE_MADE_ROOM, text, model.name, score)
+        share = keep / replica.shard_pages if keep else 0.0
+        self._actions.append(Action(Do.EVICT, replica.model, replica.group, reason, share))
+        self._board.evict(replica, keep)
+        self._compete(model.name, net, replica.model, score, item.agents)
 
+    def _worth_of(self, replica: Replica) -> float:
+        """What a warm replica is worth where it is."""
+        seat = self._aim.seats[replica.model]
+        agents = tuple(self._aim.index[agent_id] for agent_id in replica.group)
+        item = seat.at.get(agents)
+        rank = seat.order.index(item) + seat.serving if item is not None else seat.whole
+        return seat.stakes.worth(rank, seat.nodes[agents[0]], replica.residency)
 
-def _rank(board: Board, wanted: _Wanted, place: _Place, worths: Mapping[Key, Worth]) -> tuple[object, ...]:
-    """Least value destroyed; then the fewest neighbours likely to be woken together with it."""
-    interference = _chance(wanted.model, wanted.worth) * sum(
-        _neighbour_chance(board, replica, worths)
-        for replica in board.on(place.group)
-        if replica.model != wanted.model.name
-    )
-    first = board.snapshot.agents[place.group[0]]
-    return round(place.room.cost, 6), round(interference, 6), first.node, first.device_index, place.group
+    def _net(self, item: Item) -> float:
+        """An item's worth after interference, without what the search adds for what is resident already."""
+        seat = item.seat
+        rank = seat.order.index(item) + seat.serving
+        worth = seat.stakes.worth(rank, seat.nodes[item.agents[0]], item.used / item.pages)
+        return worth * (1 - self._board.snapshot.rules.interference * min(1.0, item.heat))
 
+    def _reason(self, item: Item) -> Reason:
+        seat, stakes = item.seat, item.seat.stakes
+        rank, group = seat.order.index(item) + seat.serving, self._aim.ids(item.agents)
+        needed, kind, net = stakes.demand, stakes.kind(rank), self._net(item)
+        what = "completing" if seat.held.get(item.agents) else "warming"
+        text = f"{what} replica {rank + 1} on {names(group)}"
+        if item.fixed:
+            pinned = stakes.model.pinned
+            return Reason(common_pb2.CAUSE_OPERATOR, f"{count(pinned, 'replica')} of it are pinned; {text}", score=net)
+        if kind is Kind.FOUNDATION:
+            need = f"mean load {load(needed.mean)} needs {count(needed.foundation, 'instance')}"
+        elif kind is Kind.BURST:
+            need = f"peak load {load(needed.peak)} needs {needed.burst} more than the mean's {needed.foundation}"
+        else:
+            need = f"the load may exceed its peak of {load(needed.peak)}"
+        text = f"{need}; {text}, needed with a chance of {chance(stakes.chance(rank))}, worth {net:.2f} s"
+        cause = common_pb2.CAUSE_FOUNDATION if kind is Kind.FOUNDATION else common_pb2.CAUSE_BURST
+        return Reason(cause, text, score=net)
 
-def _neighbour_chance(board: Board, replica: Replica, worths: Mapping[Key, Worth]) -> float:
-    if replica.state in (State.ACTIVE, State.WAKING):
-        return 1.0
-    model = board.snapshot.models.get(replica.model)
-    known = worths.get(replica.key)
-    return _chance(model, known) if model and known else 0.0
+    # Why there is not more
 
+    def _obstacle(self, seat: Seat) -> str:
+        model = seat.stakes.model
+        agents = self._aim.search.cheapest(seat)
+        if agents is None:
+            if any(name == model.name for name, _ in self._board.snapshot.refused):
+                return "the last try to load it failed and will be repeated soon"
+            return f"no further group of {count(model.tp, 'agent')} can hold another replica"
+        score = seat.stakes.worth(seat.whole, seat.nodes[agents[0]], 1.0)
+        for item in self._aim.layout.on(agents):
+            self._compete(item.seat.stakes.model.name, self._net(item), model.name, score, agents)
+        return self._no_room(seat)
 
-def _chance(model: Model, worth_: Worth) -> float:
-    """How likely a replica is needed: the score without what it saves."""
-    saves = model.cold_load_s * model.priority
-    return min(1.0, worth_.score / saves) if saves > 0 else 0.0
+    def _no_room(self, seat: Seat) -> str:
+        score = seat.stakes.worth(seat.whole, "", 1.0)
+        return f"no room: everything resident is needed or worth more than its {score:.2f} s"
 
-
-def _reason(wanted: _Wanted, demand: Demand, group: GroupIds) -> Reason:
-    kind = wanted.worth.kind
-    need = (
-        f"mean load {load(demand.mean)} needs {count(demand.foundation, 'instance')}"
-        if kind is Kind.FOUNDATION
-        else f"peak load {load(demand.peak)} needs {demand.burst} more than the mean's {demand.foundation}"
-    )
-    what = "completing" if wanted.own else "warming"
-    text = f"{need}; {what} replica {wanted.rank + 1} of {demand.replicas} on {names(group)}"
-    text += f", worth {wanted.worth.score:.2f} s"
-    cause = common_pb2.CAUSE_FOUNDATION if kind is Kind.FOUNDATION else common_pb2.CAUSE_BURST
-    return Reason(cause, text, score=wanted.worth.score)
-
-
-def _evict(replica: Replica, keep: int, wanted: _Wanted, worths: Mapping[Key, Worth]) -> Action:
-    other = worths.get(replica.key, Worth(Kind.SPARE, 0.0))
-    text = (
-        f"{wanted.model.name} is expected to be needed: its {wanted.worth.kind.name.lower()} replica is worth "
-        f"{wanted.worth.score:.2f} s, this {other.kind.name.lower()} one {other.score:.2f} s; "
-        f"gives {replica.resident - keep} of {count(replica.resident, 'page')}"
-    )
-    reason = Reason(common_pb2.CAUSE_MADE_ROOM, text, wanted.model.name, other.score)
-    return Action(Do.EVICT, replica.model, replica.group, reason, keep / replica.shard_pages if keep else 0.0)
+    def _compete(self, winner: str, winners: float, loser: str, losers: float, agents: Agents) -> None:
+        group = self._aim.ids(agents)
+        for teller, other, won, score in ((winner, loser, True, losers), (loser, winner, False, winners)):
+            known = self._competitors[teller].get((other, won))
+            if known is None or known.score < score:
+                self._competitors[teller][other, won] = Competitor(other, won, score, group)

@@ -146,6 +146,7 @@ class Rules:
     lookahead_s: float = 30.0  # forecast windows that begin within this count as now
     margin: float = 1.25  # what comes must be worth so many times what goes, or each forecast would turn the two round
     interference: float = 0.5  # share of its value that a replica loses when one that shares its GPU is woken with it
+    least_chance: float = 0.02  # what is less likely to be needed is not warmed; what is warm already may stay
     widening_per_hour: float = 1.0  # growth of a forecast's spread per hour that it is older than its last window
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from services.placer.board import Board, Room, Source, Step
 from services.placer.decisions import Outcome, Reason, Wake
 from services.placer.groups import groups
-from services.placer.scores import Kind, Worth
-from services.placer.snapshot import GroupIds, Key, Model, Replica, State
+from services.placer.loading import load_s
+from services.placer.rule import Rule
+from services.placer.snapshot import GroupIds, Model, Replica, State
 from services.placer.words import count, names, share
 from warmserve.v1 import common_pb2
 
+# Seconds that evicting a replica that was used a moment ago costs more than one long unused, all else being equal.
+_RECENT = 1e-6
 # Seconds that getting at an instance's pages costs besides what they are worth: of one that was used a moment ago, for
 # it will be used again; of one that has to finish requests.
 _DRAIN_IDLE_S = 1.0
@@ -27,6 +29,9 @@ class Wish:
     text: str
     limit: float | None = None  # of a further instance, its score: only what scores less is evicted for it, and only
     # instances that have long been idle drain
+
+
+_Rank = tuple[int, float, int, str, int, GroupIds]
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Decision:
     room: Room = field(default_factory=Room)
 
 
-def choose(board: Board, model: Model, worths: Mapping[Key, Worth], wish: Wish) -> Decision:
+def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     """Where to wake `model`, without changing the board.
 
     Prefers, in this order: draining no busy instance; the least value destroyed together with the least left to load
@@ -58,13 +63,20 @@ def choose(board: Board, model: Model, worths: Mapping[Key, Worth], wish: Wish) 
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _no_group(board, model))
     tried = [group for group in all_groups if _possible(board, model, group)]
     usable = [group for group in tried if (model.name, group) not in snapshot.refused]
-    candidates = []
-    for group in usable:
-        room = board.make_room(model, group, _sources(board, model, group, worths, wish))
+    best: tuple[_Rank, _Candidate] | None = None
+    for at_least, own, group in sorted(
+        ((_rank(board, rule, model, group, own, Room()), own, group) for group, own in _owns(board, model, usable)),
+        key=lambda place: place[0],
+    ):
+        if best is not None and best[0] <= at_least:
+            break  # making room costs something, or nothing
+        room = board.make_room(model, group, _sources(board, rule, model, group, wish))
         if room is not None:
-            candidates.append(_Candidate(group, board.get(model.name, group), room))
-    if candidates:
-        return _decide(min(candidates, key=lambda c: _rank(board, model, c)), model, wish)
+            rank = _rank(board, rule, model, group, own, room)
+            if best is None or rank < best[0]:
+                best = rank, _Candidate(group, own, room)
+    if best is not None:
+        return _decide(best[1], model, wish, snapshot.agents[best[1].group[0]].node)
     if tried and not usable:
         text = "; ".join(f"{names(group)}: {snapshot.refused[model.name, group]}" for group in tried)
         return _impossible(wish, common_pb2.CAUSE_FAILURE, f"the last try failed and will be repeated soon: {text}")
@@ -83,15 +95,16 @@ def _possible(board: Board, model: Model, group: GroupIds) -> bool:
     return True
 
 
-def _sources(board: Board, model: Model, group: GroupIds, worths: Mapping[Key, Worth], wish: Wish) -> list[Source]:
+def _sources(board: Board, rule: Rule, model: Model, group: GroupIds, wish: Wish) -> list[Source]:
     sources = []
     for replica in board.on(group):
-        worth = worths.get(replica.key, Worth(Kind.SPARE, 0.0))
         if replica.model == model.name:
             continue
+        worth = rule.worth(replica)
         if replica.state in (State.WARM, State.WARMING):
             if wish.limit is None or worth.score < wish.limit:
-                sources.append(Source(replica, Step.EVICT, worth.score))
+                cost = worth.score + _RECENT / (1 + replica.idle_s)
+                sources.append(Source(replica, Step.EVICT, cost))
         elif replica.state is State.DRAINING:
             wait = _AWAIT_BUSY_S if replica.running else 0.0
             sources.append(Source(replica, Step.AWAIT, worth.score + wait))
@@ -112,15 +125,20 @@ def _may_go(board: Board, replica: Replica) -> bool:
     return sum(r.state is State.ACTIVE for r in board.of(replica.model)) > other.min_replicas
 
 
-def _rank(board: Board, model: Model, candidate: _Candidate) -> tuple[object, ...]:
-    missing = 1 - (candidate.own.residency if candidate.own else 0)
-    neighbours = sum(r.state in (State.ACTIVE, State.WAKING) for r in board.on(candidate.group))
-    first = board.snapshot.agents[candidate.group[0]]
-    cost = candidate.room.cost + missing * model.cold_load_s
-    return candidate.room.last_resorts, cost, neighbours, first.node, first.device_index, candidate.group
+def _owns(board: Board, model: Model, usable: list[GroupIds]) -> list[tuple[GroupIds, Replica | None]]:
+    """What the model has on each group."""
+    return [(group, board.get(model.name, group)) for group in usable]
 
 
-def _decide(candidate: _Candidate, model: Model, wish: Wish) -> Decision:
+def _rank(board: Board, rule: Rule, model: Model, group: GroupIds, own: Replica | None, room: Room) -> _Rank:
+    missing = 1 - (own.residency if own else 0)
+    neighbours = sum(r.state in (State.ACTIVE, State.WAKING) for r in board.on(group))
+    first = board.snapshot.agents[group[0]]
+    cost = room.cost + (rule.loading(model, group, missing) if missing else 0.0)
+    return room.last_resorts, cost, neighbours, first.node, first.device_index, group
+
+
+def _decide(candidate: _Candidate, model: Model, wish: Wish, node: str) -> Decision:
     own, room, place = candidate.own, candidate.room, names(candidate.group)
     found = own.state if own else None
     residency = own.residency if own else 0.0
@@ -133,7 +151,8 @@ def _decide(candidate: _Candidate, model: Model, wish: Wish) -> Decision:
             text = f"it is being loaded on {place} and goes on to serve"
         else:
             text = f"waking the replica on {place}, {share(residency)} resident"
-        estimate = (1 - residency) * model.cold_load_s if model.cold_load_measured or residency == 1 else None
+        known = model.cold_load_measured or residency == 1
+        estimate = (1 - residency) * load_s(model, node) if known else None
         return Decision(
             Wake(Outcome.NOW, candidate.group, found, Reason(wish.cause, f"{wish.text}; {text}"), estimate), room
         )

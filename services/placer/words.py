@@ -23,3 +23,10 @@ def names(group: GroupIds) -> str:
 def load(requests: float) -> str:
     """Requests in progress: "3.2", "0.02"."""
     return f"{requests:.1f}" if requests >= 0.05 or requests == 0 else f"{requests:.1g}"
+
+
+def chance(probability: float) -> str:
+    """A probability as per cent; only what is certain is 0% or 100%."""
+    if 0 < probability < 0.01:
+        return "under 1%"
+    return share(probability)

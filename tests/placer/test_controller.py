@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from launcher.backing import Backing, start_etcd
 from launcher.ports import free_port
 from services.common.queues import RequestQueue
+from services.placer import planner
 from tests.placer.peers import ACTIVE, DRAINING, PAGE, WARM, WARMING, Cluster, Peers, Watch, running_placer, watching
 from warmserve.cluster.events import EventStream
 from warmserve.cluster.keys import Keys
@@ -159,7 +160,7 @@ async def test_the_forecast_warms_and_the_plan_says_why(
         assert agent.shards["a"].state == WARM
         assert agent.shards["a"].reason.cause == common_pb2.CAUSE_FOUNDATION
         plan = watch.plan.items[""]
-        assert (plan.planner, plan.placer_id) == ("published", "p0")
+        assert (plan.planner, plan.placer_id) == (planner.RULE, "p0")
         assert plan.fence > 0
         assert plan.made_unix_ms > 0
 

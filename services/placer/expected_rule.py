@@ -1,0 +1,71 @@
+"""Our rule: what is warm has the largest expected value (`value.py`) that a search finds."""
+
+from __future__ import annotations
+
+from services.placer.board import Board
+from services.placer.demand import Demand
+from services.placer.loading import load_s
+from services.placer.prewarm import prewarm
+from services.placer.rule import Prewarming
+from services.placer.scores import Kind, Worth
+from services.placer.snapshot import GroupIds, Key, Model, Replica
+from services.placer.value import Stakes, precedence, serves, share, stakes_of, usable
+
+
+class ExpectedRule:
+    """See `Rule`. A model's stakes are computed when they are first asked for: a wake concerns few models."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._stakes: dict[str, Stakes] = {}
+        self._worths: dict[str, dict[Key, Worth]] = {}
+        snapshot = board.snapshot
+        self._nodes = sorted({agent.node for agent in board.open_agents})
+        # As it was when the rule was made: what is decided meanwhile does not change what anything is worth.
+        self._there = {name: board.of(name) for name in snapshot.models}
+
+    def stakes(self, model: Model) -> Stakes:
+        """What is at stake for a model."""
+        known = self._stakes.get(model.name)
+        if known is None:
+            serving = sum(map(serves, self._there[model.name]))
+            known = self._stakes[model.name] = stakes_of(self._board.snapshot, model, serving, self._nodes)
+        return known
+
+    def demand(self, model: Model) -> Demand:
+        """See `Rule`."""
+        return self.stakes(model).demand
+
+    def worth(self, replica: Replica) -> Worth:
+        """See `Rule`."""
+        model = self._board.snapshot.models.get(replica.model)
+        if model is None:
+            return Worth(Kind.SPARE, 0.0)
+        known = self._worths.get(model.name)
+        if known is None:
+            known = self._worths[model.name] = self._assess(model)
+        return known.get(replica.key, Worth(Kind.SPARE, 0.0))
+
+    def _assess(self, model: Model) -> dict[Key, Worth]:
+        snapshot, stakes = self._board.snapshot, self.stakes(model)
+        there = sorted((r for r in self._there[model.name] if usable(snapshot, r)), key=precedence)
+        return {
+            r.key: Worth(stakes.kind(rank), stakes.worth(rank, snapshot.agents[r.group[0]].node, share(r)))
+            for rank, r in enumerate(there)
+        }
+
+    def urgency(self, model: Model, serving: int) -> float:
+        """See `Rule`. As many requests wait for it as the others do not carry."""
+        excess = min(model.capacity, model.waiting + model.running - serving * model.capacity)
+        stakes = self.stakes(model)
+        return model.priority * max(0, excess) * stakes.pain(stakes.cold_s(serving))
+
+    def loading(self, model: Model, group: GroupIds, missing: float) -> float:
+        """See `Rule`."""
+        seconds = missing * load_s(model, self._board.snapshot.agents[group[0]].node)
+        return model.priority * max(1, model.waiting) * self.stakes(model).pain(seconds)
+
+    def prewarm(self) -> Prewarming:
+        """See `Rule`."""
+        stakes = {name: self.stakes(model) for name, model in sorted(self._board.snapshot.models.items())}
+        return prewarm(self._board, stakes)

@@ -1,0 +1,149 @@
+"""Warm replicas laid out over agents, and the value of that by `value.py`, kept up to date at each change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from services.placer.value import Stakes
+
+Agents = tuple[int, ...]  # a group, as indices of agents
+
+
+@dataclass(eq=False)
+class Seat:
+    """A model, and its replicas in the layout."""
+
+    stakes: Stakes
+    serving: int  # instances, which rank before
+    pages: tuple[int, ...]  # of a shard, on each agent
+    nodes: tuple[str, ...]  # of each agent
+    held: dict[Agents, int] = field(default_factory=dict)  # pages that are resident and may stay
+    barred: set[Agents] = field(default_factory=set)  # groups where no replica may come
+    at: dict[Agents, Item] = field(default_factory=dict)  # its replicas
+    order: list[Item] = field(default_factory=list)  # the same, by rank
+
+    @property
+    def whole(self) -> int:
+        """Instances and replicas that are wholly resident: the rank of the next one."""
+        return self.serving + sum(item.used == item.pages for item in self.order)
+
+    def pages_on(self, agents: Agents) -> int:
+        """Pages of a shard on a group."""
+        return self.pages[agents[0]] if len(agents) == 1 else max(self.pages[agent] for agent in agents)
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """A replica in a layout. Chance, worth and heat are the layout's to set."""
+
+    seat: Seat
+    agents: Agents
+    pages: int  # of a whole shard
+    used: int  # pages on each agent
+    fixed: bool = False  # not to be taken out
+    chance: float = 0.0
+    worth: float = 0.0
+    heat: float = 0.0  # sum of the chances of those that share an agent
+
+
+class Layout:
+    """Items on agents."""
+
+    def __init__(self, free: list[int], interference: float, margin: float) -> None:
+        """`free`: pages per agent that items may have. What is resident counts `margin` times."""
+        self.free = free
+        self.value = 0.0
+        self._interference = interference
+        self._margin = margin
+        self._on: list[list[Item]] = [[] for _ in free]
+        self._instances: list[list[int]] = [[] for _ in free]
+        self._num_instances = 0
+
+    def serve(self, agents: Iterable[int]) -> None:
+        """An instance lies on these agents. To be told before items are added."""
+        self._num_instances += 1
+        for agent in agents:
+            self._instances[agent].append(self._num_instances)
+
+    def add(self, item: Item) -> None:
+        """Places an item."""
+        item.heat = self.heat(item.agents)
+        item.chance = item.worth = 0.0
+        for agent in item.agents:
+            self.free[agent] -= item.used
+            self._on[agent].append(item)
+        item.seat.at[item.agents] = item
+        item.seat.order.append(item)
+        self._rank(item.seat)
+
+    def remove(self, item: Item) -> None:
+        """Takes an item out."""
+        self._set(item, 0.0, 0.0)
+        for agent in item.agents:
+            self.free[agent] += item.used
+            self._on[agent].remove(item)
+        del item.seat.at[item.agents]
+        item.seat.order.remove(item)
+        self._rank(item.seat)
+
+    def on(self, agents: Iterable[int]) -> list[Item]:
+        """The items on any of these agents."""
+        return list({id(item): item for agent in agents for item in self._on[agent]}.values())
+
+    def room(self, agents: Agents) -> int:
+        """Pages that are free on each agent of a group."""
+        return self.free[agents[0]] if len(agents) == 1 else min(self.free[agent] for agent in agents)
+
+    def heat(self, agents: Agents) -> float:
+        """The chances of all that lies on any of these agents, together."""
+        if len(agents) == 1:
+            return len(self._instances[agents[0]]) + sum(item.chance for item in self._on[agents[0]])
+        instances = {instance for agent in agents for instance in self._instances[agent]}
+        return len(instances) + sum(item.chance for item in self.on(agents))
+
+    def worth(self, seat: Seat, rank: int, agents: Agents, used: int) -> float:
+        """An item's worth without interference.
+
+        What has to be loaded is worth the less the later it is there within the time that the forecast speaks of.
+        """
+        stakes, node, pages = seat.stakes, seat.nodes[agents[0]], seat.pages_on(agents)
+        held = min(used, seat.held.get(agents, 0))
+        here = stakes.worth(rank, node, held / pages) * self._margin if held else 0.0
+        if used == held:
+            return here
+        more = stakes.worth(rank, node, used / pages) - here / self._margin
+        return here + more * stakes.in_time(rank, node, (used - held) / pages)
+
+    def gain(self, worth: float, chance: float, agents: Agents) -> float:
+        """What the layout's value would grow by if an item of that worth came to lie on these agents."""
+        near = self._on[agents[0]] if len(agents) == 1 else self.on(agents)
+        heat = self.heat(agents)
+        harm = 0.0
+        for item in near:
+            if item.worth and item.heat < 1:
+                harm += item.worth * (min(1.0, item.heat + chance) - item.heat)
+        return worth - self._interference * (worth * min(1.0, heat) + harm)
+
+    def net(self, item: Item) -> float:
+        """An item's worth after interference."""
+        return item.worth * (1 - self._interference * min(1.0, item.heat))
+
+    def _rank(self, seat: Seat) -> None:
+        seat.order.sort(key=lambda item: (-item.used / item.pages, item.agents))
+        for rank, item in enumerate(seat.order, start=seat.serving):
+            self._set(item, seat.stakes.chance(rank), self.worth(seat, rank, item.agents, item.used))
+
+    def _set(self, item: Item, chance: float, worth: float) -> None:
+        before = self.net(item)
+        item.worth = worth
+        self.value += self.net(item) - before
+        change = chance - item.chance
+        if not change:
+            return
+        item.chance = chance
+        for near in self._on[item.agents[0]] if len(item.agents) == 1 else self.on(item.agents):
+            if near is not item:
+                before = self.net(near)
+                near.heat += change
+                self.value += self.net(near) - before

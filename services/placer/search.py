@@ -1,0 +1,269 @@
+"""Makes a layout valuable: greedily at first, then by taking parts of it out and putting them back better.
+
+A large neighbourhood search (Shaw 1998; "ruin and recreate", Schrimpf et al. 2000) with fixed orders instead of random
+ones, so that the same layout always becomes the same.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from services.placer.layout import Agents, Item, Layout, Seat
+
+_LEAST_GAIN = 1e-9  # of the value
+_SMALL = 8  # agents: so few are searched more thoroughly
+_FEW = 8  # places that are looked at where there are many
+_GUESTS = 8  # models from elsewhere that are tried when a part is put back
+_SHUFFLES = 6  # further orders tried on small clusters
+Order = Callable[[Seat], float]  # the higher, the earlier
+
+
+class Search:
+    """One search on a layout. `effort` bounds how many places are looked at, and with it the time it takes."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        seats: Sequence[Seat],
+        places: Mapping[int, Sequence[Agents]],
+        least_chance: float,
+        effort: int,
+    ) -> None:
+        """`places`: per number of agents, the groups on which replicas of so many may lie."""
+        self._layout = layout
+        self._seats = seats
+        self._places = places
+        self._least_chance = least_chance
+        self._effort = effort
+        self._index = {id(seat): i for i, seat in enumerate(seats)}
+        self._over = {size: {agent: group for group in groups for agent in group} for size, groups in places.items()}
+        self._open: dict[int, list[Agents]] = {}  # groups with room, the coolest first, as of a while ago
+        self._fresh: dict[int, int] = {}  # how often `_open` may still be used
+        self._ranked: dict[int, list[Agents]] = {}  # groups, the cheapest first, as of a while ago
+        self._ages: dict[int, int] = {}  # how often `_ranked` may still be used
+        self._guests: list[Seat] = []
+        self._small = len(layout.free) <= _SMALL
+
+    def run(self) -> None:
+        """Fills the layout and improves it."""
+        self.fill(self._seats)
+        for seat in self._unplaced():
+            self._force(seat)
+        self._guests = self._unplaced()[:_GUESTS]
+        orders: list[Order] = [self._density, self._worth]
+        if self._small:
+            orders += [self._size, *(self._shuffled(i) for i in range(_SHUFFLES))]
+        improved = True
+        while improved and self._effort > 0:
+            improved = False
+            for area in self._areas():
+                for order in orders:
+                    improved |= self._attempt(area, order)
+                if self._small:
+                    for guest in self._unplaced():
+                        improved |= self._attempt(area, self._density, guest)
+                if self._effort <= 0:
+                    break
+            improved = improved and self._small
+        self.fill(self._seats)
+
+    def pin(self, seat: Seat, number: int) -> int:
+        """Has so many whole replicas of a model lie in the layout for good, whatever they displace; how many do."""
+        layout, done = self._layout, 0
+        resident = sorted(seat.held, key=lambda a: (-seat.held[a] / seat.pages_on(a), a))
+        for agents in dict.fromkeys((*resident, *self._cheapest(seat))):
+            own, pages = seat.at.get(agents), seat.pages_on(agents)
+            if done == number:
+                break
+            if own is not None and own.fixed:
+                done += own.used == pages and agents in seat.held
+                continue
+            movable = [item for item in layout.on(agents) if not item.fixed]
+            freed = [sum(item.used for item in movable if agent in item.agents) for agent in agents]
+            if any(layout.free[agent] + more < pages for agent, more in zip(agents, freed, strict=True)):
+                continue
+            for item in movable:
+                layout.remove(item)
+            layout.add(Item(seat, agents, pages, pages, fixed=True))
+            self._keep(movable)
+            done += 1
+        return done
+
+    def wants(self, seat: Seat) -> bool:
+        """Whether one more whole replica would be warmed if there were room."""
+        rank, model = seat.whole, seat.stakes.model
+        if model.max_replicas and rank >= model.max_replicas:
+            return False
+        return seat.stakes.chance(rank) >= self._least_chance and self._worth(seat) > 0
+
+    def fill(self, seats: Iterable[Seat]) -> None:
+        """Adds what fits, the most valuable per page first."""
+        queue = [(-self._density(seat), self._index[id(seat)]) for seat in seats if self.wants(seat)]
+        heapq.heapify(queue)
+        while queue:
+            index = heapq.heappop(queue)[1]
+            seat = self._seats[index]
+            placed = self._complete(seat) or self._place(seat, self._coolest(seat)) is not None
+            if placed and self.wants(seat):
+                heapq.heappush(queue, (-self._density(seat), index))
+
+    def _complete(self, seat: Seat) -> bool:
+        """Makes a partly resident replica whole, if there is room."""
+        for item in seat.order:
+            missing = item.pages - item.used
+            if missing and self._layout.room(item.agents) >= missing and item.agents not in seat.barred:
+                self._layout.remove(item)
+                self._layout.add(Item(seat, item.agents, item.pages, item.pages, item.fixed))
+                return True
+        return False
+
+    def _place(self, seat: Seat, places: Iterable[Agents]) -> Item | None:
+        """Adds a replica at the best of these places; None where none gains anything."""
+        layout, wants, rank = self._layout, self.wants(seat), seat.whole
+        chance = seat.stakes.chance(rank)
+        best: tuple[float, int] | None = None
+        choice: Item | None = None
+        for agents in places:
+            self._effort -= 1
+            room = layout.room(agents)
+            if room <= 0 or agents in seat.at or agents in seat.barred:
+                continue
+            pages, held = seat.pages_on(agents), seat.held.get(agents, 0)
+            used = pages if wants and room >= pages else held
+            if not used or used > room:
+                continue
+            gain = layout.gain(layout.worth(seat, rank, agents, used), chance, agents)
+            rating = (gain, -room)  # of equal ones the fullest, so that large rooms stay
+            if gain > 0 and (best is None or rating > best):
+                best, choice = rating, Item(seat, agents, pages, used)
+        if choice is not None:
+            layout.add(choice)
+        return choice
+
+    def _coolest(self, seat: Seat) -> list[Agents]:
+        """Places with room for a replica; where there are many, some where little is likely to be woken."""
+        size = seat.stakes.model.tp
+        everywhere = self._places.get(size, ())
+        if len(everywhere) <= 2 * _FEW:
+            return list(everywhere)
+        if self._fresh.get(size, 0) <= 0:
+            self._open[size] = sorted(
+                (agents for agents in everywhere if self._layout.room(agents) > 0), key=self._layout.heat
+            )
+            self._fresh[size] = 1 + len(self._open[size]) // 16
+        self._fresh[size] -= 1
+        found = []
+        for agents in self._open[size]:
+            if self._layout.room(agents) >= seat.pages_on(agents) and agents not in seat.at:
+                found.append(agents)
+                if len(found) == _FEW:
+                    break
+        return found
+
+    def _unplaced(self) -> list[Seat]:
+        """Models that would have one more replica, the most valuable per page first."""
+        return sorted(filter(self.wants, self._seats), key=lambda s: (-self._density(s), self._index[id(s)]))
+
+    def _force(self, seat: Seat) -> None:
+        """Tries to put a replica where the least has to go for it."""
+        for agents in itertools.islice(self._cheapest(seat), _FEW // 2):
+            if agents not in seat.at and self._attempt(agents, self._density, seat):
+                return
+
+    def _cheapest(self, seat: Seat) -> Iterator[Agents]:
+        """All places of a model, that first where the least value lies; as of a while ago where there are many."""
+        size = seat.stakes.model.tp
+        if self._ages.get(size, 0) <= 0:
+            self._ranked[size] = sorted(self._places.get(size, ()), key=self.displaced)
+            self._ages[size] = len(self._ranked[size]) // 16
+        self._ages[size] -= 1
+        return (agents for agents in self._ranked[size] if agents not in seat.barred)
+
+    def cheapest(self, seat: Seat) -> Agents | None:
+        """Where one more replica of a model would displace the least; None where it may lie nowhere else."""
+        return next((agents for agents in self._cheapest(seat) if agents not in seat.at), None)
+
+    def displaced(self, agents: Agents) -> float:
+        """The value of what lies on a group."""
+        return sum(self._layout.net(item) for item in self._layout.on(agents))
+
+    def _areas(self) -> list[Agents]:
+        """Parts to take out, from small to large."""
+        num_agents = len(self._layout.free)
+        areas: list[Agents] = [(agent,) for agent in range(num_agents)]
+        if self._small:
+            areas += [(i, j) for i in range(num_agents) for j in range(i + 1, num_agents)]
+        areas += [
+            group for size in sorted(self._places) if size > (2 if self._small else 1) for group in self._places[size]
+        ]
+        if self._small:
+            areas.append(tuple(range(num_agents)))
+        return areas
+
+    def _attempt(self, area: Agents, order: Order, guest: Seat | None = None) -> bool:
+        """Takes out what lies on an area and puts it back in another order, `guest` first; whether that is better."""
+        layout = self._layout
+        if self._effort <= 0:
+            return False
+        before = layout.value
+        removed = [item for item in layout.on(area) if not item.fixed]
+        for item in removed:
+            layout.remove(item)
+        touched = {agent for item in removed for agent in item.agents}.union(area)
+        seats = [item.seat for item in removed]
+        present = {id(seat) for seat in seats}
+        seats += [seat for seat in self._guests if id(seat) not in present and self.wants(seat)]
+        seats.sort(key=lambda seat: (-order(seat), self._index[id(seat)]))
+        if guest is not None:
+            seats.insert(0, guest)
+        added = [new for seat in seats if (new := self._place(seat, self._around(seat, touched))) is not None]
+        added += self._keep(removed)
+        if layout.value > before + _LEAST_GAIN * (1 + abs(before)):
+            self._guests = self._unplaced()[:_GUESTS]
+            return True
+        for item in reversed(added):
+            layout.remove(item)
+        for item in removed:
+            layout.add(item)
+        layout.value = before  # as it was, to the last digit
+        return False
+
+    def _around(self, seat: Seat, touched: Iterable[int]) -> list[Agents]:
+        """The places over some agents, and a few elsewhere."""
+        over = self._over.get(seat.stakes.model.tp, {})
+        near = {over[agent]: None for agent in sorted(touched) if agent in over}
+        return list(near | dict.fromkeys(self._coolest(seat)))
+
+    def _keep(self, removed: Iterable[Item]) -> list[Item]:
+        """Leaves what is resident where it is, as far as there is room: of each removed replica its first pages."""
+        kept = []
+        by_worth = sorted(removed, key=lambda item: (-self._density(item.seat), item.agents))
+        for item in by_worth:
+            used = min(item.seat.held.get(item.agents, 0), self._layout.room(item.agents))
+            if used > 0 and item.agents not in item.seat.at:
+                left = Item(item.seat, item.agents, item.pages, used)
+                self._layout.add(left)
+                kept.append(left)
+        return kept
+
+    # Orders
+
+    def _worth(self, seat: Seat) -> float:
+        return seat.stakes.worth(seat.whole, "", 1.0)
+
+    def _size(self, seat: Seat) -> float:
+        return max(seat.pages, default=0) * seat.stakes.model.tp
+
+    def _density(self, seat: Seat) -> float:
+        return self._worth(seat) / max(1, self._size(seat))
+
+    def _shuffled(self, number: int) -> Order:
+        """By density, each model's changed by a factor of its own."""
+
+        def order(seat: Seat) -> float:
+            mixed = (self._index[id(seat)] * 7919 + number * 104729 + 12345) * 2654435761 % 2**32 / 2**32
+            return self._density(seat) * 4 ** (mixed - 0.5)
+
+        return order

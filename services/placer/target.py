@@ -1,0 +1,120 @@
+"""The layout that is to be: what is resident and stays, what is to be loaded, and what gives way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from services.placer import lending
+from services.placer.board import Board
+from services.placer.groups import groups
+from services.placer.layout import Agents, Item, Layout, Seat
+from services.placer.search import Search
+from services.placer.snapshot import Agent, Replica, State
+from services.placer.value import Stakes, serves
+
+_EFFORT = 12_000  # places to look at
+_EFFORT_PER_AGENT = 120
+
+
+@dataclass(frozen=True)
+class Target:
+    """A board's agents in order of node and device, the seats of its models, and the layout found for them."""
+
+    agents: list[Agent]
+    index: Mapping[str, int]  # of agents, by id
+    seats: Mapping[str, Seat]
+    layout: Layout
+    search: Search
+    unpinned: Mapping[str, int] = field(default_factory=dict)  # pinned replicas for which there is no room, by model
+
+    def ids(self, agents: Agents) -> tuple[str, ...]:
+        """A group's agents."""
+        return tuple(self.agents[agent].id for agent in agents)
+
+
+def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
+    """The layout to aim at from what is on the board, without changing the board."""
+    snapshot = board.snapshot
+    agents = sorted(board.open_agents, key=lambda agent: (agent.node, agent.device_index, agent.id))
+    index = {agent.id: i for i, agent in enumerate(agents)}
+    sizes = {model.tp for model in snapshot.models.values()}
+    places = {
+        size: [tuple(index[agent_id] for agent_id in group) for group in groups(agents, size)] for size in sorted(sizes)
+    }
+    layout = Layout(
+        [_room(board, agent, stakes) for agent in agents], snapshot.rules.interference, snapshot.rules.margin
+    )
+    for replica in board.all():
+        if serves(replica):
+            layout.serve(index[agent_id] for agent_id in replica.group if agent_id in index)
+    seats = {name: _seat(own, agents) for name, own in stakes.items()}
+    for model, group in snapshot.refused:
+        if model in seats and all(agent_id in index for agent_id in group):
+            seats[model].barred.add(tuple(index[agent_id] for agent_id in group))
+    over = {size: {agent: group for group in many for agent in group} for size, many in places.items()}
+    for replica in board.all():
+        there = tuple(index[agent_id] for agent_id in replica.group if agent_id in index)
+        seat = seats.get(replica.model)
+        if seat is None:
+            _take(layout, there, replica.pages)
+        elif not serves(replica) and over[seat.stakes.model.tp].get(there[0] if there else -1) == there:
+            _settle(layout, seat, replica, there, snapshot.rules.min_stay_s)
+        else:
+            seat.barred.update(
+                over[seat.stakes.model.tp][agent] for agent in there if agent in over[seat.stakes.model.tp]
+            )
+            if not serves(replica):
+                _take(layout, there, replica.pages)
+    effort = _EFFORT + _EFFORT_PER_AGENT * len(agents)
+    search = Search(layout, list(seats.values()), places, snapshot.rules.least_chance, effort)
+    unpinned = {}
+    for name, seat in seats.items():
+        missing = seat.stakes.model.pinned - seat.serving
+        if missing > 0:
+            unpinned[name] = missing - search.pin(seat, missing)
+    search.run()
+    return Target(agents, index, seats, layout, search, {name: n for name, n in unpinned.items() if n})
+
+
+def _room(board: Board, agent: Agent, stakes: Mapping[str, Stakes]) -> int:
+    """Pages that warm replicas may have on an agent, those that are there included."""
+    there = board.on((agent.id,))
+
+    def keeps(agent: Agent, instance: Replica) -> int:
+        own = stakes.get(instance.model)
+        if own is None:
+            return lending.published(agent, instance)
+        expected = own.demand.expected.peak.p90 / max(1, own.serving)
+        return lending.foreseen(agent, instance, expected, own.model.kv_bytes_per_request)
+
+    serving = sum(replica.pages for replica in there if serves(replica))
+    return agent.pages_total - serving - board.promised(agent.id) - lending.kept(board.snapshot, agent, there, keeps)
+
+
+def _seat(stakes: Stakes, agents: list[Agent]) -> Seat:
+    sizes = {agent.page_bytes for agent in agents}
+    pages = {size: max(1, math.ceil(stakes.model.shard_bytes / size)) for size in sizes}
+    return Seat(
+        stakes, stakes.serving, tuple(pages[a.page_bytes] for a in agents), tuple(agent.node for agent in agents)
+    )
+
+
+def _take(layout: Layout, agents: Agents, pages: int) -> None:
+    for agent in agents:
+        layout.free[agent] -= pages
+
+
+def _settle(layout: Layout, seat: Seat, replica: Replica, agents: Agents, min_stay_s: float) -> None:
+    """Takes a replica that is there into the layout; what was used or loaded a moment ago has to stay.
+
+    What is worth nothing is left out: it lies there until its pages are wanted.
+    """
+    pages = seat.pages_on(agents)
+    resident = min(pages, replica.pages)
+    fixed = replica.state is not State.WARM or replica.idle_s < min_stay_s
+    if resident:
+        seat.held[agents] = resident
+        if fixed or seat.stakes.waits:
+            layout.add(Item(seat, agents, pages, resident, fixed))

@@ -1,0 +1,161 @@
+"""What warm replicas are worth: the planner's objective.
+
+The worth of a model's replica of rank k (0 for the first; instances rank before warm replicas) is
+
+    requests that would wait x seconds that it saves each of them x the model's priority,   in expected seconds.
+
+- A replica of rank k is needed when the peak load of the windows that count exceeds what k instances carry. Its
+  chance, P(needed), and the expected load above that follow from the forecast's quantiles (`chances.py`). Needed, one
+  request waits the whole load, and those that arrive meanwhile half of it on average:
+  P(needed) + expected load x load time / (2 x service time). Where the service time is not known, the expected load
+  itself waits. What only later windows need counts a tenth.
+- It saves the time of loading the model cold, on the node where that is quickest, less what loading its own missing
+  pages would take. A further replica's cold load may be a copy from the first one's GPU.
+- Where the operator has set a target for the first token, a second within it counts a tenth of a second beyond it.
+
+Replicas that share a GPU hurt one another when they are woken together. Of each one's worth the share
+`rules.interference` is lost with the chance that one of the others is needed too: the sum of their chances, at most 1;
+an instance's is 1. `expected_value` is the sum over all warm replicas, and what a plan is to make large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from services.placer.demand import Demand, demand, needed
+from services.placer.loading import load_s, quickest_s
+from services.placer.scores import Kind
+from services.placer.snapshot import GroupIds, Model, Quantiles, Replica, Snapshot, State
+
+_LATER = 0.1  # what the need of a later window counts
+_WITHIN_TARGET = 0.1  # what a second within the target counts
+_LEAST_CHANCE = 0.005  # a need less likely counts as none
+_MOST_RANKS = 64  # of one model, whatever its forecast says
+
+
+@dataclass(frozen=True)
+class Stakes:
+    """What is at stake for one model: what being warm is worth to it."""
+
+    model: Model
+    demand: Demand
+    serving: int  # instances
+    chances: tuple[float, ...]  # P(needed in the windows that count) of each rank; longer ranks are not needed
+    waits: tuple[float, ...]  # requests that would wait, later windows included, times priority
+    first_s: float  # cold load of the first replica
+    further_s: float  # of any other
+
+    def chance(self, rank: int) -> float:
+        """How likely the replica of that rank is woken."""
+        return self.chances[rank] if rank < len(self.chances) else 0.0
+
+    def worth(self, rank: int, node: str, share: float = 1.0) -> float:
+        """The worth of a replica of which the first `share` is resident on a node, without interference."""
+        if rank >= len(self.waits) or not share:
+            return 0.0
+        missing_s = (1 - share) * load_s(self.model, node, rank > 0)
+        return self.waits[rank] * max(0.0, self.pain(self.cold_s(rank)) - self.pain(missing_s))
+
+    def cold_s(self, rank: int) -> float:
+        """Seconds of the load that the replica of that rank spares."""
+        return self.further_s if rank else self.first_s
+
+    def pain(self, seconds: float) -> float:
+        """What waiting so long counts, in seconds beyond the model's target."""
+        within = min(seconds, self.model.ttft_p95_s)
+        return seconds - (1 - _WITHIN_TARGET) * within
+
+    def in_time(self, rank: int, node: str, part: float) -> float:
+        """The share of the time the forecast speaks of in which a replica is there that has yet to load a part."""
+        lasts_s = self.demand.expected.lasts_s
+        return max(0.0, 1 - part * load_s(self.model, node, rank > 0) / lasts_s) if lasts_s > 0 else 0.0
+
+    def kind(self, rank: int) -> Kind:
+        """What the replica of that rank is needed for."""
+        if rank < self.demand.foundation:
+            return Kind.FOUNDATION
+        return Kind.BURST if rank < self.demand.replicas else Kind.SPARE
+
+
+def stakes(snapshot: Snapshot, replicas: Iterable[Replica]) -> dict[str, Stakes]:
+    """What is at stake for each deployed model, given the replicas there are."""
+    serving: defaultdict[str, int] = defaultdict(int)
+    for replica in replicas:
+        serving[replica.model] += serves(replica)
+    nodes = sorted({agent.node for agent in snapshot.agents.values() if not agent.cordoned and not agent.drained})
+    return {name: stakes_of(snapshot, model, serving[name], nodes) for name, model in snapshot.models.items()}
+
+
+def stakes_of(snapshot: Snapshot, model: Model, serving: int, nodes: Iterable[str]) -> Stakes:
+    """What is at stake for a model of which `serving` instances serve; `nodes`: those that take something new."""
+    first_s, further_s = quickest_s(model, nodes), quickest_s(model, nodes, beside=True)
+    rules = snapshot.rules
+    # A window has to be known of in time to load for it.
+    wanted = demand(model, snapshot.now_s, serving, rules, max(rules.lookahead_s, 2 * first_s))
+    now = _needs(model, wanted.expected.peak)
+    later = _needs(model, wanted.expected.later)
+    waits = []
+    for rank, (chance, load) in enumerate(later):
+        cold_s = further_s if rank else first_s
+        near = _requests(model, *now[rank], cold_s) if rank < len(now) else 0.0
+        waits.append(model.priority * max(near, _LATER * _requests(model, chance, load, cold_s)))
+    return Stakes(model, wanted, serving, tuple(chance for chance, _ in now), tuple(waits), first_s, further_s)
+
+
+def _needs(model: Model, peak: Quantiles) -> list[tuple[float, float]]:
+    """`needed`, of the ranks that may be at all."""
+    capacity = max(1, model.capacity)
+    ranks = min(_MOST_RANKS, model.max_replicas or _MOST_RANKS, math.ceil(2 * peak.p99 / capacity))
+    return [pair for pair in needed(peak, capacity, ranks) if pair[0] >= _LEAST_CHANCE]
+
+
+def _requests(model: Model, chance: float, load: float, cold_s: float) -> float:
+    """Requests that wait for an instance that is needed with a chance, for an expected load."""
+    return chance + load * cold_s / (2 * model.service_s) if model.service_s > 0 else load
+
+
+def expected_value(snapshot: Snapshot, replicas: Iterable[Replica]) -> float:
+    """The objective: expected seconds of waiting that the warm ones among these replicas save.
+
+    Loads in progress count as done. Instances count only as neighbours; what lies on agents that take nothing new not
+    at all. Written for its meaning, not for speed: tests hold the planner's own, incremental sum against it.
+    """
+    there = [replica for replica in replicas if replica.model in snapshot.models and usable(snapshot, replica)]
+    known = stakes(snapshot, there)
+    valued: list[tuple[Replica, float, float]] = []  # with worth and chance
+    for name, own in known.items():
+        for rank, replica in enumerate(sorted((r for r in there if r.model == name), key=precedence)):
+            node = snapshot.agents[replica.group[0]].node
+            worth = 0.0 if serves(replica) else own.worth(rank, node, share(replica))
+            certain = serves(replica) or replica.state is State.DRAINING
+            valued.append((replica, worth, 1.0 if certain else own.chance(rank)))
+    total = 0.0
+    for replica, worth, _ in valued:
+        group = set(replica.group)
+        others = sum(chance for r, _, chance in valued if r is not replica and not group.isdisjoint(r.group))
+        total += worth * (1 - snapshot.rules.interference * min(1.0, others))
+    return total
+
+
+def serves(replica: Replica) -> bool:
+    """Whether it is an instance, or about to be one."""
+    return replica.state in (State.ACTIVE, State.WAKING)
+
+
+def usable(snapshot: Snapshot, replica: Replica) -> bool:
+    """Whether all its agents are there and take something new."""
+    agents = [snapshot.agents.get(agent_id) for agent_id in replica.group]
+    return all(agent is not None and not agent.cordoned and not agent.drained for agent in agents)
+
+
+def share(replica: Replica) -> float:
+    """The share that is resident once loads and drains in progress have ended."""
+    return replica.residency if replica.state is State.WARM else 1.0
+
+
+def precedence(replica: Replica) -> tuple[bool, float, GroupIds]:
+    """Orders the usable replicas of one model by rank: instances, then the most resident."""
+    return not serves(replica), -share(replica), replica.group
