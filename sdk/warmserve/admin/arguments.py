@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from warmserve.admin.moments import parse_duration
 from warmserve.admin.target import Output, Target
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store, StoreUnavailableError
@@ -21,6 +22,14 @@ def target_of(ctx: typer.Context, output: Output | None) -> Target:
     """The cluster from the global options; a command's own --output goes before the global one."""
     target: Target = ctx.find_root().obj
     return target if output is None else replace(target, output=output)
+
+
+def duration_of(text: str, option: str) -> float:
+    """Seconds, as an option says them. Ends the command with a usage error where they are none."""
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def complete_model(ctx: typer.Context, incomplete: str) -> list[str]:

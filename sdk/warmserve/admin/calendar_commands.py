@@ -12,9 +12,9 @@ import typer
 from rich.console import Group, RenderableType
 
 from warmserve.admin import units, views
-from warmserve.admin.arguments import ModelName, OutputOption, complete_model, target_of
+from warmserve.admin.arguments import ModelName, OutputOption, complete_model, duration_of, target_of
 from warmserve.admin.drawing import make_table, note_lines
-from warmserve.admin.moments import distance, length, parse_duration, parse_moment, spell_unix
+from warmserve.admin.moments import distance, length, parse_moment, spell_unix
 from warmserve.admin.plain import Plain, plain
 from warmserve.admin.state import read_state
 from warmserve.admin.target import CommandError, run, show
@@ -64,10 +64,7 @@ def add_command(
         begin, told = parse_moment(at, now)
     except (OverflowError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--at") from error
-    try:
-        duration_s = math.ceil(parse_duration(lasting))
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--for") from error
+    duration_s = math.ceil(duration_of(lasting, "--for"))
     if not 0 < load < math.inf:
         raise typer.BadParameter(f"{load:g} is no number of requests above 0", param_hint="--load")
     target = target_of(ctx, output)
