@@ -388,6 +388,7 @@ class AgentResidency(_message.Message):
     UPDATED_UNIX_MS_FIELD_NUMBER: _builtins.int
     PAGES_LENT_FIELD_NUMBER: _builtins.int
     PAGES_PROMISED_FIELD_NUMBER: _builtins.int
+    HOST_TIER_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """The agent."""
     pages_free: _builtins.int
@@ -406,6 +407,10 @@ class AgentResidency(_message.Message):
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentShard]:
         """The shards on this agent, cold ones left out."""
 
+    @_builtins.property
+    def host_tier(self) -> Global___HostTier:
+        """The images in the memory of the agent's node, as this agent last saw them."""
+
     def __init__(
         self,
         *,
@@ -417,14 +422,77 @@ class AgentResidency(_message.Message):
         updated_unix_ms: _builtins.int = ...,
         pages_lent: _builtins.int = ...,
         pages_promised: _builtins.int = ...,
+        host_tier: Global___HostTier | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["host_tier", b"host_tier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_lent", b"pages_lent", "pages_promised", b"pages_promised", "pages_weights", b"pages_weights", "shards", b"shards", "updated_unix_ms", b"updated_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "host_tier", b"host_tier", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_lent", b"pages_lent", "pages_promised", b"pages_promised", "pages_weights", b"pages_weights", "shards", b"shards", "updated_unix_ms", b"updated_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AgentResidency: _TypeAlias = AgentResidency  # noqa: Y015
+
+@_typing.final
+class HostTier(_message.Message):
+    """Images in a node's memory, shared by its agents; loads from there run at the speed of the bus."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    budget_bytes: _builtins.int
+    """Most bytes of images; 0 where there is no such tier."""
+    used_bytes: _builtins.int
+    """Bytes of those that are there."""
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostImage]:
+        """What is there, the least valuable first; that goes first when room is needed."""
+
+    def __init__(
+        self,
+        *,
+        budget_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        images: _abc.Iterable[Global___HostImage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "images", b"images", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostTier: _TypeAlias = HostTier  # noqa: Y015
+
+@_typing.final
+class HostImage(_message.Message):
+    """One image in a node's memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its file's name, which begins with the first 32 digits of the checkpoint's fingerprint."""
+    bytes: _builtins.int
+    """Its size."""
+    score: _builtins.float
+    """What the placer's last order to warm its model said it is worth; 0 where none did."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+        score: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "name", b"name", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostImage: _TypeAlias = HostImage  # noqa: Y015
 
 @_typing.final
 class ResidentShard(_message.Message):
