@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from services.placer.records import Records
 from services.placer.snapshot import Agent
 from services.placer.words import count
 from warmserve.cluster.keys import Keys, check_model_name
+from warmserve.cluster.specs import check_wishes
 from warmserve.cluster.store import Store, StoreUnavailableError
 from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2, placement_pb2
 
@@ -104,10 +104,10 @@ def checked(spec: cluster_pb2.ModelSpec) -> cluster_pb2.ModelSpec:
     tp = spec.tp or 1
     if not is_power_of_two(tp):
         raise _invalid(f"tp is {tp}: it must be a power of two (1, 2, 4, ...)")
-    if not math.isfinite(spec.priority) or spec.priority < 0:
-        raise _invalid(f"priority is {spec.priority}: it must be a number above 0, or 0 for the default of 1")
-    if spec.max_replicas and spec.min_replicas > spec.max_replicas:
-        raise _invalid(f"min_replicas is {spec.min_replicas}, more than max_replicas, which is {spec.max_replicas}")
+    try:
+        check_wishes(spec)
+    except ValueError as error:
+        raise _invalid(str(error)) from error
     wanted = cluster_pb2.ModelSpec()
     wanted.CopyFrom(spec)
     wanted.tp = tp

@@ -9,7 +9,7 @@ from services.placer.prewarm import prewarm
 from services.placer.rule import Prewarming
 from services.placer.scores import Kind, Worth
 from services.placer.snapshot import GroupIds, Key, Model, Replica
-from services.placer.value import Stakes, precedence, serves, share, stakes_of, usable
+from services.placer.value import Stakes, beside, precedence, serves, share, stakes_of, usable
 
 
 class ExpectedRule:
@@ -48,9 +48,12 @@ class ExpectedRule:
 
     def _assess(self, model: Model) -> dict[Key, Worth]:
         snapshot, stakes = self._board.snapshot, self.stakes(model)
-        there = sorted((r for r in self._there[model.name] if usable(snapshot, r)), key=precedence)
+        there = sorted(
+            (r for r in self._there[model.name] if usable(snapshot, r)),
+            key=lambda r: precedence(r, beside(r, self._board.on(r.group))),
+        )
         return {
-            r.key: Worth(stakes.kind(rank), stakes.worth(rank, snapshot.agents[r.group[0]].node, share(r)))
+            r.key: Worth(stakes.kind(rank), stakes.worth_keeping(rank, snapshot.agents[r.group[0]].node, share(r)))
             for rank, r in enumerate(there)
         }
 

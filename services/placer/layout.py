@@ -35,13 +35,14 @@ class Seat:
 
 @dataclass(eq=False, slots=True)
 class Item:
-    """A replica in a layout. Chance, worth and heat are the layout's to set."""
+    """A replica in a layout. What follows `fixed` is the layout's to set."""
 
     seat: Seat
     agents: Agents
     pages: int  # of a whole shard
     used: int  # pages on each agent
     fixed: bool = False  # not to be taken out
+    instances: int = 0  # that share an agent with it
     chance: float = 0.0
     worth: float = 0.0
     heat: float = 0.0  # sum of the chances of those that share an agent
@@ -68,6 +69,7 @@ class Layout:
 
     def add(self, item: Item) -> None:
         """Places an item."""
+        item.instances = self._serving(item.agents)
         item.heat = self.heat(item.agents)
         item.chance = item.worth = 0.0
         for agent in item.agents:
@@ -97,10 +99,14 @@ class Layout:
 
     def heat(self, agents: Agents) -> float:
         """The chances of all that lies on any of these agents, together."""
+        items = self._on[agents[0]] if len(agents) == 1 else self.on(agents)
+        return self._serving(agents) + sum(item.chance for item in items)
+
+    def _serving(self, agents: Agents) -> int:
+        """How many instances lie on any of these agents."""
         if len(agents) == 1:
-            return len(self._instances[agents[0]]) + sum(item.chance for item in self._on[agents[0]])
-        instances = {instance for agent in agents for instance in self._instances[agent]}
-        return len(instances) + sum(item.chance for item in self.on(agents))
+            return len(self._instances[agents[0]])
+        return len({instance for agent in agents for instance in self._instances[agent]})
 
     def worth(self, seat: Seat, rank: int, agents: Agents, used: int) -> float:
         """An item's worth without interference.
@@ -109,10 +115,10 @@ class Layout:
         """
         stakes, node, pages = seat.stakes, seat.nodes[agents[0]], seat.pages_on(agents)
         held = min(used, seat.held.get(agents, 0))
-        here = stakes.worth(rank, node, held / pages) * self._margin if held else 0.0
+        here = stakes.worth_keeping(rank, node, held / pages) * self._margin if held else 0.0
         if used == held:
             return here
-        more = stakes.worth(rank, node, used / pages) - here / self._margin
+        more = stakes.worth(rank, node, used / pages) - stakes.worth(rank, node, held / pages)
         return here + more * stakes.in_time(rank, node, (used - held) / pages)
 
     def gain(self, worth: float, chance: float, agents: Agents) -> float:
@@ -130,7 +136,7 @@ class Layout:
         return item.worth * (1 - self._interference * min(1.0, item.heat))
 
     def _rank(self, seat: Seat) -> None:
-        seat.order.sort(key=lambda item: (-item.used / item.pages, item.agents))
+        seat.order.sort(key=lambda item: (-item.used / item.pages, item.instances, item.agents))
         for rank, item in enumerate(seat.order, start=seat.serving):
             self._set(item, seat.stakes.chance(rank), self.worth(seat, rank, item.agents, item.used))
 

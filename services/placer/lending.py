@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from services.placer.snapshot import Agent, Replica, Snapshot, State
+from services.placer.value import Stakes
 
 # KV pages that an instance keeps on an agent.
 Keeps = Callable[[Agent, Replica], int]
@@ -32,6 +33,22 @@ def foreseen(agent: Agent, instance: Replica, expected: float, bytes_per_request
         return bound
     requests = max(instance.running, expected) + 1
     return min(bound, max(instance.kv_pages, math.ceil(requests * bytes_per_request / agent.page_bytes)))
+
+
+def by_forecast(stakes: Mapping[str, Stakes]) -> Keeps:
+    """What instances keep by the forecast of their models: of the mean load, as one window in ten exceeds it.
+
+    That is less than a peak may need: what is lent comes back as soon as it is needed.
+    """
+
+    def keeps(agent: Agent, instance: Replica) -> int:
+        own = stakes.get(instance.model)
+        if own is None:
+            return published(agent, instance)
+        expected = own.demand.expected.mean.p90 / max(1, own.serving)
+        return foreseen(agent, instance, expected, own.model.kv_bytes_per_request)
+
+    return keeps
 
 
 def kept(snapshot: Snapshot, agent: Agent, on_agent: Iterable[Replica], keeps: Keeps) -> int:

@@ -23,12 +23,17 @@ RULE = "expected value"
 
 def plan(snapshot: Snapshot) -> Plan:
     """What to wake, drain, warm and evict by our rule. The same snapshot gives the same plan."""
-    return _Planner(snapshot, ExpectedRule).plan()
+    return plan_by(snapshot, ExpectedRule)
 
 
 def plan_published(snapshot: Snapshot) -> Plan:
     """The same by the published rule: what ours is compared with."""
-    return _Planner(snapshot, PublishedRule).plan()
+    return plan_by(snapshot, PublishedRule)
+
+
+def plan_by(snapshot: Snapshot, rule: Callable[[Board], Rule]) -> Plan:
+    """The same by any rule."""
+    return _Planner(snapshot, rule).plan()
 
 
 def wake(snapshot: Snapshot, model: str) -> Plan:

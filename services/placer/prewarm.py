@@ -152,7 +152,7 @@ class _Prewarmer:
         agents = tuple(self._aim.index[agent_id] for agent_id in replica.group)
         item = seat.at.get(agents)
         rank = seat.order.index(item) + seat.serving if item is not None else seat.whole
-        return seat.stakes.worth(rank, seat.nodes[agents[0]], replica.residency)
+        return seat.stakes.worth_keeping(rank, seat.nodes[agents[0]], replica.residency)
 
     def _net(self, item: Item) -> float:
         """An item's worth after interference, without what the search adds for what is resident already."""

@@ -34,10 +34,11 @@ class _Place:
 
 
 class PublishedRule:
-    """See `Rule`."""
+    """See `Rule`. `keeps`: what instances keep of KV."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: Board, keeps: lending.Keeps = lending.published) -> None:
         self._board = board
+        self._keeps = keeps
         self._demands: dict[str, Demand] = {}
         self._worths: dict[Key, Worth] = {}
         for name, model in board.snapshot.models.items():
@@ -70,7 +71,7 @@ class PublishedRule:
         obstacles: dict[str, str] = {}
         known = dict(self._worths)
         kept = {
-            agent.id: lending.kept(board.snapshot, agent, board.on((agent.id,)), lending.published)
+            agent.id: lending.kept(board.snapshot, agent, board.on((agent.id,)), self._keeps)
             for agent in board.open_agents
         }
         for wanted in sorted(

@@ -43,8 +43,9 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
     places = {
         size: [tuple(index[agent_id] for agent_id in group) for group in groups(agents, size)] for size in sorted(sizes)
     }
+    keeps = lending.by_forecast(stakes)
     layout = Layout(
-        [_room(board, agent, stakes) for agent in agents], snapshot.rules.interference, snapshot.rules.margin
+        [_room(board, agent, keeps) for agent in agents], snapshot.rules.interference, snapshot.rules.margin
     )
     for replica in board.all():
         if serves(replica):
@@ -78,17 +79,9 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
     return Target(agents, index, seats, layout, search, {name: n for name, n in unpinned.items() if n})
 
 
-def _room(board: Board, agent: Agent, stakes: Mapping[str, Stakes]) -> int:
+def _room(board: Board, agent: Agent, keeps: lending.Keeps) -> int:
     """Pages that warm replicas may have on an agent, those that are there included."""
     there = board.on((agent.id,))
-
-    def keeps(agent: Agent, instance: Replica) -> int:
-        own = stakes.get(instance.model)
-        if own is None:
-            return lending.published(agent, instance)
-        expected = own.demand.expected.peak.p90 / max(1, own.serving)
-        return lending.foreseen(agent, instance, expected, own.model.kv_bytes_per_request)
-
     serving = sum(replica.pages for replica in there if serves(replica))
     return agent.pages_total - serving - board.promised(agent.id) - lending.kept(board.snapshot, agent, there, keeps)
 
@@ -116,5 +109,5 @@ def _settle(layout: Layout, seat: Seat, replica: Replica, agents: Agents, min_st
     fixed = replica.state is not State.WARM or replica.idle_s < min_stay_s
     if resident:
         seat.held[agents] = resident
-        if fixed or seat.stakes.waits:
+        if fixed or seat.stakes.later:
             layout.add(Item(seat, agents, pages, resident, fixed))

@@ -8,7 +8,7 @@ The worth of a model's replica of rank k (0 for the first; instances rank before
   chance, P(needed), and the expected load above that follow from the forecast's quantiles (`chances.py`). Needed, one
   request waits the whole load, and those that arrive meanwhile half of it on average:
   P(needed) + expected load x load time / (2 x service time). Where the service time is not known, the expected load
-  itself waits. What only later windows need counts a tenth.
+  itself waits. For keeping what is resident, but not for loading, what only later windows need counts a tenth.
 - It saves the time of loading the model cold, on the node where that is quickest, less what loading its own missing
   pages would take. A further replica's cold load may be a copy from the first one's GPU.
 - Where the operator has set a target for the first token, a second within it counts a tenth of a second beyond it.
@@ -20,6 +20,7 @@ an instance's is 1. `expected_value` is the sum over all warm replicas, and what
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -44,7 +45,8 @@ class Stakes:
     demand: Demand
     serving: int  # instances
     chances: tuple[float, ...]  # P(needed in the windows that count) of each rank; longer ranks are not needed
-    waits: tuple[float, ...]  # requests that would wait, later windows included, times priority
+    waits: tuple[float, ...]  # requests that would wait for each rank, times priority
+    later: tuple[float, ...]  # the same of all windows, the later ones at a tenth: what keeping a replica is for
     first_s: float  # cold load of the first replica
     further_s: float  # of any other
 
@@ -54,10 +56,17 @@ class Stakes:
 
     def worth(self, rank: int, node: str, share: float = 1.0) -> float:
         """The worth of a replica of which the first `share` is resident on a node, without interference."""
-        if rank >= len(self.waits) or not share:
+        return self.waits[rank] * self._spared(rank, node, share) if rank < len(self.waits) else 0.0
+
+    def worth_keeping(self, rank: int, node: str, share: float) -> float:
+        """The same of one that is resident already, with what it spares in later windows, at a tenth."""
+        return self.later[rank] * self._spared(rank, node, share) if rank < len(self.later) else 0.0
+
+    def _spared(self, rank: int, node: str, share: float) -> float:
+        if not share:
             return 0.0
         missing_s = (1 - share) * load_s(self.model, node, rank > 0)
-        return self.waits[rank] * max(0.0, self.pain(self.cold_s(rank)) - self.pain(missing_s))
+        return max(0.0, self.pain(self.cold_s(rank)) - self.pain(missing_s))
 
     def cold_s(self, rank: int) -> float:
         """Seconds of the load that the replica of that rank spares."""
@@ -96,13 +105,18 @@ def stakes_of(snapshot: Snapshot, model: Model, serving: int, nodes: Iterable[st
     # A window has to be known of in time to load for it.
     wanted = demand(model, snapshot.now_s, serving, rules, max(rules.lookahead_s, 2 * first_s))
     now = _needs(model, wanted.expected.peak)
-    later = _needs(model, wanted.expected.later)
-    waits = []
-    for rank, (chance, load) in enumerate(later):
-        cold_s = further_s if rank else first_s
-        near = _requests(model, *now[rank], cold_s) if rank < len(now) else 0.0
-        waits.append(model.priority * max(near, _LATER * _requests(model, chance, load, cold_s)))
-    return Stakes(model, wanted, serving, tuple(chance for chance, _ in now), tuple(waits), first_s, further_s)
+    waits = _waits(model, now, first_s, further_s)
+    ahead = [_LATER * wait for wait in _waits(model, _needs(model, wanted.expected.later), first_s, further_s)]
+    later = tuple(max(pair) for pair in itertools.zip_longest(waits, ahead, fillvalue=0.0))
+    return Stakes(model, wanted, serving, tuple(chance for chance, _ in now), waits, later, first_s, further_s)
+
+
+def _waits(model: Model, needs: list[tuple[float, float]], first_s: float, further_s: float) -> tuple[float, ...]:
+    """Requests that wait for each rank, times priority."""
+    return tuple(
+        model.priority * _requests(model, chance, load, further_s if rank else first_s)
+        for rank, (chance, load) in enumerate(needs)
+    )
 
 
 def _needs(model: Model, peak: Quantiles) -> list[tuple[float, float]]:
@@ -127,7 +141,8 @@ def expected_value(snapshot: Snapshot, replicas: Iterable[Replica]) -> float:
     known = stakes(snapshot, there)
     valued: list[tuple[Replica, float, float]] = []  # with worth and chance
     for name, own in known.items():
-        for rank, replica in enumerate(sorted((r for r in there if r.model == name), key=precedence)):
+        of_model = [replica for replica in there if replica.model == name]
+        for rank, replica in enumerate(sorted(of_model, key=lambda r: precedence(r, beside(r, there)))):
             node = snapshot.agents[replica.group[0]].node
             worth = 0.0 if serves(replica) else own.worth(rank, node, share(replica))
             certain = serves(replica) or replica.state is State.DRAINING
@@ -156,6 +171,16 @@ def share(replica: Replica) -> float:
     return replica.residency if replica.state is State.WARM else 1.0
 
 
-def precedence(replica: Replica) -> tuple[bool, float, GroupIds]:
-    """Orders the usable replicas of one model by rank: instances, then the most resident."""
-    return not serves(replica), -share(replica), replica.group
+def beside(replica: Replica, there: Iterable[Replica]) -> int:
+    """How many instances share an agent with a replica."""
+    return sum(
+        serves(other) and other is not replica and not set(other.group).isdisjoint(replica.group) for other in there
+    )
+
+
+def precedence(replica: Replica, instances: int) -> tuple[bool, float, int, GroupIds]:
+    """Orders the usable replicas of one model by rank: as they would be woken.
+
+    Instances come first, then the most resident, then those that share an agent with the fewest `instances`.
+    """
+    return not serves(replica), -share(replica), instances, replica.group
