@@ -39,19 +39,21 @@ class Controller:
             self._clock.set(self._tick, soon)
 
     def changed(self) -> None:
-        """Something has become warm, active or free."""
-        if not self._replan.ticket and any(model.queue for model in self._cluster.models):
+        """Something has become warm, active or free: those who wait for room may have it now."""
+        if not self._replan.ticket and self._blocked():
             self._clock.set(self._replan, self._clock.now + self._settings.delays.replan_s)
 
+    def _blocked(self) -> bool:
+        """Whether requests wait for a model of which no instance is there or coming."""
+        return any(model.queue and not _served(model) for model in self._cluster.models)
+
     def _asked(self, model: ModelState) -> None:
-        if not model.queue or model.instances:
-            return
-        if not any(replica.state is State.WAKING for replica in model.replicas.values()):
+        if model.queue and not _served(model):
             self._decide([model.name])
-        self._clock.set(self._asks[model.index], self._clock.now + self._settings.delays.retry_s)
+            self.crowded()  # where it could not be woken, the next tick tries again
 
     def _changed(self) -> None:
-        if any(model.queue for model in self._cluster.models):
+        if self._blocked():
             self._decide([])
 
     def _ticked(self) -> None:
@@ -67,3 +69,7 @@ class Controller:
         self.plan_seconds += time.perf_counter() - began
         self.plans += 1
         self._cluster.carry_out(actions)
+
+
+def _served(model: ModelState) -> bool:
+    return bool(model.instances) or any(replica.state is State.WAKING for replica in model.replicas.values())

@@ -114,7 +114,6 @@ class Delays:
     wake_s: tuple[float, float] = (0.005, 0.010)  # order -> serving, of a replica all resident; uniformly between
     replan_s: float = 0.02  # changes that come together are answered by one plan
     ask_s: float = 0.003  # a router's wake request -> the placer's order
-    retry_s: float = 1.0  # a router asks again for a model that it could not get woken
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from services.placer import planner
 from services.placer.decisions import Action
 from services.placer.snapshot import Key, Model, Quantiles, Snapshot, WindowLoad
 from simulator.cluster import Cluster
-from simulator.observe import snapshot
+from simulator.observe import Observer
 from simulator.policies.base import Future
 from simulator.replica import ModelState
 
@@ -32,16 +32,19 @@ class Oracle:
     _loads: list[NDArray[np.float64]] = field(default_factory=list)  # per model and step
     _arrivals: list[NDArray[np.float64]] = field(default_factory=list)
     _begin: float = 0.0
+    _observer: Observer | None = None
 
     def begin(self, cluster: Cluster, future: Future) -> None:
         """See Policy."""
+        self._observer = Observer(cluster, cluster.settings.rules)
         self._begin = float(future.arrival_s[0])
         self._loads = [future.loads(model.index, _STEP_S) for model in cluster.models]
         self._arrivals = [future.arrival_s[future.model == model.index] for model in cluster.models]
 
     def decide(self, cluster: Cluster, asked: Sequence[str]) -> Iterable[Action]:
         """See Policy."""
-        seen = snapshot(cluster, cluster.settings.rules)
+        assert self._observer is not None
+        seen = self._observer.snapshot()
         told = replace(seen, models={m.name: self._told(cluster, m, seen) for m in cluster.models})
         return planner.plan(told).actions
 

@@ -9,11 +9,11 @@ from services.placer import planner
 from services.placer.decisions import Action, Do, Plan
 from services.placer.snapshot import Key, Rules, Snapshot
 from simulator.cluster import Cluster
-from simulator.observe import snapshot
+from simulator.observe import Observer
 from simulator.policies.base import Future
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ours:
     """WarmServe: services.placer.planner on a snapshot of the cluster, with whatever forecasts the run has.
 
@@ -29,13 +29,16 @@ class Ours:
     partial: bool = True
     start_s: float = 0.0
     kv_pages: Mapping[Key, int] = field(default_factory=dict)
+    _observer: Observer | None = None
 
     def begin(self, cluster: Cluster, future: Future) -> None:
         """See Policy."""
+        self._observer = Observer(cluster, self.rules or cluster.settings.rules)
 
     def decide(self, cluster: Cluster, asked: Sequence[str]) -> Iterable[Action]:
         """See Policy. A wake is decided by the plan's first part alone, as the placer does it."""
-        seen = snapshot(cluster, self.rules or cluster.settings.rules)
+        assert self._observer is not None
+        seen = self._observer.snapshot()
         made = self.wake(seen, asked[0]) if asked and self.wake is not None else self.plan(seen)
         if self.partial:
             return made.actions

@@ -59,12 +59,13 @@ class _Round:
         self._promised = promised
         self._actions: list[Action] = []
         self._gone: set[Replica] = set()
-        self._taken: set[Gpu] = set()  # by instances begun in this round
+        self._open: set[Gpu] = set()  # GPUs that are free, or whose instances idle
 
     def actions(self) -> list[Action]:
         for model in self._cluster.models:
             self._release(model)
         now = self._cluster.clock.now
+        self._open = {gpu for gpu in self._cluster.gpus.values() if all(map(_idle, gpu.replicas.values()))}
         for model in sorted(self._cluster.models, key=lambda m: (m.waiting_since or now, -len(m.queue), m.index)):
             self._scale_up(model)
         return self._actions
@@ -104,8 +105,9 @@ class _Round:
                 return
             for replica in self._on(group):
                 self._go(replica)
+                self._open.update(replica.gpus)
             self._order(Do.WAKE, model, group)
-            self._taken.update(group)
+            self._open.difference_update(group)
             self._promised.pop(model.index, None)
             serving += 1
 
@@ -113,12 +115,13 @@ class _Round:
         """GPUs that are free or idle: nothing displaced before something, the fastest tier, the tightest fit, and what
         has been idle for longest."""
         kept_for_others = {gpu for other, group in self._promised.items() if other != model.index for gpu in group}
+        free = self._open - kept_for_others
         best: tuple[tuple[object, ...], Group] | None = None
-        for order, group in enumerate(self._cluster.groups(model.spec.tp)):
+        for order, group in enumerate(self._cluster.groups(model.spec.tp) if free else []):
+            if not free.issuperset(group):
+                continue
             occupants = list(self._on(group))
-            if any(gpu in self._taken or gpu in kept_for_others for gpu in group) or not all(
-                _idle(replica) and replica.model is not model for replica in occupants
-            ):
+            if any(replica.model is model for replica in occupants):
                 continue
             loads = self._cluster.loads(group[0].node)
             seconds = loads.seconds(model, loads.tier(model, group))
@@ -132,7 +135,7 @@ class _Round:
         """GPUs in use beside it in the next larger aligned group: small models should not spread over large blocks."""
         for larger in self._cluster.groups(2 * len(group)):
             if group[0] in larger:
-                return sum(bool(gpu.replicas) or gpu in self._taken for gpu in larger)
+                return sum(bool(gpu.replicas) or gpu not in self._open for gpu in larger)
         return 0
 
     def _ask_to_drain(self, model: ModelState) -> None:
