@@ -36,8 +36,11 @@ class Champions:
         champion, trouble = self._read(self.champion_file)
         self.previous, more = self._read(self._previous_file)
         trouble += more
-        if champion is None and self.champion_file.exists() and self.previous is not None:
-            champion, self.previous = self.previous, None
+        if champion is None and self.champion_file.exists():
+            self.champion_file.replace(self.champion_file.with_suffix(".broken"))
+            if self.previous is not None:
+                self._previous_file.replace(self.champion_file)
+                champion, self.previous = self.previous, None
         self.champion = champion or self.published
         challenger, _ = self._read(self.challenger_file)
         self.challenger = challenger.info if challenger else None

@@ -11,6 +11,9 @@ from services.common.load import start_of
 from services.forecaster.predictors import QUANTITIES, Floats
 from warmserve.v1 import cluster_pb2, forecast_pb2
 
+_DIGITS = 4
+_LEAST = 1e-6
+
 
 @dataclass(frozen=True)
 class Forecasting:
@@ -30,9 +33,9 @@ class Forecasting:
 def message(
     model: str, quantiles: Floats, made_unix_ms: int, predictor: str, first: int, window_s: float
 ) -> cluster_pb2.Forecast:
-    """One model's forecast, from quantiles of shape (windows, 5, 3)."""
+    """One model's forecast, from quantiles of shape (windows, 5, 3), to four digits: etcd need not hold more."""
     windows = []
-    for step, window in enumerate(quantiles.tolist()):
+    for step, window in enumerate(_rounded(quantiles).tolist()):
         quantities = {
             name: cluster_pb2.Quantiles(p50=p50, p90=p90, p99=p99)
             for name, (p50, p90, p99) in zip(QUANTITIES, window, strict=True)
@@ -41,6 +44,13 @@ def message(
     return cluster_pb2.Forecast(
         model=model, made_unix_ms=made_unix_ms, window_s=window_s, predictor=predictor, windows=windows
     )
+
+
+def _rounded(values: Floats) -> Floats:
+    size = np.floor(np.log10(np.maximum(values, _LEAST))).astype(int) - (_DIGITS - 1)
+    up, down = 10.0 ** np.maximum(-size, 0), 10.0 ** np.maximum(size, 0)  # whole numbers, so that quotients are short
+    rounded: Floats = np.round(values * up / down) * down / up
+    return rounded
 
 
 def loads_message(start_unix_s: int, quantiles: Floats) -> cluster_pb2.WindowForecast | None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.common.grpc_frame import StatusError
-from services.forecaster.predictors import PEAK_LOAD, QUANTITIES
+from services.forecaster.predictors import MEAN_LOAD, PEAK_LOAD, QUANTITIES
 from warmserve.cluster.keys import check_model_name
 from warmserve.v1 import forecast_pb2
 
@@ -68,6 +68,7 @@ class Import:
         for name, value in zip(QUANTITIES, values, strict=True):
             if not 0 <= value <= _MOST:
                 raise _wrong(f"{where}: {name} is {value:g}, and must be 0 or more and finite")
+        values[PEAK_LOAD] = max(values[PEAK_LOAD], values[MEAN_LOAD])  # for who knows means only
         return [number, *values]
 
     def joined(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]]:

@@ -60,6 +60,9 @@ def held_out(windows: int, season: int) -> int:
 
 def refit(task: Task) -> Outcome:
     """Fits a challenger and compares. Without one where there is too little to learn from, said so."""
+    champion = stored.published(task.season)
+    if Path(task.champion).exists():
+        champion = stored.from_bytes(Path(task.champion).read_bytes(), task.season)
     database = Database(Path(task.folder), task.window_s)
     try:
         history = History(database, task.windows * task.window_s, task.windows * task.window_s)
@@ -69,14 +72,13 @@ def refit(task: Task) -> Outcome:
     newest = held_out(series.shape[1], task.season)
     if not newest:
         return Outcome(False, f"{series.shape[1]} windows are too few yet to learn from and to compare on")
+    if not np.nansum(series[:, -newest:, MEAN_LOAD]) > 0:
+        return Outcome(False, f"there was no traffic in the newest {newest} windows to compare on")
     learned_from = series[:, :-newest]
     try:
         challenger = fit(learned_from, task.season)
     except ValueError as error:
         return Outcome(False, f"nothing could be learned: {error}")
-    champion = stored.published(task.season)
-    if Path(task.champion).exists():
-        champion = stored.from_bytes(Path(task.champion).read_bytes(), task.season)
     losses = compare(challenger, champion.predictor, series[:, :, MEAN_LOAD], task.season, newest)
     known = ~np.isnan(learned_from[:, :, MEAN_LOAD])
     info = forecast_pb2.PredictorInfo(
@@ -91,6 +93,8 @@ def refit(task: Task) -> Outcome:
 
 
 def _words(info: forecast_pb2.PredictorInfo, losses: Comparison, newest: int) -> str:
+    if losses.challenger != losses.challenger:
+        return f"in the newest {newest} windows the published predictor was never wrong; the champion stays"
     if not losses.challenger < losses.champion:
         verdict = "is not better than the champion and was not kept"
     else:
