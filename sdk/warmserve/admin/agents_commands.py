@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 import typer
@@ -9,11 +10,11 @@ import typer
 from warmserve.admin import render, units, views
 from warmserve.admin.arguments import AgentId, OutputOption, target_of
 from warmserve.admin.state import ClusterState, read_state
-from warmserve.admin.target import CommandError, run, show
+from warmserve.admin.target import CommandError, Output, run, show
 from warmserve.cluster.store import Store
 from warmserve.v1 import cluster_pb2
 
-app = typer.Typer(help="Look at GPU agents, and drain them.", no_args_is_help=True)
+app = typer.Typer(help="Look at GPU agents, and cordon or drain them.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -48,25 +49,72 @@ def drain_command(
 
       warmctl agents drain node1-gpu0 --undo
     """
-    target = target_of(ctx, output)
-    key = target.keys.control(agent)
 
-    async def action(store: Store) -> views.AgentSummary:
+    async def action(store: Store, state: ClusterState, key: str) -> None:
+        if undo:
+            if not _drained(state, agent):
+                raise CommandError(f"{agent} is not being drained")
+            await store.delete(key)
+        elif not _drained(state, agent):
+            await store.put(key, cluster_pb2.AgentControl(cordoned=True, drained=True, set_unix_ms=units.now_ms()))
+
+    _control(ctx, agent, output, action)
+
+
+@app.command("cordon")
+def cordon_command(ctx: typer.Context, agent: AgentId, output: OutputOption = None) -> None:
+    """Cordon an agent: place nothing new on it; what is there stays and serves.
+
+    Examples:
+
+      warmctl agents cordon node1-gpu0
+    """
+
+    async def action(store: Store, state: ClusterState, key: str) -> None:
+        if _drained(state, agent):
+            raise CommandError(f"{agent} is being drained already: to cordon it only, first warmctl agents uncordon it")
+        if agent not in state.controls:
+            await store.create(key, cluster_pb2.AgentControl(cordoned=True, set_unix_ms=units.now_ms()))
+
+    _control(ctx, agent, output, action)
+
+
+@app.command("uncordon")
+def uncordon_command(ctx: typer.Context, agent: AgentId, output: OutputOption = None) -> None:
+    """Uncordon an agent: place on it again, whether it was cordoned or drained.
+
+    Examples:
+
+      warmctl agents uncordon node1-gpu0
+    """
+
+    async def action(store: Store, state: ClusterState, key: str) -> None:
+        if not await store.delete(key):
+            raise CommandError(f"{agent} is neither cordoned nor drained")
+
+    _control(ctx, agent, output, action)
+
+
+def _control(
+    ctx: typer.Context,
+    agent: str,
+    output: Output | None,
+    action: Callable[[Store, ClusterState, str], Awaitable[None]],
+) -> None:
+    """Does something about the operator's wish at a key, and says how the agent stands then."""
+    target = target_of(ctx, output)
+
+    async def act(store: Store) -> views.AgentSummary:
         state = await read_state(store, target.keys)
         if not any(summary.id == agent for summary in views.agent_summaries(state)):
             raise CommandError(f"no agent {agent!r}: {views.nearest(agent, state.agents)}")
-        if undo:
-            if not await store.delete(key):
-                raise CommandError(f"{agent} is not being drained")
-        elif not _drained(state, agent):
-            control = cluster_pb2.AgentControl(cordoned=True, drained=True, set_unix_ms=units.now_ms())
-            await store.put(key, control)
+        await action(store, state, target.keys.control(agent))
         state = await read_state(store, target.keys)
         # An agent that is not registered is forgotten with the wish about it.
         known = {summary.id: summary for summary in views.agent_summaries(state)}
         return known.get(agent) or views.agent_summary(state, cluster_pb2.AgentRecord(id=agent))
 
-    summary = run(target, action)
+    summary = run(target, act)
     show(target, summary, lambda: _sentence(summary))
 
 
@@ -77,6 +125,8 @@ def _drained(state: ClusterState, agent: str) -> bool:
 def _sentence(summary: views.AgentSummary) -> str:
     if not summary.control:
         return f"{summary.id} takes replicas again."
+    if summary.control == "cordoned":
+        return f"{summary.id} is cordoned: nothing new is placed on it; what is there stays."
     if summary.control == "drained":
         return f"{summary.id} is drained: nothing is left on it."
     return (

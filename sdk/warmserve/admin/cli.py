@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 from redis.exceptions import RedisError
 
-from warmserve.admin import agents_commands, calendar_commands, forecast_commands, models_commands, render, units, views
+from warmserve.admin import (
+    agents_commands,
+    calendar_commands,
+    forecast_commands,
+    models_commands,
+    plan_commands,
+    render,
+    units,
+    views,
+)
 from warmserve.admin.arguments import ModelName, OutputOption, complete_model, target_of
 from warmserve.admin.plain import plain
 from warmserve.admin.simulate_command import CONTEXT, simulate
@@ -28,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(models_commands.app, name="models")
 app.add_typer(agents_commands.app, name="agents")
+app.add_typer(plan_commands.app, name="plan")
 app.add_typer(calendar_commands.app, name="calendar")
 app.add_typer(forecast_commands.app, name="forecast")
 app.command("simulate", context_settings=CONTEXT, add_help_option=False)(simulate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
 
@@ -13,14 +14,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from warmserve.admin import render, units, views
 from warmserve.admin.arguments import ModelName, OutputOption, target_of
 from warmserve.admin.deploy import OnProgress, deploy, find_leader, wait_until_active
+from warmserve.admin.edit import edit
 from warmserve.admin.plain import plain
 from warmserve.admin.state import read_state
-from warmserve.admin.target import CommandError, console, run, show
+from warmserve.admin.target import CommandError, Output, console, run, show
 from warmserve.cluster.keys import check_model_name
+from warmserve.cluster.specs import check_wishes
 from warmserve.cluster.store import Store
 from warmserve.v1 import cluster_pb2, common_pb2
 
-app = typer.Typer(help="Deploy models, look at them, and take them away.", no_args_is_help=True)
+app = typer.Typer(
+    help="Deploy models, look at them, say what is wanted of them, and take them away.", no_args_is_help=True
+)
 
 
 class DType(StrEnum):
@@ -181,6 +186,123 @@ def describe_command(ctx: typer.Context, model: ModelName, output: OutputOption 
 
     description = run(target, action)
     show(target, description, lambda: render.model(description, units.now_ms()))
+
+
+@app.command("pin")
+def pin_command(
+    ctx: typer.Context,
+    model: ModelName,
+    replicas: Annotated[int, typer.Option(min=1, help="How many of its replicas.")] = 1,
+    output: OutputOption = None,
+) -> None:
+    """Pin a model: so many of its replicas stay resident, warm or active, whatever the forecast.
+
+    Where the memory does not suffice for all that is pinned, `warmctl explain MODEL` says so.
+
+    Examples:
+
+      warmctl models pin qwen3-8b
+
+      warmctl models pin qwen3-8b --replicas 2
+    """
+
+    def change(spec: cluster_pb2.ModelSpec) -> None:
+        spec.pinned_replicas = replicas
+
+    _change(ctx, model, output, change)
+
+
+@app.command("unpin")
+def unpin_command(ctx: typer.Context, model: ModelName, output: OutputOption = None) -> None:
+    """Unpin a model: forecast and requests alone decide what of it is resident.
+
+    Examples:
+
+      warmctl models unpin qwen3-8b
+    """
+
+    def change(spec: cluster_pb2.ModelSpec) -> None:
+        spec.pinned_replicas = 0
+
+    _change(ctx, model, output, change)
+
+
+@app.command("set")
+def set_command(
+    ctx: typer.Context,
+    model: ModelName,
+    min_replicas: Annotated[int | None, typer.Option(min=0, help="Replicas kept active whatever the load.")] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=0, help="Most replicas active at a time; 0: no bound.")
+    ] = None,
+    priority: Annotated[float | None, typer.Option(min=0, help="Weight against other models in placement.")] = None,
+    ttft_p95_ms: Annotated[float | None, typer.Option(min=0, help="Target: p95 time to first token; 0: none.")] = None,
+    tpot_ms: Annotated[float | None, typer.Option(min=0, help="Target: mean time per further token; 0: none.")] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=0, help="Most sequences at a time, of instances woken from now on.")
+    ] = None,
+    output: OutputOption = None,
+) -> None:
+    """Change what is wanted of a deployed model; what is not given stays as it is.
+
+    Examples:
+
+      warmctl models set qwen3-8b --min-replicas 1 --max-replicas 4
+
+      warmctl models set qwen3-8b --priority 2 --ttft-p95-ms 500
+    """
+    wishes = {"min_replicas": min_replicas, "max_replicas": max_replicas, "priority": priority}
+    targets = {"ttft_p95_ms": ttft_p95_ms, "tpot_ms": tpot_ms}
+    if all(wish is None for wish in (*wishes.values(), *targets.values(), max_batch)):
+        raise typer.BadParameter("nothing to set: give at least one option, such as --min-replicas 1")
+
+    def change(spec: cluster_pb2.ModelSpec) -> None:
+        for name, wish in wishes.items():
+            if wish is not None:
+                setattr(spec, name, wish)
+        for name, wish in targets.items():
+            if wish is not None:
+                setattr(spec.target, name, wish)
+        if max_batch is not None:
+            spec.limits.max_batch = max_batch
+
+    _change(ctx, model, output, change)
+
+
+def _change(
+    ctx: typer.Context, model: str, output: Output | None, change: Callable[[cluster_pb2.ModelSpec], None]
+) -> None:
+    """Changes a spec, checks it, and says what has changed."""
+    target = target_of(ctx, output)
+
+    def changed(spec: cluster_pb2.ModelSpec) -> None:
+        change(spec)
+        try:
+            check_wishes(spec)
+        except ValueError as error:
+            raise CommandError(f"{model} stays as it is: {error}") from error
+
+    async def action(store: Store) -> tuple[cluster_pb2.ModelSpec, cluster_pb2.ModelSpec]:
+        key = target.keys.model(model)
+        if await store.get(key, cluster_pb2.ModelSpec) is None:
+            raise CommandError(views.not_deployed(model, await read_state(store, target.keys)))
+        return await edit(store, key, cluster_pb2.ModelSpec, changed, f"{model} was undeployed just now")
+
+    before, after = run(target, action)
+    show(target, plain(after), lambda: _difference(before, after))
+
+
+def _difference(before: cluster_pb2.ModelSpec, after: cluster_pb2.ModelSpec) -> str:
+    """ "qwen: min_replicas 0 -> 1, ttft_p95_ms 0 -> 500." """
+    pairs = [(before, after), (before.target, after.target), (before.limits, after.limits)]
+    said = [
+        f"{field.name} {getattr(old, field.name):g} -> {getattr(new, field.name):g}"
+        for old, new in pairs
+        for field in new.DESCRIPTOR.fields
+        if field.cpp_type not in (field.CPPTYPE_MESSAGE, field.CPPTYPE_STRING)
+        and getattr(old, field.name) != getattr(new, field.name)
+    ]
+    return f"{after.name}: {', '.join(said)}." if said else f"{after.name} is so already; nothing has changed."
 
 
 @app.command("undeploy")

@@ -62,6 +62,7 @@ def model(description: ModelDescription, now_ms: int) -> RenderableType:
         ("context", f"{facts.get('context_tokens', 0)} tokens"),
         ("most sequences", _or(limits.get("max_batch"), "the agent's default")),
         ("replicas active", f"{spec['min_replicas']} to {_or(spec['max_replicas'], 'any number')}"),
+        ("replicas pinned", _or(spec["pinned_replicas"], "none")),
         ("priority", f"{spec['priority'] or 1:g}"),
         ("TTFT p95 target", units.duration(target["ttft_p95_ms"]) if target.get("ttft_p95_ms") else "none"),
         ("time per token target", units.duration(target["tpot_ms"]) if target.get("tpot_ms") else "none"),
@@ -150,6 +151,10 @@ def explanation(view: Explanation, now_ms: int) -> RenderableType:
             ("had", f"{outlook['active_replicas']} active; {outlook['warm_replicas']} warm once the plan is done"),
             ("reason", _cause(reason)),
         ]
+        if outlook["capacity"]:
+            carried = f"{outlook['capacity']} requests each ({outlook['capacity_source']})"
+            rows.append(("instances carry", carried))
+        rows += [("won" if other["won"] else "lost", competitor(other)) for other in view.competitors]
     if view.forecast is not None:
         mean, peak = view.forecast["mean_load"] or {}, view.forecast["peak_load"] or {}
         text = (
@@ -163,12 +168,21 @@ def explanation(view: Explanation, now_ms: int) -> RenderableType:
         table = make_table("THE PLAN'S ACTIONS", "WHERE", "WHY")
         for action in view.actions:
             where = " + ".join((action["group"] or {}).get("agent_ids", []))
-            table.add_row(action["kind"], where, _because(action["reason"] or {}))
+            table.add_row(action["kind"], where, because(action["reason"] or {}))
         parts += ["", table]
     parts += ["", _replicas(view.replicas, now_ms)]
     if view.events is not None:
         parts += ["", _events(view.events, now_ms) if view.events else "No events about it."]
     return Group(*parts)
+
+
+def competitor(other: Plain) -> str:
+    """ "against qwen on g0, worth 0.25 s of waiting to it"."""
+    where = " + ".join((other["group"] or {}).get("agent_ids", []))
+    place = f" on {where}" if where else ""
+    return (
+        f"{'against' if other['won'] else 'to'} {other['model']}{place}, worth {other['score']:.3g} s of waiting to it"
+    )
 
 
 def event_line(event: Plain) -> RenderableType:
@@ -179,7 +193,7 @@ def event_line(event: Plain) -> RenderableType:
     parts += [f" on {' + '.join(event['agent_ids'])}"] if event["agent_ids"] else []
     parts += [f" in {units.duration(event['duration_ms'])}"] if event["duration_ms"] else []
     parts += [f" ({units.size(event['bytes'])})"] if event["bytes"] else []
-    why = _because(event["reason"] or {})
+    why = because(event["reason"] or {})
     return Text.assemble(*parts, f": {why}" if why else "")
 
 
@@ -197,7 +211,7 @@ def _replicas(found: Sequence[Replica], now_ms: int) -> RenderableType:
             units.size(replica.weight_bytes),
             units.size(replica.kv_bytes) if replica.kv_bytes else "-",
             replica.tier if replica.residency < 1 else "-",
-            _because(replica.reason),
+            because(replica.reason),
         )
     return table
 
@@ -210,7 +224,7 @@ def _events(found: Iterable[Plain], now_ms: int) -> Table:
             event["kind"],
             " + ".join(event["agent_ids"]),
             units.duration(event["duration_ms"]) if event["duration_ms"] else "",
-            _because(event["reason"] or {}),
+            because(event["reason"] or {}),
         )
     return table
 
@@ -234,7 +248,8 @@ def _arena(agent: AgentSummary) -> str:
     return f"{drawn} {units.share(used / agent.pages_total if agent.pages_total else 0)}"
 
 
-def _because(reason: Plain) -> str:
+def because(reason: Plain) -> str:
+    """A reason's sentence, or its cause, and whom it serves."""
     text = str(reason.get("text") or _cause(reason))
     return f"{text} (for {reason['by_model']})" if reason.get("by_model") and reason["by_model"] not in text else text
 

@@ -30,6 +30,7 @@ class ClusterState:
     forecasters: dict[str, cluster_pb2.ForecasterRecord] = field(default_factory=dict)
     calendar: dict[str, cluster_pb2.CalendarEntry] = field(default_factory=dict)
     """By model/id."""
+    mode: cluster_pb2.PlacerMode | None = None
     plan: cluster_pb2.Plan | None = None
     leader: cluster_pb2.LeaderRecord | None = None
     unreadable: list[str] = field(default_factory=list)
@@ -66,6 +67,7 @@ def parse_state(changes: Iterable[Change], keys: Keys) -> ClusterState:
     state.forecasts = under(keys.forecasts(), cluster_pb2.Forecast)
     state.forecasters = under(keys.forecasters(), cluster_pb2.ForecasterRecord)
     state.calendar = under(keys.calendars(), cluster_pb2.CalendarEntry)
+    state.mode = under(keys.placer_mode(), cluster_pb2.PlacerMode).get("")
     state.plan = under(keys.plan(), cluster_pb2.Plan).get("")
     state.leader = under(keys.placer_leader(), cluster_pb2.LeaderRecord).get("")
     return state

@@ -118,6 +118,8 @@ class Explanation:
     """What the newest plan does about it, in order."""
     forecast: Plain | None
     """The forecast of the current window."""
+    competitors: list[Plain]
+    """The models it won memory from or lost it to, the dearest first."""
     replicas: list[Replica]
     events: list[Plain] | None
     """The newest events, oldest first; None where Redis was not asked or did not answer."""
@@ -291,6 +293,7 @@ def explain(state: ClusterState, model: str, events: list[cluster_pb2.Event] | N
         planner=plan.planner,
         actions=[plain(action) for action in plan.actions if action.model == model],
         forecast=_current_window(forecast, now_ms) if forecast is not None else None,
+        competitors=[plain(competitor) for competitor in outlook.competitors] if outlook is not None else [],
         replicas=own,
         events=None if events is None else [plain(event) for event in events],
     )
@@ -329,11 +332,18 @@ def status(state: ClusterState, etcd_version: str) -> Status:
     )
 
 
+def advisory(state: ClusterState) -> bool:
+    """Whether plans are shown only: an operator has said so, or the placer was started so."""
+    return (state.mode is not None and state.mode.advisory) or (state.plan is not None and state.plan.advisory)
+
+
 def obstacles(state: ClusterState) -> list[str]:
     """What keeps the cluster as a whole from serving or from placing anything anew."""
     notes = []
     if state.leader is None:
         notes.append("no placer leads: nothing is placed anew until one does")
+    elif advisory(state):
+        notes.append("the placer only advises: plans are shown and not carried out (warmctl plan advisory)")
     usable = [
         agent for agent in agent_summaries(state) if agent.registered and not agent.control and not agent.stopping
     ]
