@@ -58,14 +58,14 @@ class _Planner:
         self._rule = rule(self._board)  # what models need and replicas are worth, without what was cleared away
 
     def plan(self) -> Plan:
-        self._wake()
+        self._wake(self._models)
         self._drain_low_load()
         prewarming = self._rule.prewarm()
         self._actions += prewarming.actions
         return self._done(self._models, prewarming)
 
     def wake(self, name: str) -> Plan:
-        self._wake()
+        self._wake([model for model in self._models if model.waiting])
         return self._done([model for model in self._models if model.name == name], Prewarming())
 
     def _done(self, told: list[Model], prewarming: Prewarming) -> Plan:
@@ -105,9 +105,9 @@ class _Planner:
 
     # Instances
 
-    def _wake(self) -> None:
+    def _wake(self, models: list[Model]) -> None:
         # Who has waited longest, weighted by priority, chooses first and keeps what is being freed for it.
-        for model in sorted(self._models, key=lambda m: (-m.waited_s * m.priority, -m.waiting, m.name)):
+        for model in sorted(models, key=lambda m: (-m.waited_s * m.priority, -m.waiting, m.name)):
             while (wish := self._wish(model)) is not None:
                 decision = choose(self._board, self._rule, model, wish)
                 self._wakes.setdefault(model.name, decision.wake)
