@@ -18,7 +18,7 @@ from services.forecaster.predictors import LEVELS
 
 ROUNDS = 200
 _MEDIAN_LEAVES = 31  # a median bears more detail than what is far from it
-_OFFSET = 0.05  # scales added before logarithms, for windows without traffic
+_OFFSET = 0.02  # scales added before roots, which are steep near 0
 _CLASSES = 4
 _FACTORS = (1.0, 4.0)  # calibration never narrows a spread: two days show too little to be bolder than all days
 _AIMS = (0.9, 0.993)  # coverage that p90 and p99 are calibrated to; two days hold few of the rarest windows
@@ -62,28 +62,29 @@ class Calibration:
 @dataclass(frozen=True)
 class Boosters:
     """One model per level for what is added to the last windows' level; the median is the mean of its own and of one
-    for what that level is multiplied by, for each is better where the other is not."""
+    for what is added to that level's root, for each is better where the other is not."""
 
     distance: int
     sums: tuple[lightgbm.Booster, ...]
-    ratio: lightgbm.Booster
+    root: lightgbm.Booster
 
     def quantiles(self, seen: Features) -> Floats:
         """Before calibration, in scales: (rows, 3), never negative, not crossing."""
         answers = np.stack([_predict(one, seen) for one in self.sums], axis=1)
         answers += seen.base[:, None] / self.distance
-        answers[:, 0] = (answers[:, 0] + np.exp(_predict(self.ratio, seen) + _log(seen.base)) - _OFFSET) / 2
+        root = _predict(self.root, seen) + _root(seen.base) / np.sqrt(self.distance)
+        answers[:, 0] = (answers[:, 0] + np.maximum(root, 0.0) ** 2 - _OFFSET) / 2
         return np.maximum.accumulate(np.maximum(answers, 0.0), axis=1)
 
     def to_texts(self) -> list[str]:
         """What `from_texts` reads."""
-        return [one.model_to_string() for one in (*self.sums, self.ratio)]
+        return [one.model_to_string() for one in (*self.sums, self.root)]
 
     @staticmethod
     def from_texts(distance: int, texts: list[str]) -> Boosters:
         """Raises lightgbm.basic.LightGBMError where a text is no model."""
-        *sums, ratio = (lightgbm.Booster(model_str=text) for text in texts)
-        return Boosters(distance, tuple(sums), ratio)
+        *sums, root = (lightgbm.Booster(model_str=text) for text in texts)
+        return Boosters(distance, tuple(sums), root)
 
 
 def learn(seen: Features, actual: Floats, distance: int, pool: Executor) -> Boosters:
@@ -93,10 +94,10 @@ def learn(seen: Features, actual: Floats, distance: int, pool: Executor) -> Boos
     weight = seen.scale**_WEIGHT
     # The further ahead, the less the last windows say by themselves.
     sums = _dataset(seen, actual - seen.base / distance, weight)
-    ratios = _dataset(seen, _log(actual) - _log(seen.base), weight * np.maximum(seen.base, _OFFSET))
+    roots = _dataset(seen, _root(actual) - _root(seen.base) / np.sqrt(distance), weight * _root(seen.base))
     jobs = [pool.submit(_boost, sums, level) for level in LEVELS]
-    ratio = pool.submit(_boost, ratios, LEVELS[0])
-    return Boosters(distance, tuple(job.result() for job in jobs), ratio.result())
+    root = pool.submit(_boost, roots, LEVELS[0])
+    return Boosters(distance, tuple(job.result() for job in jobs), root.result())
 
 
 def calibrate(boosters: Boosters, seen: Features, actual: Floats) -> Calibration:
@@ -111,12 +112,18 @@ def calibrate(boosters: Boosters, seen: Features, actual: Floats) -> Calibration
     for column, aim in enumerate(_AIMS):
         spread = np.maximum(quantiles[:, column + 1] - quantiles[:, 0], TINY)
         score = (actual - quantiles[:, 0]) / spread
+        of_all = _reach(score, aim)
         for number in range(_CLASSES):
             of_class = score[classes == number]
-            if len(of_class):
-                reach = min(1.0, aim * (1 + 1 / len(of_class)))
-                factors[number, column] = np.clip(np.quantile(of_class, reach), *_FACTORS)
+            own = _reach(of_class, aim) if len(of_class) else of_all
+            # Two days tell a class's own factor from that of all only half.
+            factors[number, column] = np.clip(np.sqrt(own * of_all), *_FACTORS)
     return Calibration(edges, factors)
+
+
+def _reach(score: Floats, aim: float) -> float:
+    """The factor that covers a share `aim` of windows, and one more for there being finitely many."""
+    return max(float(np.quantile(score, min(1.0, aim * (1 + 1 / len(score))))), TINY)
 
 
 def _predict(booster: lightgbm.Booster, seen: Features) -> Floats:
@@ -132,6 +139,6 @@ def _boost(data: lightgbm.Dataset, level: float) -> lightgbm.Booster:
     return lightgbm.train({**_PARAMETERS, "alpha": level, "num_leaves": leaves}, data, ROUNDS)
 
 
-def _log(value: Floats) -> Floats:
-    logarithm: Floats = np.log(np.maximum(value, 0.0) + _OFFSET)
-    return logarithm
+def _root(value: Floats) -> Floats:
+    root: Floats = np.sqrt(np.maximum(value, 0.0) + _OFFSET)
+    return root

@@ -110,7 +110,8 @@ def _levels(recent: Floats, usual: Floats) -> tuple[Floats, Floats]:
     for at in range(recent.shape[1]):
         level = np.where(by > _MIN_WEIGHT, sums / np.maximum(by, _MIN_WEIGHT), usual)
         carrier = carriers[:, at]
-        errors[:, at] = np.where(carrier > 0, whole[:, at] / np.where(carrier > 0, carrier, 1) - level, np.nan)
+        told = (carrier > 0) & (by > _MIN_WEIGHT)
+        errors[:, at] = np.where(told, whole[:, at] / np.where(told, carrier, 1) - level, np.nan)
         sums = sums * _KEEP + whole[:, at]
         by = by * _KEEP + carrier
     level = np.where(by > _MIN_WEIGHT, sums / np.maximum(by, _MIN_WEIGHT), usual)

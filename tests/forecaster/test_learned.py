@@ -13,20 +13,7 @@ from hypothesis.extra import numpy as hnp
 from services.forecaster.features import features
 from services.forecaster.learned import ANCHORS, MAX_HORIZON, LearnedPredictor, fit
 from services.forecaster.predictors import PublishedPredictor, last_values, seasonal_naive
-
-SEASON = 24
-
-
-def traffic(days: int, series: int = 12, seed: int = 0) -> np.ndarray:
-    """Daily curves with noise that lasts some windows, of sizes from 1 to 1000."""
-    rng = np.random.default_rng(seed)
-    at = np.arange(days * SEASON)
-    noise = rng.normal(0, 0.15, (series, len(at)))
-    for step in range(1, len(at)):
-        noise[:, step] += 0.8 * noise[:, step - 1]
-    phase = rng.uniform(0, 2 * np.pi, (series, 1))
-    curve = 1 + 0.7 * np.sin(2 * np.pi * at / SEASON + phase)
-    return np.geomspace(1, 1000, series)[:, None] * curve * np.exp(noise)
+from tests.forecaster.series import SEASON, traffic
 
 
 @functools.cache
