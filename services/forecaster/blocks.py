@@ -33,6 +33,16 @@ def unpack(data: bytes, *shape: int) -> Array:
     return values
 
 
+def pack_ids(ids: NDArray[np.int64]) -> bytes:
+    """Compresses numbers, best those that ascend."""
+    return zlib.compress(np.diff(ids, prepend=0).astype("<i4").tobytes(), 6)
+
+
+def unpack_ids(data: bytes) -> NDArray[np.int64]:
+    """What `pack_ids` compressed."""
+    return np.cumsum(np.frombuffer(zlib.decompress(data), "<i4"), dtype=np.int64)
+
+
 def joined(values: NDArray[np.floating], factor: int) -> Array:
     """Joins every `factor` windows into one: means, and of the peak the maximum, over those that are known.
 

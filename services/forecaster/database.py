@@ -17,9 +17,11 @@ create table models (id integer primary key autoincrement, name text not null un
 create table windows (window integer primary key, times integer not null, total_s real not null, missing text not null);
 -- The newest windows: all models of a window in one row.
 create table recent (window integer primary key, models blob not null, data blob not null);
--- All others: a block of windows of one model in one row. id = block << 20 | model.
+-- All others: a block of windows of one model in one row, id = block << 20 | model. Those that were joined (spans says
+-- how many) are in a table of their own, to which they are only ever added at the end, so that its pages are full.
 create table spans (block integer primary key, joined integer not null);
 create table blocks (id integer primary key, data blob not null);
+create table hours (id integer primary key, data blob not null);
 -- Forecasts of the past: all models of a window, as forecast so many windows before. id = window << 4 | ahead.
 create table forecasts (id integer primary key, models blob not null, data blob not null);
 create table announcements (
@@ -49,6 +51,7 @@ class Database:
             raise
 
     def _open(self) -> None:
+        self._db.execute("pragma page_size=16384")  # of a new file: rows of some kB fill it well
         self._db.execute("pragma journal_mode=wal")
         self._db.execute("pragma synchronous=normal")
         with self.transaction() as db:

@@ -8,19 +8,19 @@ count blocks that hold something, and no clock: one that leaps ahead makes nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from services.forecaster.blocks import BLOCK, Array, hourly, joined, pack, unpack
+from services.forecaster.blocks import BLOCK, Array, hourly, joined, pack, pack_ids, unpack, unpack_ids
 from services.forecaster.database import Database
 from services.forecaster.predictors import QUANTITIES, Floats
 
 _WIDTH = len(QUANTITIES)
 _BITS = 15
+_FEW = 20  # models that are read one by one
 _MODELS = 1 << 20  # more cannot be told apart in the number of a block's row
 
 
@@ -43,6 +43,7 @@ class History:
         self._full = math.ceil(full_s / span) + 1
         self._keep = max(self._full, math.ceil(keep_s / span) + 1)
         self._factor = hourly(database.window_s)
+        self._cache: dict[int, tuple[int, NDArray[np.int64], Array]] = {}  # blocks as read, of all their models
         if database.old_format:
             self._migrate()
 
@@ -106,10 +107,13 @@ class History:
             rows = {ids[name]: row for row, name in enumerate(models) if name in ids}
             for block in range(first // BLOCK, last // BLOCK + 1):
                 begin, end = max(first, block * BLOCK), min(last + 1, (block + 1) * BLOCK)
-                for number, _, part in self._read_block(block, rows):
-                    whole = np.repeat(part, BLOCK // len(part), axis=0)
-                    inside = slice(begin - block * BLOCK, end - block * BLOCK)
-                    values[rows[number], begin - first : end - first] = whole[inside]
+                factor, numbers, parts = self._block(block, rows)
+                chosen = [(rows[number], at) for at, number in enumerate(numbers.tolist()) if number in rows]
+                if chosen:
+                    to, source = np.array(chosen).T
+                    whole = np.repeat(parts[source], factor, axis=1) if factor > 1 else parts[source]
+                    values[to, begin - first : end - first] = whole[:, begin - block * BLOCK : end - block * BLOCK]
+            self._cache = {block: kept for block, kept in self._cache.items() if block >= first // BLOCK}
             for window, recent_ids, recent in self._recent(first, last):
                 chosen = [(rows[number], row) for row, number in enumerate(recent_ids.tolist()) if number in rows]
                 if chosen:
@@ -127,7 +131,8 @@ class History:
                 return []
             spans = "select block from spans where block between ? and ? order by block"
             for (block,) in db.execute(spans, (first // BLOCK, last // BLOCK)).fetchall():
-                for _, factor, part in self._read_block(block, {number: 0}):
+                factor, _, parts = self._block(block, {number})
+                for part in parts:
                     for row in np.flatnonzero(~np.isnan(part[:, 0])).tolist():
                         found[block * BLOCK + row * factor] = (factor, part[row].tolist())
             for window, ids, values in self._recent(first, last):
@@ -151,40 +156,47 @@ class History:
         """Whether anything was ever recorded of a model."""
         return model in self._database.known_ids()
 
-    def _read_block(self, block: int, ids: Iterable[int]) -> list[tuple[int, int, Array]]:
-        """Of those models that are in it: number, windows joined into one, values."""
-        wanted = set(ids)
+    def _block(self, block: int, ids: Collection[int]) -> tuple[int, NDArray[np.int64], Array]:
+        """Of a block: how many windows are joined into one, the numbers of the models in it (of those asked for at
+        least), and their windows, shape (models, windows, 5)."""
         with self._database.reading() as db:
             span = db.execute("select joined from spans where block = ?", (block,)).fetchone()
-            if span is None:
-                return []
-            factor = span[0]
-            if len(wanted) > 20:
-                between = (block * _MODELS, (block + 1) * _MODELS)
-                rows = db.execute("select id, data from blocks where id >= ? and id < ?", between).fetchall()
+            factor = 1 if span is None else span[0]
+            few = len(ids) <= _FEW
+            if not few and block in self._cache:
+                return self._cache[block]
+            if few:
+                one = f"select id, data from {_table(factor)} where id = ?"
+                rows = [row for number in ids for row in db.execute(one, (block * _MODELS + number,))]
             else:
-                one = "select id, data from blocks where id = ?"
-                rows = [row for number in wanted for row in db.execute(one, (block * _MODELS + number,))]
-        return [
-            (row % _MODELS, factor, unpack(data, BLOCK // factor, _WIDTH))
-            for row, data in rows
-            if row % _MODELS in wanted
-        ]
+                rows = self._rows(block, factor)
+            numbers = np.array([row % _MODELS for row, _ in rows], np.int64)
+            values = np.empty((len(rows), BLOCK // factor, _WIDTH), np.float32)
+            for at, (_, data) in enumerate(rows):
+                values[at] = unpack(data, BLOCK // factor, _WIDTH)
+            if not few and span is not None:
+                self._cache[block] = (factor, numbers, values)
+            return factor, numbers, values
+
+    def _rows(self, block: int, factor: int) -> list[tuple[int, bytes]]:
+        with self._database.reading() as db:
+            between = (block * _MODELS, (block + 1) * _MODELS)
+            return db.execute(f"select id, data from {_table(factor)} where id >= ? and id < ?", between).fetchall()
 
     def _recent(self, first: int, last: int) -> list[tuple[int, NDArray[np.int64], Array]]:
         with self._database.reading() as db:
             rows = db.execute(
                 "select window, models, data from recent where window between ? and ?", (first, last)
             ).fetchall()
-        return [(window, np.frombuffer(models, "<i8"), unpack(data, -1, _WIDTH)) for window, models, data in rows]
+        return [(window, unpack_ids(models), unpack(data, -1, _WIDTH)) for window, models, data in rows]
 
     def _write_recent(self, window: int, values: dict[int, Array]) -> None:
         with self._database.transaction() as db:
             for _, ids, before in self._recent(window, window):
                 values = {**dict(zip(ids.tolist(), before, strict=True)), **values}
-            ids = np.array(list(values), "<i8")
-            data = pack(np.array(list(values.values())), _BITS)
-            db.execute("insert or replace into recent values (?, ?, ?)", (window, ids.tobytes(), data))
+            ids = np.array(sorted(values))
+            data = pack(np.array([values[number] for number in ids.tolist()]), _BITS)
+            db.execute("insert or replace into recent values (?, ?, ?)", (window, pack_ids(ids), data))
 
     def _file_away(self, before: int | None) -> None:
         """Puts the newest windows, or those before a number, into blocks."""
@@ -211,9 +223,11 @@ class History:
             db.execute("insert or ignore into spans values (?, 1)", (block,))
             factor = db.execute("select joined from spans where block = ?", (block,)).fetchone()[0]
             part = joined(part, factor) if factor > 1 else part
-            for _, _, before in self._read_block(block, {number}):
+            for before in self._block(block, {number})[2]:
                 part = np.where(np.isnan(part), before, part)
-            db.execute("insert or replace into blocks values (?, ?)", (block * _MODELS + number, pack(part, _BITS)))
+            row = (block * _MODELS + number, pack(part, _BITS))
+            db.execute(f"insert or replace into {_table(factor)} values (?, ?)", row)
+            self._cache.pop(block, None)
 
     def _grow_old(self) -> None:
         """Joins windows of old blocks into hours, and forgets the oldest."""
@@ -221,20 +235,27 @@ class History:
             spans = db.execute("select block, joined from spans order by block desc").fetchall()
             for block, factor in spans[self._full : self._keep]:
                 if factor == 1 and self._factor > 1:
-                    between = (block * _MODELS, (block + 1) * _MODELS)
-                    rows = db.execute("select id, data from blocks where id >= ? and id < ?", between).fetchall()
-                    new = [(pack(joined(unpack(data, BLOCK, _WIDTH), self._factor), _BITS), row) for row, data in rows]
-                    db.executemany("update blocks set data = ? where id = ?", new)
+                    new = [
+                        (row, pack(joined(unpack(data, BLOCK, _WIDTH), self._factor), _BITS))
+                        for row, data in self._rows(block, factor)
+                    ]
+                    db.executemany("insert or replace into hours values (?, ?)", new)
                     db.execute("update spans set joined = ? where block = ?", (self._factor, block))
-            for block, _ in spans[self._keep :]:
-                db.execute("delete from blocks where id >= ? and id < ?", (block * _MODELS, (block + 1) * _MODELS))
+                    self._delete(block, "blocks")
+            for block, factor in spans[self._keep :]:
+                self._delete(block, _table(factor))
                 db.execute("delete from spans where block = ?", (block,))
             if spans[self._keep :]:
                 # Models of which nothing is left.
-                left = {row % _MODELS for (row,) in db.execute("select id from blocks")}
+                left = {row % _MODELS for (row,) in db.execute("select id from blocks union all select id from hours")}
                 left |= {number for _, ids, _ in self._recent(0, 1 << 62) for number in ids.tolist()}
                 gone = set(self._database.known_ids().values()) - left
                 db.executemany("delete from models where id = ?", [(number,) for number in gone])
+
+    def _delete(self, block: int, table: str) -> None:
+        with self._database.transaction() as db:
+            db.execute(f"delete from {table} where id >= ? and id < ?", (block * _MODELS, (block + 1) * _MODELS))
+            self._cache.pop(block, None)
 
     def _migrate(self) -> None:
         """Takes over what the first version of this program recorded, one row per model and window."""
@@ -254,6 +275,5 @@ class History:
             db.execute("drop table old_windows")
 
 
-def open_history(folder: Path, window_s: float, full_s: float, keep_s: float) -> History:
-    """The history in a folder, made where there is none. ValueError: see Database."""
-    return History(Database(folder, window_s), full_s, keep_s)
+def _table(factor: int) -> str:
+    return "blocks" if factor == 1 else "hours"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from services.forecaster.blocks import pack, unpack
+from services.forecaster.blocks import pack, pack_ids, unpack, unpack_ids
 from services.forecaster.database import Database
 from services.forecaster.predictors import LEVELS, PEAK_LOAD, Floats
 from warmserve.v1 import cluster_pb2, forecast_pb2
@@ -33,7 +33,7 @@ class PastForecasts:
         if not models:
             return
         with self._database.transaction() as db:
-            ids = np.array(self._database.model_ids(list(models)), "<i8")
+            ids = np.array(self._database.model_ids(list(models)))
             loads = quantiles[:, :, :_LOADS]
             rows = [(first + step, step + 1, ids, loads[:, step]) for step in range(loads.shape[1])]
             moved = (unraised[:, 0] != quantiles[:, 0]).any(axis=(1, 2))
@@ -41,7 +41,7 @@ class PastForecasts:
                 rows.append((first, _UNRAISED, ids[moved], unraised[moved, 0, :_LOADS]))
             db.executemany(
                 "insert or ignore into forecasts values (?, ?, ?)",
-                [(window << 4 | ahead, ids.tobytes(), pack(values, _BITS)) for window, ahead, ids, values in rows],
+                [(window << 4 | ahead, pack_ids(ids), pack(values, _BITS)) for window, ahead, ids, values in rows],
             )
             self._saved += 1
             if self._saved % _TRIM_EVERY == 1:
@@ -75,7 +75,7 @@ class PastForecasts:
         with self._database.reading() as db:
             names = {number: name for name, number in self._database.known_ids().items()}
             rows = db.execute("select distinct models from forecasts where id & 15 = 1").fetchall()
-        numbers = {number for (ids,) in rows for number in np.frombuffer(ids, "<i8").tolist()}
+        numbers = {number for (ids,) in rows for number in unpack_ids(ids).tolist()}
         return sorted(names[number] for number in numbers if number in names)
 
     def _read(self, models: Sequence[str], first: int, last: int, ahead: int) -> Floats:
@@ -88,7 +88,7 @@ class PastForecasts:
                 (first << 4, last << 4 | 15, ahead),
             )
             for number, saved, data in rows:
-                saved_ids = np.frombuffer(saved, "<i8")
+                saved_ids = unpack_ids(saved)
                 chosen = [(wanted[one], at) for at, one in enumerate(saved_ids.tolist()) if one in wanted]
                 if chosen:
                     to, source = np.array(chosen).T
