@@ -11,13 +11,16 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from services.placer.layout import Agents, Item, Layout, Seat
+from services.placer.snapshot import Rules
 
 _LEAST_GAIN = 1e-9  # of the value
 _SMALL = 8  # agents: so few are searched more thoroughly
 _FEW = 8  # places that are looked at where there are many
 _GUESTS = 8  # models from elsewhere that are tried when a part is put back
-_SHUFFLES = 6  # further orders tried on small clusters
-Order = Callable[[Seat], float]  # the higher, the earlier
+_LEAST_SHARE = 0.1  # of a replica that is worth a load
+_SHUFFLES = 8  # further orders tried on small clusters
+_LEFT_OUT = 0.2  # share of the models that such an order leaves out
+Order = Callable[[Seat], float]  # the higher, the earlier; below 0: not at all
 
 
 class Search:
@@ -28,14 +31,14 @@ class Search:
         layout: Layout,
         seats: Sequence[Seat],
         places: Mapping[int, Sequence[Agents]],
-        least_chance: float,
+        rules: Rules,
         effort: int,
     ) -> None:
         """`places`: per number of agents, the groups on which replicas of so many may lie."""
         self._layout = layout
         self._seats = seats
         self._places = places
-        self._least_chance = least_chance
+        self._rules = rules
         self._effort = effort
         self._index = {id(seat): i for i, seat in enumerate(seats)}
         self._over = {size: {agent: group for group in groups for agent in group} for size, groups in places.items()}
@@ -54,7 +57,7 @@ class Search:
         self._guests = self._unplaced()[:_GUESTS]
         orders: list[Order] = [self._density, self._worth]
         if self._small:
-            orders += [self._size, *(self._shuffled(i) for i in range(_SHUFFLES))]
+            orders += [self._size, *(self._shuffled(i) for i in range(1, _SHUFFLES + 1))]
         improved = True
         while improved and self._effort > 0:
             improved = False
@@ -96,7 +99,7 @@ class Search:
         rank, model = seat.whole, seat.stakes.model
         if model.max_replicas and rank >= model.max_replicas:
             return False
-        return seat.stakes.chance(rank) >= self._least_chance and self._worth(seat) > 0
+        return seat.stakes.chance(rank) >= self._rules.least_chance and self._worth(seat) > 0
 
     def fill(self, seats: Iterable[Seat]) -> None:
         """Adds what fits, the most valuable per page first."""
@@ -110,19 +113,20 @@ class Search:
                 heapq.heappush(queue, (-self._density(seat), index))
 
     def _complete(self, seat: Seat) -> bool:
-        """Makes a partly resident replica whole, if there is room."""
+        """Makes a partly resident replica whole, or fills it up where parts may be loaded, if there is room."""
         for item in seat.order:
-            missing = item.pages - item.used
-            if missing and self._layout.room(item.agents) >= missing and item.agents not in seat.barred:
+            missing, room = item.pages - item.used, self._layout.room(item.agents)
+            enough = missing if not self._rules.partial_loads else min(missing, _LEAST_SHARE * item.pages)
+            if missing and room >= enough and item.agents not in seat.barred:
                 self._layout.remove(item)
-                self._layout.add(Item(seat, item.agents, item.pages, item.pages, item.fixed))
+                used = item.used + min(missing, room)
+                self._layout.add(Item(seat, item.agents, item.pages, used, item.fixed))
                 return True
         return False
 
     def _place(self, seat: Seat, places: Iterable[Agents]) -> Item | None:
         """Adds a replica at the best of these places; None where none gains anything."""
-        layout, wants, rank = self._layout, self.wants(seat), seat.whole
-        chance = seat.stakes.chance(rank)
+        layout, wants, whole = self._layout, self.wants(seat), seat.whole
         best: tuple[float, int] | None = None
         choice: Item | None = None
         for agents in places:
@@ -130,17 +134,29 @@ class Search:
             room = layout.room(agents)
             if room <= 0 or agents in seat.at or agents in seat.barred:
                 continue
-            pages, held = seat.pages_on(agents), seat.held.get(agents, 0)
-            used = pages if wants and room >= pages else held
-            if not used or used > room:
+            pages = seat.pages_on(agents)
+            used = self._usable(seat, agents, pages, room, wants)
+            if not used:
                 continue
-            gain = layout.gain(layout.worth(seat, rank, agents, used), chance, agents)
+            rank = whole
+            if used < pages:
+                rank += sum(used / pages <= item.used / item.pages < 1 for item in seat.order)
+            gain = layout.gain(layout.worth(seat, rank, agents, used), seat.stakes.chance(rank), agents)
             rating = (gain, -room)  # of equal ones the fullest, so that large rooms stay
             if gain > 0 and (best is None or rating > best):
                 best, choice = rating, Item(seat, agents, pages, used)
         if choice is not None:
             layout.add(choice)
         return choice
+
+    def _usable(self, seat: Seat, agents: Agents, pages: int, room: int, wants: bool) -> int:
+        """Pages that a new replica of a model would have on a group, 0 where none should lie there."""
+        held = seat.held.get(agents, 0)
+        if wants and room >= pages:
+            return pages
+        if wants and self._rules.partial_loads and room >= max(held, _LEAST_SHARE * pages):
+            return room
+        return held if held <= room else 0
 
     def _coolest(self, seat: Seat) -> list[Agents]:
         """Places with room for a replica; where there are many, some where little is likely to be woken."""
@@ -155,8 +171,9 @@ class Search:
             self._fresh[size] = 1 + len(self._open[size]) // 16
         self._fresh[size] -= 1
         found = []
+        least = _LEAST_SHARE if self._rules.partial_loads else 1.0
         for agents in self._open[size]:
-            if self._layout.room(agents) >= seat.pages_on(agents) and agents not in seat.at:
+            if self._layout.room(agents) >= least * seat.pages_on(agents) and agents not in seat.at:
                 found.append(agents)
                 if len(found) == _FEW:
                     break
@@ -215,6 +232,7 @@ class Search:
         seats = [item.seat for item in removed]
         present = {id(seat) for seat in seats}
         seats += [seat for seat in self._guests if id(seat) not in present and self.wants(seat)]
+        seats = [seat for seat in seats if order(seat) >= 0]
         seats.sort(key=lambda seat: (-order(seat), self._index[id(seat)]))
         if guest is not None:
             seats.insert(0, guest)
@@ -260,10 +278,10 @@ class Search:
         return self._worth(seat) / max(1, self._size(seat))
 
     def _shuffled(self, number: int) -> Order:
-        """By density, each model's changed by a factor of its own."""
+        """By density, each model's changed by a factor of its own; some models are left out."""
 
         def order(seat: Seat) -> float:
-            mixed = (self._index[id(seat)] * 7919 + number * 104729 + 12345) * 2654435761 % 2**32 / 2**32
-            return self._density(seat) * 4 ** (mixed - 0.5)
+            mixed = (self._index[id(seat)] * 7919 + number * 104729) * 2654435761 % 2**32 / 2**32
+            return self._density(seat) * 4**mixed if mixed > _LEFT_OUT else -1.0
 
         return order

@@ -69,7 +69,7 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
             if not serves(replica):
                 _take(layout, there, replica.pages)
     effort = _EFFORT + _EFFORT_PER_AGENT * len(agents)
-    search = Search(layout, list(seats.values()), places, snapshot.rules.least_chance, effort)
+    search = Search(layout, list(seats.values()), places, snapshot.rules, effort)
     unpinned = {}
     for name, seat in seats.items():
         missing = seat.stakes.model.pinned - seat.serving

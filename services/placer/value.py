@@ -168,7 +168,9 @@ def usable(snapshot: Snapshot, replica: Replica) -> bool:
 
 def share(replica: Replica) -> float:
     """The share that is resident once loads and drains in progress have ended."""
-    return replica.residency if replica.state is State.WARM else 1.0
+    if replica.state is State.WARM:
+        return replica.residency
+    return replica.pages / replica.shard_pages if replica.shard_pages else 1.0
 
 
 def beside(replica: Replica, there: Iterable[Replica]) -> int:
