@@ -310,6 +310,7 @@ async def measure(wakes: int) -> list[Row]:
             async with running(agents, resident + models // 2 if full else models, resident) as cluster:
                 await run(cluster, 20)  # connections, caches
                 found += rows(f"{agents} GPUs, {what}", await run(cluster, wakes))
+            print(f"{found[-2].what}: {found[-2].value:.2f} ms, p99 {found[-1].value:.2f} ms", file=sys.stderr)
     return found
 
 

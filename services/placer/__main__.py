@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from services.common.process import Node, run
 from services.common.telemetry import logger
 from services.placer.mirrors import Mirrors
@@ -10,6 +12,7 @@ from services.placer.settings import PlacerSettings
 from warmserve.v1 import placement_pb2, placement_pb2_grpc
 
 _log = logger(__name__)
+_SWITCH_S = 0.0005  # a wake is decided while a plan is being made; Python's own 5 ms would be all the time it has
 
 
 async def serve(settings: PlacerSettings, node: Node) -> None:
@@ -37,6 +40,7 @@ async def serve(settings: PlacerSettings, node: Node) -> None:
 
 def main() -> None:
     """Entry point."""
+    sys.setswitchinterval(_SWITCH_S)
     run("placer", PlacerSettings, serve)
 
 

@@ -17,6 +17,7 @@ from services.placer.calls import AgentCalls
 from services.placer.decisions import Action, Plan
 from services.placer.measured import Capacity
 from services.placer.memory import Memory
+from services.placer.mending import Mending
 from services.placer.mirrors import Mirrors
 from services.placer.orders import Orders
 from services.placer.published import action_record, outlook_record
@@ -57,6 +58,7 @@ class Controller:
         self._mirrors = mirrors
         self._fence = fence
         self._memory = Memory()
+        self._mending = Mending()
         self._orders = Orders(self._memory, AgentCalls(settings.order_timeout_s), self._changed)
         self._counts: dict[str, QueueCounts] = {}
         self._told: dict[str, int] = {}  # waiting requests that routers told of, until Redis is asked next
@@ -121,6 +123,10 @@ class Controller:
     async def _round(self) -> None:
         await self._count()
         records, snapshot = self._look()
+        mending = self._mending.actions(records, self._orders.keys, time.monotonic())
+        if mending and not self.advisory:
+            self._orders.launch(mending, snapshot, records, self._fence)
+            records, snapshot = self._look()
         sent = self._orders.sent
         with _PLAN_SECONDS.labels("plan").time():
             plan = await asyncio.to_thread(planner.plan, snapshot)  # wakes are decided meanwhile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from prometheus_client import Counter
@@ -84,6 +84,11 @@ class Orders:
             left = [action for action in left if touched.isdisjoint(action.group)]
             touched.update(agent_id for action in lost for agent_id in action.group)  # what they make room for, too
         return left
+
+    @property
+    def keys(self) -> Collection[Key]:
+        """The replicas that orders on their way concern."""
+        return self._orders.keys()
 
     @property
     def actions(self) -> list[Action]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.placer.decisions import Action
@@ -60,31 +60,53 @@ def agents(records: Records) -> dict[str, Agent]:
 
 def replicas(records: Records) -> dict[Key, Replica]:
     """The replicas that are not cold, put together from their shards."""
+    slots = {record.id: record.slots for record in records.instances.values()}
+    found: dict[Key, Replica] = {}
     shards: defaultdict[Key, list[cluster_pb2.ResidentShard]] = defaultdict(list)
     for shard in records.shards:
-        if shard.state in _STATES:
-            shards[shard.model, tuple(shard.group.agent_ids)].append(shard)
-    return {key: _replica(records, key, parts) for key, parts in shards.items()}
+        state = _STATES.get(shard.state)
+        if state is None:
+            continue
+        key = (shard.model, tuple(shard.group.agent_ids))
+        if len(key[1]) == 1:  # most are: a wake waits for this, so they are not gone through again and again
+            found[key] = _replica(records, key, state, (shard,), slots)
+        else:
+            shards[key].append(shard)
+    for key, parts in shards.items():
+        state = _joint_state([_STATES[shard.state] for shard in parts], len(key[1]))
+        found[key] = _replica(records, key, state, parts, slots)
+    return found
 
 
-def _replica(records: Records, key: Key, shards: list[cluster_pb2.ResidentShard]) -> Replica:
+def _replica(
+    records: Records,
+    key: Key,
+    state: State,
+    shards: Sequence[cluster_pb2.ResidentShard],
+    slots: Mapping[str, int],
+) -> Replica:
     model, group = key
     spec = records.models.get(model)
-    pages = max(shard.pages_total for shard in shards)
+    first, whole = shards[0], len(shards) == len(group)
+    pages, resident = first.pages_total, first.pages_resident
+    kv_pages, running = first.pages_kv, first.running
+    for shard in shards[1:]:
+        pages, resident = max(pages, shard.pages_total), min(resident, shard.pages_resident)
+        kv_pages, running = max(kv_pages, shard.pages_kv), max(running, shard.running)
     if spec is not None:  # an agent that has not looked at the image yet says 0
-        sizes = [records.agents[shard_agent].page_bytes for shard_agent in group if shard_agent in records.agents]
-        pages = max([pages, *(-(-spec.facts.shard_bytes // size) for size in sizes if size)])
-    instance_ids = {shard.instance_id for shard in shards} - {""}
-    slots = [r.slots for r in records.instances.values() if r.id in instance_ids]
+        for agent_id in group:
+            record = records.agents.get(agent_id)
+            if record is not None and record.page_bytes:
+                pages = max(pages, -(-spec.facts.shard_bytes // record.page_bytes))
     return Replica(
         model=model,
         group=group,
-        state=_joint_state([_STATES[shard.state] for shard in shards], len(group)),
+        state=state,
         shard_pages=pages,
-        resident=min(shard.pages_resident for shard in shards) if len(shards) == len(group) else 0,
-        kv_pages=max(shard.pages_kv for shard in shards),
-        running=max(shard.running for shard in shards),
-        slots=max(slots, default=0),
+        resident=resident if whole else 0,
+        kv_pages=kv_pages,
+        running=running,
+        slots=max((slots.get(shard.instance_id, 0) for shard in shards), default=0),
     )
 
 
