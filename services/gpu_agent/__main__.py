@@ -12,7 +12,7 @@ from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.agent import Agent
 from services.gpu_agent.arena.arena import Arena
-from services.gpu_agent.device import open_backend, open_device
+from services.gpu_agent.device import open_backend, open_device, open_host_tier
 from services.gpu_agent.expectation import follow
 from services.gpu_agent.images import Images
 from services.gpu_agent.reports import Reports
@@ -32,7 +32,8 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     settings.image_dir.mkdir(parents=True, exist_ok=True)
     remove_unfinished(settings.image_dir)
     backend = open_backend(device, arena, settings.max_batch)
-    images = Images(settings, arena, backend)
+    tier = open_host_tier(settings, device)
+    images = Images(settings, arena, backend, tier)
     reports = Reports(settings.id, node.session, node.events, node.keys)
     queue = RequestQueue(node.redis, node.keys)
     agent = Agent(settings.id, arena, backend, images, queue, reports)

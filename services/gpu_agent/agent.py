@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from prometheus_client import Counter, Gauge
 
@@ -17,7 +17,7 @@ from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.device import is_fatal
 from services.gpu_agent.engine.backend import Backend
-from services.gpu_agent.images import Images
+from services.gpu_agent.images import Blueprint, Images
 from services.gpu_agent.loading import Loader
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.serving import Serving
@@ -66,11 +66,12 @@ class Agent:
         self._reports = reports
         self._backend = backend
         self._grown = 0
-        self._loader = Loader(arena, backend, images, reports.changed)
         self._stopping = False
         self._shards: dict[str, Shard] = {}
         self._transitions = Transitions(agent_id, reports)
         self._serving = Serving(agent_id, arena, queue, reports, self._transitions, self._shards)
+        look = self._serving.engine.look
+        self._loader = Loader(arena, backend, images, reports.changed, on_pages=look, on_near=self._serve_early)
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # fails when the device is lost
         reports.describe = self.residency
         self._taken_back: dict[str, tuple[int, str]] = {}  # pages by model, and who took the last; not yet told
@@ -107,6 +108,7 @@ class Agent:
             pages_weights=usage.weights,
             pages_lent=usage.lent,
             pages_promised=usage.promised,
+            host_tier=self._loader.host_tier(),
             shards=[
                 shard.to_proto(usage) for shard in self._shards.values() if shard.state != COLD or shard.reason.text
             ],
@@ -117,6 +119,10 @@ class Agent:
         """Says how many sequences the forecast has an instance of a model run at once."""
         self._serving.expect(model, sequences)
 
+    def prepared(self, blueprint: Blueprint) -> None:
+        """A model's image is on this node's disk: if there is room, it is taken into memory too."""
+        self._loader.keep(blueprint, 0.0)
+
     # Orders
 
     async def warm(self, spec: cluster_pb2.ModelSpec, group: common_pb2.Group, reason: common_pb2.Reason) -> Shard:
@@ -125,6 +131,7 @@ class Agent:
             if reason.score != shard.score:
                 shard.score = reason.score
                 shard.lend()
+                self._loader.appraise(shard)
                 self._reports.changed()
             if shard.state == COLD or (shard.state == WARM and not shard.complete):
                 self._begin_load(shard, reason, active=False)
@@ -162,6 +169,8 @@ class Agent:
         elif shard.state == WARMING and shard.wanted_active:
             shard.want(active=False)
             shard.reason = reason
+            if shard.server is not None:
+                shard.pausing = begin_task(shard.server.stop_pulling(), f"pause {shard.name}")
             self._reports.changed()
         return shard.state
 
@@ -204,6 +213,7 @@ class Agent:
         for shard in shards:
             self.drain(shard.name, reason)
         await asyncio.gather(*(self._abandon_load(shard) for shard in shards))
+        await self._loader.close()
         drains = [shard.task for shard in shards if shard.task is not None]
         if drains:
             await asyncio.wait(drains, timeout=grace_s)
@@ -297,6 +307,14 @@ class Agent:
                 await self._serving.preparing.ahead(shard)
                 if shard.complete or not shard.wanted_active or shard.abandoned.is_set():
                     break  # else pages were taken back before it was woken
+            if shard.pausing is not None:
+                await asyncio.wait([shard.pausing])
+                shard.pausing = None
+            if shard.retiring:
+                await self._failed(shard, RuntimeError("its instance failed"))
+                return
+            if shard.abandoned.is_set():
+                await self._serving.retire(shard, f"{shard.name} is not to serve here any more")
             self._transitions.rest(shard, shard.reason, None)
             if shard.abandoned.is_set():
                 return  # even if it was woken before that: its pages are about to go
@@ -306,11 +324,24 @@ class Agent:
             self._transitions.event(shard, cluster_pb2.EVENT_KIND_WARMED, took_ms, copied)
             if shard.wanted_active:
                 self._serving.activate(shard, shard.reason, lasted_ms=took_ms)
+            elif shard.server is not None:  # it is not wanted any more, but has begun
+                self._serving.drain(shard, shard.reason, cluster_pb2.EVENT_KIND_DRAINING)
         except (CheckpointError, ImageCorrupt, OutOfPages, OSError) as error:
-            self._transitions.failed(shard, error)
+            await self._failed(shard, error)
         except Exception as error:
-            self._transitions.failed(shard, error)  # whatever it is, the shard must not seem to be loading
+            await self._failed(shard, error)  # whatever it is, the shard must not seem to be loading
             raise
+
+    def _serve_early(self, shard: Shard) -> None:
+        """The last weights of a shard that is to wake are about to come: first prompts may be computed behind them."""
+        wanted = shard.state == WARMING and shard.wanted_active and not shard.abandoned.is_set()
+        if wanted and shard.server is None and not self._stopping:
+            with suppress(OutOfPages):  # it is tried again when all is there
+                self._serving.open(shard)
+
+    async def _failed(self, shard: Shard, error: Exception) -> None:
+        await self._serving.retire(shard, f"{shard.name} did not become ready: {error}")
+        self._transitions.failed(shard, error)
 
     @contextmanager
     def _device_watched(self) -> Iterator[None]:

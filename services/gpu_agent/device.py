@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ByteSize
 
 from services.common.telemetry import logger
 from services.gpu_agent.arena.arena import Arena
@@ -15,6 +17,7 @@ from services.gpu_agent.arena.memory import Memory
 from services.gpu_agent.engine.backend import Backend
 from services.gpu_agent.engine.host import HostBackend
 from services.gpu_agent.settings import GpuAgentSettings
+from services.gpu_agent.weights.host_tier import HostTier, Pin
 from warmserve.v1 import common_pb2
 
 _log = logger(__name__)
@@ -27,6 +30,7 @@ _PAGES = 1024  # an arena on a GPU has about as many, or more
 _WORKSPACE_SHARE = 16
 _LEAST_WORKSPACE = 512 * _MIB
 _MOST_WORKSPACE = 4096 * _MIB
+_HOST_TIER_SHARE = 4  # of the node's memory, one in so many bytes
 _CODE = 256 * _MIB  # what CUDA loads of kernels later on; it counts to no one's bound
 
 # Of what CUDA says, this leaves its context in order: the call was refused, or did not find enough memory. After any
@@ -60,6 +64,7 @@ class Device:
     device: torch.device
     device_name: str
     memory: Memory
+    pin: Pin | None  # registers host memory for copies; None where there is nothing to register it with
     workspace_bytes: int  # most that torch may take besides the arena; 0 where that is not bounded, on the host
 
 
@@ -86,6 +91,15 @@ def open_device(settings: GpuAgentSettings) -> Device:
         workspace_mib=device.workspace_bytes // _MIB,
     )
     return device
+
+
+def open_host_tier(settings: GpuAgentSettings, device: Device) -> HostTier:
+    """The node's images in memory. OSError where its folder cannot be used."""
+    budget = settings.host_tier_bytes
+    if budget is None:
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        budget = ByteSize(physical // _HOST_TIER_SHARE if device.backend == common_pb2.BACKEND_CUDA else 0)
+    return HostTier(settings.host_tier_dir, int(budget), device.pin)
 
 
 def open_backend(device: Device, arena: Arena, max_batch: int | None) -> Backend:
@@ -119,7 +133,7 @@ def is_fatal(error: BaseException) -> bool:
 def _open_host(settings: GpuAgentSettings) -> Device:
     page_bytes = int(settings.page_bytes or _HOST_PAGE)
     memory = HostMemory(page_bytes, int(settings.arena_bytes or _HOST_ARENA) // page_bytes)
-    return Device(common_pb2.BACKEND_HOST, memory.device, _cpu_name(), memory, 0)
+    return Device(common_pb2.BACKEND_HOST, memory.device, _cpu_name(), memory, None, 0)
 
 
 def _open_cuda(settings: GpuAgentSettings) -> Device:
@@ -144,7 +158,7 @@ def _open_cuda(settings: GpuAgentSettings) -> Device:
     torch.cuda.set_per_process_memory_fraction(min(1.0, sizes.workspace_bytes / total), device)
     memory = CudaMemory(sizes.page_bytes, sizes.num_pages, index)
     name = torch.cuda.get_device_name(device)
-    return Device(common_pb2.BACKEND_CUDA, device, name, memory, sizes.workspace_bytes)
+    return Device(common_pb2.BACKEND_CUDA, device, name, memory, memory.pin, sizes.workspace_bytes)
 
 
 def _gpu_index(settings: GpuAgentSettings) -> int:

@@ -16,6 +16,7 @@ from services.gpu_agent.engine.model import UnsupportedArchitecture, inspect_mod
 from services.gpu_agent.settings import GpuAgentSettings
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
+from services.gpu_agent.weights.host_tier import HostTier
 from services.gpu_agent.weights.image import Image, delete_image, image_path, open_image, prepare_image
 from services.gpu_agent.weights.layout import ImageLayout, check_fits, plan_layout
 from warmserve.v1 import cluster_pb2, common_pb2
@@ -44,7 +45,8 @@ class Blueprint:
 class Images:
     """The images of one node. Its methods read and write files: call them in a thread."""
 
-    def __init__(self, settings: GpuAgentSettings, arena: Arena, backend: Backend) -> None:
+    def __init__(self, settings: GpuAgentSettings, arena: Arena, backend: Backend, tier: HostTier) -> None:
+        self.tier = tier
         self._roots = settings.model_roots
         self._folder: Path = settings.image_dir
         self._page_bytes = arena.page_bytes
@@ -103,17 +105,26 @@ class Images:
                 raise AbandonedError
 
         try:
-            return open_image(image_path(self._folder, blueprint.checkpoint, blueprint.layout))
+            return self.opened(blueprint)
         except (FileNotFoundError, ImageCorrupt):
             return open_image(self.prepare(blueprint, progress))
 
+    def path(self, blueprint: Blueprint) -> Path:
+        """Where the image is on this node's disk, or will be."""
+        return image_path(self._folder, blueprint.checkpoint, blueprint.layout)
+
+    def opened(self, blueprint: Blueprint) -> Image:
+        """The image as it is on the disk. FileNotFoundError, ImageCorrupt."""
+        return open_image(self.path(blueprint))
+
     def present(self, blueprint: Blueprint) -> bool:
         """Whether the image is on this node's disk."""
-        return image_path(self._folder, blueprint.checkpoint, blueprint.layout).exists()
+        return self.path(blueprint).exists()
 
     def discard(self, fingerprint: str) -> None:
-        """Deletes a checkpoint's images. Nothing happens where they are gone already."""
+        """Deletes a checkpoint's images, on the disk and in memory. Nothing happens where they are gone already."""
         for path in self._folder.glob(f"{fingerprint[:32]}-*-{self._page_bytes}.image"):
+            self.tier.discard(path.name)
             delete_image(path)
 
 

@@ -6,18 +6,21 @@ import asyncio
 from collections.abc import Callable
 
 from services.common.telemetry import logger
-from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.arena import Arena, WeightRange
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.copy_lane import CopyLane, CopyTurn
 from services.gpu_agent.engine.backend import Backend
-from services.gpu_agent.images import AbandonedError, Images
+from services.gpu_agent.images import AbandonedError, Blueprint, Images
+from services.gpu_agent.keeping import TierKeeper
 from services.gpu_agent.shard import Shard
 from services.gpu_agent.weights.errors import ImageCorrupt
+from services.gpu_agent.weights.host_tier import HostImageCorrupt
 from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.loader import LoadProgress, load
-from warmserve.v1 import common_pb2
+from warmserve.v1 import cluster_pb2, common_pb2
 
 _log = logger(__name__)
+_NEAR_S = 1.0  # requests are taken this long before the last weights arrive: for longer, another may serve them sooner
 
 
 class Loader:
@@ -29,12 +32,19 @@ class Loader:
         backend: Backend,
         images: Images,
         on_progress: Callable[[], None],
+        on_pages: Callable[[], None],
+        on_near: Callable[[Shard], None],
     ) -> None:
+        """`on_pages()` is called from threads when more is resident, `on_near(shard)` when a wake's copy ends soon."""
         self._arena = arena
         self._backend = backend
         self._images = images
         self._on_progress = on_progress
+        self._on_pages = on_pages
+        self._on_near = on_near
         self._lane = CopyLane()
+        self._tier = images.tier
+        self._keeper = TierKeeper(images, on_progress)
 
     async def load(self, shard: Shard) -> None:
         """Returns when the shard is complete, or soon after it was abandoned. Must not be cancelled: a thread copies.
@@ -59,6 +69,9 @@ class Loader:
                         if shard.wanted_active:
                             raise
                         return  # there was room when it began; what is resident is of use all the same
+                    except HostImageCorrupt as error:
+                        _log.warning("image in the host tier is damaged; removed", model=shard.name, error=str(error))
+                        await asyncio.to_thread(self._tier.discard, image.path.name)
                     except ImageCorrupt as error:
                         if mended:
                             raise
@@ -72,8 +85,27 @@ class Loader:
         finally:
             if image is not None:
                 image.close()
+            if shard.complete and shard.blueprint is not None:
+                self.keep(shard.blueprint, shard.score)
             shard.turn = None
             shard.bytes_per_s = 0.0
+
+    def keep(self, blueprint: Blueprint, value: float) -> None:
+        """Has an image that is on the disk taken into the host tier, when nothing else is read, if it is worth it."""
+        self._keeper.keep(blueprint, value)
+
+    def appraise(self, shard: Shard) -> None:
+        """Says what a shard's image in the host tier is worth."""
+        if shard.blueprint is not None:
+            self._keeper.appraise(shard.blueprint, shard.score)
+
+    def host_tier(self) -> cluster_pb2.HostTier:
+        """What the host tier holds."""
+        return self._keeper.described
+
+    async def close(self) -> None:
+        """Ends the use of the host tier; no load may be in progress."""
+        await self._keeper.close()
 
     async def abandon(self, shard: Shard) -> None:
         """Cuts a load in progress short."""
@@ -116,13 +148,34 @@ class Loader:
     async def _copy(self, shard: Shard, image: Image, turn: CopyTurn) -> LoadProgress:
         """Copies until all is resident, the turn is cut short, or KV takes pages back."""
         assert shard.weights is not None
+        loop = asyncio.get_running_loop()
+        page_bytes = shard.weights.page_bytes
+        near = False
 
         def progress(done: LoadProgress) -> None:
+            nonlocal near
             shard.bytes_per_s = done.bytes_per_s
+            self._on_pages()
+            if not near and shard.wanted_active:
+                left = (done.pages_total - done.pages_done) * page_bytes
+                if near := left <= _NEAR_S * done.bytes_per_s:
+                    loop.call_soon_threadsafe(self._on_near, shard)
+
+        def copy(weights: WeightRange) -> LoadProgress:
+            with self._tier.reading(image) as host, self._keeper.making_way(host is None):
+                shard.tier = common_pb2.TIER_DISK if host is None else common_pb2.TIER_HOST
+                return load(
+                    image,
+                    weights,
+                    cancel=turn.cancel,
+                    progress=progress,
+                    claim=lambda: shard.wanted_active,
+                    host=host,
+                )
 
         self._on_progress()
         try:
-            return await asyncio.to_thread(load, image, shard.weights, cancel=turn.cancel, progress=progress)
+            return await asyncio.to_thread(copy, shard.weights)
         finally:
             self._on_progress()
 

@@ -75,12 +75,11 @@ class Serving:
             with suppress(EngineStopped):
                 self.engine.expect(shard.server.instance_id, sequences)
 
-    def activate(self, shard: Shard, reason: common_pb2.Reason, lasted_ms: float = 0.0) -> None:
-        """A warm shard, all of it resident, becomes active; what led to that took `lasted_ms`. Raises OutOfPages."""
+    def open(self, shard: Shard) -> None:
+        """Has a shard take requests, the last of whose weights may still be on their way. Raises OutOfPages."""
         blueprint, program = shard.blueprint, shard.program
         assert blueprint is not None
         assert program is not None
-        began = time.monotonic()
         instance_id = f"{self._id}.{uuid.uuid4().hex[:8]}"
         kv = KvCache(self._arena, instance_id, blueprint.kv, program.clear_page)
         # So that prewarming beside it can never leave an instance without memory to go on.
@@ -103,7 +102,6 @@ class Serving:
         )
         instance.expect(self._expected.get(shard.name, 0.0))
         self.engine.activate(instance)
-        self.preparing.beside(shard)
         if shard.grammars is None:
             shard.grammars = GrammarCompiler(blueprint.checkpoint.folder, vocab_size, eos_ids)
         shard.server = InstanceServer(
@@ -117,10 +115,34 @@ class Serving:
             shard.grammars,
         )
         shard.server.start_pulling()
+        self._transitions.instance(shard)
+
+    def activate(self, shard: Shard, reason: common_pb2.Reason, lasted_ms: float = 0.0) -> None:
+        """A warm shard, all of it resident, becomes active; what led to that took `lasted_ms`. Raises OutOfPages."""
+        began = time.monotonic()
+        if shard.server is None:
+            self.open(shard)
+        else:
+            shard.server.start_pulling()
+        self.preparing.beside(shard)
         self._transitions.enter(shard, ACTIVE, reason, None)
         took_ms = lasted_ms + (time.monotonic() - began) * 1e3
         self._transitions.event(shard, cluster_pb2.EVENT_KIND_WOKEN, took_ms, 0)
         self._transitions.instance(shard)
+
+    async def retire(self, shard: Shard, error: str) -> None:
+        """Ends an instance at once, if there is one; routers put its requests back. Its state is for the caller."""
+        server = shard.server
+        if server is None:
+            return
+        await server.stop_pulling()
+        server.fail_all(error)
+        await server.flush(_FLUSH_S)
+        await asyncio.wrap_future(self.engine.deactivate(server.instance_id))
+        self._reports.instance_gone(shard.name, server.instance_id)
+        shard.server = None
+        shard.retiring = False
+        await server.close()
 
     def rewake(self, shard: Shard, reason: common_pb2.Reason) -> None:
         """A draining shard goes on serving; one that has drained already is activated anew as soon as it is warm."""

@@ -44,6 +44,14 @@ class GpuAgentSettings(ServiceSettings):
         [Path("/models")], description="folders that checkpoints may be in, separated by commas"
     )
     image_dir: Path = Field(Path("/var/lib/warmserve/images"), description="folder for images, one per node")
+    host_tier_bytes: ByteSize | None = Field(
+        None,
+        description="memory of the node for images, shared by its agents and the same for all of them; 0 for none; by "
+        "default a quarter of the memory with a GPU, and none without, where the disk's cache serves as well",
+    )
+    host_tier_dir: Path = Field(
+        Path("/dev/shm/warmserve"), description="folder for those images, in a memory file system; one per node"
+    )
     max_batch: int | None = Field(
         None,
         ge=1,

@@ -47,7 +47,8 @@ class Shard:
     abandoned: threading.Event = field(default_factory=threading.Event)  # the load in progress is not wanted any more
     turn: CopyTurn | None = None  # of the load in progress
     task: asyncio.Task[None] | None = None  # the transition in progress
-    server: InstanceServer | None = None  # while active or draining
+    server: InstanceServer | None = None  # while active or draining, and just before, while the last weights come
+    pausing: asyncio.Task[None] | None = None  # the server is being kept from taking more, for its wake was cancelled
     rewoken: asyncio.Event = field(default_factory=asyncio.Event)  # a wake came after the last drain
     wake_reason: common_pb2.Reason = field(default_factory=common_pb2.Reason)  # of that wake
     retiring: bool = False  # drained or failed: it will be warm before it can be active again
@@ -99,7 +100,7 @@ class Shard:
         """Offers the weights to instances that need KV pages, unless they are computed with or about to be."""
         if self.weights is None:
             return
-        if self.state in (ACTIVE, DRAINING) or (self.state == WARMING and self.wanted_active):
+        if self.server is not None or (self.state == WARMING and self.wanted_active):
             self.weights.withhold()
         else:
             self.weights.offer((self.score, self.entered))

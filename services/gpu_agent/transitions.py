@@ -6,7 +6,7 @@ import time
 
 from services.common.telemetry import logger
 from services.gpu_agent.reports import Reports
-from services.gpu_agent.shard import COLD, WARM, Shard
+from services.gpu_agent.shard import ACTIVE, COLD, DRAINING, WARM, Shard
 from warmserve.v1 import cluster_pb2, common_pb2
 
 _log = logger(__name__)
@@ -75,7 +75,7 @@ class Transitions:
                 id=shard.server.instance_id,
                 model=shard.name,
                 group=shard.group,
-                state=shard.state,
+                state=DRAINING if shard.state == DRAINING else ACTIVE,
                 slots=shard.server.slots,
                 started_unix_ms=int(shard.since * 1e3),
             )

@@ -153,9 +153,12 @@ class RunningAgent:
 
 @asynccontextmanager
 async def running_agent(
-    etcd: str, redis: str, prefix: str, folder: Path, agent_id: str = "g0", arena: str = "16MiB"
+    etcd: str, redis: str, prefix: str, folder: Path, agent_id: str = "g0", arena: str = "16MiB", **options: object
 ) -> AsyncIterator[RunningAgent]:
-    """Runs an agent, and a relay for it, until the block ends; then stops it as SIGTERM would."""
+    """Runs an agent, and a relay for it, until the block ends; then stops it as SIGTERM would.
+
+    options: further settings.
+    """
     common = {"etcd_endpoints": [etcd], "redis_url": f"redis://{redis}/0", "prefix": prefix, "lease_ttl_s": 5}
     settings = GpuAgentSettings(
         **common,
@@ -167,6 +170,7 @@ async def running_agent(
         model_roots=[folder],
         image_dir=folder / "images",
         grace_s=5,
+        **options,
     )
     stop = asyncio.Event()
     node = make_node(settings, stop)

@@ -14,7 +14,7 @@ import torch
 from services.gpu_agent.arena.arena import Arena, WeightRange
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.weights.errors import ImageCorrupt
-from services.gpu_agent.weights.image import Image
+from services.gpu_agent.weights.image import Image, page_sum
 from services.gpu_agent.weights.layout import plan_layout
 from services.gpu_agent.weights.loader import LoadProgress, load
 from tests.gpu_agent.arena_backends import EACH, Backend
@@ -52,7 +52,8 @@ def image(backend: Backend, content: torch.Tensor, tmp_path: Path) -> Iterator[I
     path.write_bytes(content.numpy().tobytes())
     layout = plan_layout({"w": (PAGES * backend.per_page,)}, {}, torch.float32, backend.page)
     checksums = [zlib.crc32(page.numpy().tobytes()) for page in content]
-    with Image(path, "fingerprint", layout, checksums, os.open(path, os.O_RDONLY)) as opened:
+    sums = [int(page_sum(page)) for page in content]
+    with Image(path, "fingerprint", layout, checksums, sums, os.open(path, os.O_RDONLY)) as opened:
         yield opened
 
 

@@ -217,9 +217,9 @@ class Arena:
         with self._lock:
             self._pages.end_filling(name)
 
-    def _drop_weight_pages(self, name: str, pages: Sequence[int] | None = None) -> None:
+    def _drop_weight_pages(self, name: str) -> None:
         with self._lock:
-            self._pages.drop_filling(name, pages)
+            self._pages.drop_filling(name)
 
     def _give_weight_pages(self, name: str, keep: int) -> None:
         with self._lock:
@@ -430,6 +430,7 @@ class Filling:
         self.first = first
         """Index of the first page."""
         self._weights = weights
+        self._claimed: list[int] = []  # pages that are ours, but not mapped yet
         self._mapped = first  # index behind the last page mapped
         self._done = first  # index behind the last page that is resident
 
@@ -437,6 +438,14 @@ class Filling:
     def overtaken(self) -> bool:
         """Whether pages before these were taken."""
         return self._weights._resident != self._done
+
+    def claim(self) -> None:
+        """Takes all pages that the model lacks, so that nobody else does. OutOfPages, with nothing done."""
+        weights = self._weights
+        with weights._lock:
+            weights._check_present()
+            missing = weights.num_pages - self._mapped - len(self._claimed)
+            self._claimed += weights._arena._take_weight_pages(weights, missing)
 
     def map(self, n: int) -> list[torch.Tensor]:
         """Maps n more free pages, to be written: uint8, page_bytes each. OutOfPages, with nothing done."""
@@ -447,12 +456,10 @@ class Filling:
                 raise ValueError(
                     f"{weights.name} has {self._mapped} of {weights.num_pages} pages and cannot grow by {n}"
                 )
-            pages = weights._arena._take_weight_pages(weights, n)
-            try:
-                weights._memory.map(weights._addresses, self._mapped, pages)
-            except BaseException:
-                weights._arena._drop_weight_pages(weights.name, pages)
-                raise
+            if n > len(self._claimed):
+                self._claimed += weights._arena._take_weight_pages(weights, n - len(self._claimed))
+            weights._memory.map(weights._addresses, self._mapped, self._claimed[:n])
+            del self._claimed[:n]
             self._mapped += n
             return [weights._page(index) for index in range(self._mapped - n, self._mapped)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -116,13 +116,9 @@ class Pages:
         self._owners[page] = WeightsOwner(model, len(held))
         held.append(page)
 
-    def drop_filling(self, model: str, pages: Collection[int] | None = None) -> None:
-        """Frees pages that are being written for a model, by default all; nobody writes to them any more."""
-        held = self._filling.pop(model, [])
-        going = held if pages is None else [page for page in held if page in pages]
-        if len(going) < len(held):
-            self._filling[model] = [page for page in held if page not in going]
-        self._give(going)
+    def drop_filling(self, model: str) -> None:
+        """Frees the pages that are being written for a model; nobody writes to them any more."""
+        self._give(self._filling.pop(model, []))
 
     def lend_weights(self, model: str, count: int, instance: str) -> list[int]:
         """The last `count` pages of a model's weights become KV of an instance, without having been free.

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from services.gpu_agent.engine.arrival import Behind
 from services.gpu_agent.engine.attention import PagedStep, Span
 from services.gpu_agent.engine.kv_tensors import KvTensors
 from services.gpu_agent.engine.model import BoundModel
 from services.gpu_agent.engine.sampling import sample
 from services.gpu_agent.engine.sampling_batch import Row, prepare
-from services.gpu_agent.engine.step import Part, StepResult
+from services.gpu_agent.engine.step import Part, Pending, StepResult
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class _Done:
 
 
 class HostRunner:
-    """A Runner (see step.py) without a device of its own: launching a step computes it."""
+    """A Runner (see step.py) without a device of its own: launching a step computes it, if the weights are there."""
 
     depth = 1
 
@@ -36,9 +37,14 @@ class HostRunner:
         self._kv = kv
         self._eos_ids = eos_ids
 
-    @torch.inference_mode()
-    def launch(self, parts: Many[Part], rows: Many[Row]) -> _Done:
+    def launch(self, parts: Many[Part], rows: Many[Row]) -> Pending:
         """See Runner. Raises what the computation fails with."""
+        if self._model.weights.complete:
+            return self._compute(parts, rows)
+        return Behind(lambda: self._compute(parts, rows), self._model.gates, self._model.weights)
+
+    @torch.inference_mode()
+    def _compute(self, parts: Many[Part], rows: Many[Row]) -> _Done:
         began = time.monotonic()
         token_ids = [token for part in parts for token in part.token_ids]
         spans = [Span(part.blocks, part.start, part.length) for part in parts]

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from services.gpu_agent.engine.arrival import Behind
 from services.gpu_agent.engine.grammar import GrammarError
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.prefix import extend_digests
@@ -107,7 +108,12 @@ class Instance:
     @property
     def depth(self) -> int:
         """How many steps may be under way at once: one where the next cannot be prepared without its result."""
-        return 1 if self._scheduler.needs_history else self._runner.depth
+        return 1 if self._scheduler.needs_history or self.is_behind else self._runner.depth
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether a step under way waits for weights; then `advance` goes on with it."""
+        return bool(self._flights) and _is_behind(self._flights[-1].pending)
 
     @property
     def runner_depth(self) -> int:
@@ -115,7 +121,7 @@ class Instance:
         return self._runner.depth
 
     def step(self) -> list[SequenceOutput]:
-        """Computes one step and returns the news: for those who need not overlap anything."""
+        """Computes one step and returns the news: for those who need not overlap anything, and have all weights."""
         if self.launch() or self._flights:
             self.collect()
         return self.news()
@@ -201,6 +207,11 @@ class Instance:
             self._remember(sequence, min(computed, len(sequence.token_ids)))
         return True
 
+    def advance(self) -> bool:
+        """Goes on with a step that waits for weights, as far as they are there; True once it waits for none."""
+        pending = self._flights[-1].pending
+        return not isinstance(pending, Behind) or pending.advance()
+
     def collect(self) -> None:
         """Waits for the oldest step under way; what it chose is in the next `news`.
 
@@ -231,8 +242,12 @@ class Instance:
         outputs = self.news() + [_end(s, FinishReason.ERROR, error=error) for s in self._sequences.values()]
         self._sequences.clear()
         while self._flights:
+            pending = self._flights.popleft().pending
+            if isinstance(pending, Behind) and not pending.launched:
+                pending.abandon()
+                continue
             try:
-                self._flights.popleft().pending.result()
+                pending.result()
             except RuntimeError as failure:  # that step's, or the one's that the instance is closed for
                 _log.warning("a step of %s that was under way failed too: %s", self.id, failure)
         self._kv.close()
@@ -315,6 +330,10 @@ class Instance:
     def _drop(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id, sequence.attempt]
+
+
+def _is_behind(pending: Pending) -> bool:
+    return isinstance(pending, Behind) and not pending.launched
 
 
 def _part(chunk: Chunk) -> Part:

@@ -71,6 +71,8 @@ class EngineLoop:
         self._is_fatal = is_fatal
         self._active: dict[str, _Active] = {}  # changed by the engine's thread only
         self._under_way: deque[_Active] = deque()  # whose steps are, in the device's order
+        self._behind: list[_Active] = []  # whose steps wait for weights; the device has only their first layers
+        self._looked = False  # whether weights may have arrived since they were looked at
         self._served = 0.0  # the largest share at which a step was begun: where those that were idle go on
         self._jobs: deque[_Job] = deque()
         self._commands: deque[_Command] = deque()
@@ -126,6 +128,12 @@ class EngineLoop:
             self._jobs.append(job)
             self._changed.notify()
         return job.done
+
+    def look(self) -> None:
+        """Says that more weights are resident, for which a step may wait."""
+        with self._changed:
+            self._looked = True
+            self._changed.notify()
 
     def stats(self, instance_id: str) -> InstanceStats | None:
         """Counts of an instance; None where it is not active."""
@@ -186,6 +194,8 @@ class EngineLoop:
         So that the device need not wait, the next step, of the same instance or of another, is begun before the one
         that it works on has ended.
         """
+        for waiting in list(self._behind):
+            self._guard(waiting, self._advance)
         if active := self._next():
             self._guard(active, self._launch)
         if self._under_way and self._next() is None:
@@ -210,13 +220,22 @@ class EngineLoop:
     def _launch(self, active: _Active) -> None:
         if active.instance.launch():
             self._served = max(self._served, active.share)
-            self._under_way.append(active)
             active.expected.append(active.last)
             active.share += active.last
+            if active.instance.is_behind:
+                self._behind.append(active)
+                self._advance(active)
+            else:
+                self._under_way.append(active)
         else:
             # Whatever it waits for: results of its own, or pages, which may take a while and earns it no claim.
             active.stalled = True
             active.share = max(active.share, self._served)
+
+    def _advance(self, active: _Active) -> None:
+        if active.instance.advance():
+            self._behind.remove(active)
+            self._under_way.append(active)
 
     def _collect(self, active: _Active) -> None:
         before = active.instance.device_seconds
@@ -261,8 +280,10 @@ class EngineLoop:
     def _wait(self) -> bool:
         """Waits until there is something to do. False when it is time to end."""
         with self._changed:
-            while not (self._stopping or self._commands or self._under_way or self._jobs):
-                busy = [active for active in self._active.values() if active.instance.has_work]
+            while not (self._stopping or self._commands or self._under_way or self._jobs or self._looked):
+                # Whose step waits for weights has nothing to do until some arrive.
+                waiting = self._behind
+                busy = [a for a in self._active.values() if a.instance.has_work and a not in waiting]
                 if any(not active.stalled for active in busy):
                     break
                 self._changed.wait(_STALL_S if busy else None)
@@ -270,6 +291,7 @@ class EngineLoop:
                     active.stalled = False
                 if busy:
                     break
+            self._looked = False
             return not self._stopping
 
     def _obey(self) -> None:
@@ -297,6 +319,7 @@ class EngineLoop:
         if active is None:
             return
         self._under_way = deque(other for other in self._under_way if other is not active)
+        self._behind = [other for other in self._behind if other is not active]
         outputs = active.instance.close(error)
         if outputs:
             self._on_step(instance_id, outputs)

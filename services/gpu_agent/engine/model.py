@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.engine.arrival import Gate, enters_before_use, find_gates
 from services.gpu_agent.engine.attention import ATTENTION, LayerAttention, PagedStep, attending
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.weights.layout import ImageLayout
@@ -36,10 +37,20 @@ class UnsupportedArchitecture(ValueError):
 
 
 class BoundModel:
-    """A model whose parameters are the arena's memory. Its weights must be resident while it computes."""
+    """A model whose parameters are the arena's memory. What it computes with must be resident (see arrival.Behind)."""
 
-    def __init__(self, module: PreTrainedModel, kv_spec: KvSpec, attention: tuple[LayerAttention, ...]) -> None:
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        weights: WeightRange,
+        gates: tuple[Gate, ...],
+        kv_spec: KvSpec,
+        attention: tuple[LayerAttention, ...],
+    ) -> None:
         self.module = module
+        self.weights = weights
+        self.gates = gates
+        """Which of its parts need how much of the weights, as transformers' class computes."""
         self.kv_spec = kv_spec
         self.attention = attention
         """What each layer's attention is, in layer order."""
@@ -72,10 +83,16 @@ def inspect_model(config: Any, dtype: torch.dtype, block_tokens: int = 16, conte
 
 def inspect_attention(config: Any) -> tuple[LayerAttention, ...]:
     """What attention each of a model's layers does, in layer order. Needs no memory; raises UnsupportedArchitecture."""
+    return _inspect(config)[0]
+
+
+def _inspect(config: Any) -> tuple[tuple[LayerAttention, ...], bool]:
+    """What inspect_attention tells, and whether the model enters its parts before it uses their weights."""
     module = _on_meta(config)
     _fix_frequencies(module)
     _check_config(module)
-    facts = _probe(module)
+    facts: list[LayerAttention] = []
+    in_order = enters_before_use(module, lambda: facts.extend(_probe(module)))
     name = type(module).__name__
     if [fact.layer for fact in facts] != list(range(module.config.get_text_config().num_hidden_layers)):
         raise UnsupportedArchitecture(f"{name} does not attend once in each of its layers")
@@ -83,7 +100,7 @@ def inspect_attention(config: Any) -> tuple[LayerAttention, ...]:
     if len(shapes) != 1:
         raise UnsupportedArchitecture(f"{name} has layers with different KV heads: {sorted(shapes)}")
     _check_windows(module, [fact.window for fact in facts])
-    return tuple(facts)
+    return tuple(facts), in_order
 
 
 def has_experts(config: Any) -> bool:
@@ -97,7 +114,7 @@ def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_to
     The binding is made once and outlives eviction and reload; what the class computes itself (rotary frequencies) is on
     the weights' device. The context served must have been checked by inspect_model. Raises UnsupportedArchitecture.
     """
-    attention = inspect_attention(config)
+    attention, in_order = _inspect(config)
     module = _on_meta(config)
     # Before the parameters are bound: transformers' initialisation then finds them on the meta device, where writing
     # random numbers to them does nothing.
@@ -105,7 +122,8 @@ def build_model(config: Any, layout: ImageLayout, weights: WeightRange, block_to
     _fix_frequencies(module)
     _set_experts(module, _EXPERTS)
     _bind(module, layout, weights)
-    return BoundModel(module, _kv_spec(attention, layout.dtype, block_tokens), attention)
+    gates = find_gates(module, layout, in_order)
+    return BoundModel(module, weights, gates, _kv_spec(attention, layout.dtype, block_tokens), attention)
 
 
 def _on_meta(config: Any) -> PreTrainedModel:

@@ -57,5 +57,9 @@ class Runner(Protocol):
         ...
 
     def launch(self, parts: Many[Part], rows: Many[Row]) -> Pending:
-        """Begins a step. `rows` says how to choose for each part that samples, in their order."""
+        """Begins a step. `rows` says how to choose for each part that samples, in their order.
+
+        Where not all weights are resident yet, what it returns is an arrival.Behind, and no step is begun after it
+        before that one has ended.
+        """
         ...

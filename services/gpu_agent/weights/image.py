@@ -19,8 +19,9 @@ from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
 from services.gpu_agent.weights.layout import ImageLayout, TensorPlace
 
-_FORMAT = 2  # 2: the matrices of a layer before its vectors, a dtype for each tensor
-_UNFINISHED = ".unfinished"
+_FORMAT = 3  # 2: the matrices of a layer before its vectors, a dtype for each tensor; 3: sums of pages
+UNFINISHED = ".unfinished"
+"""How the names of files end that are being written."""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 BuildProgress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -29,10 +30,15 @@ BuildProgress = Callable[[int, int], None]  # bytes done, bytes in all
 class Image:
     """An image's open file. Safe to read from several threads."""
 
-    def __init__(self, path: Path, fingerprint: str, layout: ImageLayout, checksums: list[int], fd: int) -> None:
+    def __init__(
+        self, path: Path, fingerprint: str, layout: ImageLayout, checksums: list[int], sums: list[int], fd: int
+    ) -> None:
+        """checksums: CRC-32 of each page, for what comes from a disk; sums: see page_sum."""
         self.path = path
         self.fingerprint = fingerprint
         self.layout = layout
+        self.sums = sums
+        """The sum of each page (see page_sum): weaker than its CRC, but as fast as memory, on a GPU too."""
         self._checksums = checksums
         self._fd = fd
 
@@ -51,7 +57,11 @@ class Image:
             if read == 0:
                 raise ImageCorrupt(f"{self.path} ends in page {index} of {self.layout.num_pages}")
             done += read
-        if zlib.crc32(target) != self._checksums[index]:
+        self.verify(index, target)
+
+    def verify(self, index: int, page: memoryview) -> None:
+        """Raises ImageCorrupt unless these are the bytes of a page."""
+        if zlib.crc32(page) != self._checksums[index]:
             raise ImageCorrupt(f"page {index} of {self.path} does not have its checksum")
 
     def close(self) -> None:
@@ -94,12 +104,13 @@ def build_image(checkpoint: Checkpoint, layout: ImageLayout, path: Path, progres
     try:
         with _replacing(path) as file:
             os.posix_fallocate(file.fileno(), 0, layout.total_bytes)
-            checksums = _write_pages(checkpoint, layout, file, progress)
+            pages = _write_pages(checkpoint, layout, file, progress)
         body = {
             "format": _FORMAT,
             "fingerprint": checkpoint.fingerprint,
             "layout": layout.to_json(),
-            "page_crc32": checksums,
+            "page_crc32": pages.checksums,
+            "page_sums": pages.sums,
         }
         with _replacing(_sidecar(path)) as file:
             file.write(json.dumps({**body, "crc32": _checksum(body)}).encode())
@@ -125,10 +136,16 @@ def open_image(path: Path) -> Image:
         raise ImageCorrupt(f"{_sidecar(path)} is damaged: {error!r}") from error
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     size = os.fstat(fd).st_size
-    if size != layout.total_bytes or len(body["page_crc32"]) != layout.num_pages:
+    checksums, sums = body["page_crc32"], body["page_sums"]
+    if size != layout.total_bytes or not len(checksums) == len(sums) == layout.num_pages:
         os.close(fd)
         raise ImageCorrupt(f"{path} has {size} bytes and not {layout.total_bytes}")
-    return Image(path, body["fingerprint"], layout, body["page_crc32"], fd)
+    return Image(path, body["fingerprint"], layout, checksums, sums, fd)
+
+
+def page_sum(page: torch.Tensor) -> torch.Tensor:
+    """The sum of a page (uint8, on any device) as int64s, which wraps; it finds any flipped bit."""
+    return page.view(torch.int64).sum()
 
 
 def delete_image(path: Path) -> None:
@@ -140,7 +157,7 @@ def delete_image(path: Path) -> None:
 def remove_unfinished(folder: Path) -> int:
     """Deletes what builds that were killed left in `folder`, and returns how many files; running builds are spared."""
     removed = 0
-    for path in folder.glob(f"*{_UNFINISHED}"):
+    for path in folder.glob(f"*{UNFINISHED}"):
         with suppress(FileNotFoundError), path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,8 +168,8 @@ def remove_unfinished(folder: Path) -> int:
     return removed
 
 
-def _write_pages(checkpoint: Checkpoint, layout: ImageLayout, file: IO[bytes], progress: BuildProgress) -> list[int]:
-    """Writes all tensors and the padding between them; returns the checksum of each page."""
+def _write_pages(checkpoint: Checkpoint, layout: ImageLayout, file: IO[bytes], progress: BuildProgress) -> _PageWriter:
+    """Writes all tensors and the padding between them; returns what knows the checksums of the pages."""
     pages = _PageWriter(file, layout.page_bytes)
     for place in layout.tensors:
         pages.write(bytes(place.offset - pages.position))
@@ -161,7 +178,7 @@ def _write_pages(checkpoint: Checkpoint, layout: ImageLayout, file: IO[bytes], p
             progress(pages.position, layout.total_bytes)
     pages.write(bytes(layout.total_bytes - pages.position))
     progress(pages.position, layout.total_bytes)
-    return pages.checksums
+    return pages
 
 
 def _converted(piece: torch.Tensor, place: TensorPlace) -> memoryview:
@@ -178,25 +195,27 @@ def _converted(piece: torch.Tensor, place: TensorPlace) -> memoryview:
 
 
 class _PageWriter:
-    """Writes bytes in sequence and sums up each page as it goes by."""
+    """Writes bytes in sequence, page by page, and sums up each page."""
 
     def __init__(self, file: IO[bytes], page_bytes: int) -> None:
         self._file = file
-        self._page_bytes = page_bytes
-        self._sum = 0
+        self._page = torch.empty(page_bytes, dtype=torch.uint8)
+        self._bytes = self._page.numpy().data
         self.position = 0
         self.checksums: list[int] = []
+        self.sums: list[int] = []
 
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
         while rest:
-            part = rest[: self._page_bytes - self.position % self._page_bytes]
-            self._file.write(part)
-            self._sum = zlib.crc32(part, self._sum)
+            filled = self.position % len(self._bytes)
+            part = rest[: len(self._bytes) - filled]
+            self._bytes[filled : filled + len(part)] = part
             self.position += len(part)
-            if self.position % self._page_bytes == 0:
-                self.checksums.append(self._sum)
-                self._sum = 0
+            if filled + len(part) == len(self._bytes):
+                self._file.write(self._bytes)
+                self.checksums.append(zlib.crc32(self._bytes))
+                self.sums.append(int(page_sum(self._page)))
             rest = rest[len(part) :]
 
 
@@ -204,7 +223,7 @@ class _PageWriter:
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that takes the place of `path` when the block ends, safely on the disk; if it raises, nothing is left."""
     while True:
-        fd, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=_UNFINISHED, dir=path.parent)
+        fd, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=UNFINISHED, dir=path.parent)
         # The lock tells remove_unfinished that this build lives; it may have been there before the lock was.
         fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.weights.host_tier import HostImage
 from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.staging import page_source
 
@@ -33,13 +35,15 @@ def load(
     *,
     cancel: threading.Event,
     progress: Callable[[LoadProgress], None],
+    claim: Callable[[], bool] = lambda: False,
+    host: HostImage | None = None,
 ) -> LoadProgress:
-    """Copies the missing pages in layer order and returns how far it came.
+    """Copies the missing pages in layer order, from `host` where it is given, and returns how far it came.
 
-    Between two pages it looks at `cancel`, and stops there if it is set or KV has taken pages back. However it ends,
-    the resident pages are a prefix with the right data. Raises ImageCorrupt, OutOfPages (evict, then go on), OSError
-    where the disk fails, and ArenaClosed where the range is removed before. To be called in a thread; the interpreter
-    lock is free while it copies.
+    Between two pages it looks at `cancel`, and stops there if it is set or KV has taken pages back. As soon as `claim`
+    says so, it takes all pages that are missing, before KV does. However it ends, the resident pages are a prefix with
+    the right data. Raises ImageCorrupt, OutOfPages (evict, then go on), OSError where the disk fails, and ArenaClosed
+    where the range is removed before. To be called in a thread; the interpreter lock is free while it copies.
     """
     layout = image.layout
     if (layout.num_pages, layout.page_bytes) != (weights.num_pages, weights.page_bytes):
@@ -49,13 +53,24 @@ def load(
         )
     began = time.monotonic()
     copied = 0
-    with weights.filling() as filling, page_source(image, filling.first, weights.device) as fill:
+    with weights.filling() as filling, page_source(image, host, filling.first, weights.device) as source:
         done = LoadProgress(filling.first, weights.num_pages, 0.0)
+        begun = filling.first
         while not done.complete and not cancel.is_set():
             if filling.overtaken:
                 return replace(done, pages_done=weights.resident_pages, overtaken=True)
-            (page,) = filling.map(1)
-            fill(done.pages_done, page)
+            if claim():
+                filling.claim()
+            while begun < min(weights.num_pages, done.pages_done + source.ahead):
+                try:
+                    (page,) = filling.map(1)
+                except OutOfPages:
+                    if begun == done.pages_done:
+                        raise
+                    break  # those under way come first
+                source.begin(begun, page)
+                begun += 1
+            source.end(done.pages_done)
             if not filling.done():
                 continue
             copied += layout.page_bytes

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.engine.arrival import with_norms_behind
 from services.gpu_agent.engine.attention import attending
 from services.gpu_agent.engine.cuda import fused
 from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, attend
@@ -50,6 +51,8 @@ class CudaModel:
         self.last_tokens = torch.zeros(max_batch, dtype=torch.int32, device=workspace.device)
         rewritten = rewrite(model.module, layout, weights)
         self.rewritten = dict(rewritten.parts)
+        self.gates = with_norms_behind(model.gates)
+        """What may be computed when (see arrival.Behind), as the rewritten layers compute."""
         self._rope = rewritten.rope
         spec = model.kv_spec
         pages = arena.kv_view(spec.dtype)
@@ -63,9 +66,17 @@ class CudaModel:
         """
         graph = self._graphs.get(shape)
         if graph is None:
-            self._forward(shape)
+            self._forward(shape, self.workspace.facts)
         else:
             graph.replay()
+        return self.workspace.logits(shape.rows, self.model.vocab_size)
+
+    def run_behind(self, shape: StepShape, facts: torch.Tensor) -> torch.Tensor:
+        """Like run, but eagerly: other models' steps may run between two layers of it (see arrival.Behind).
+
+        facts: the step's facts in a buffer of its own, for those steps overwrite the workspace's.
+        """
+        self._forward(shape, facts)
         return self.workspace.logits(shape.rows, self.model.vocab_size)
 
     @torch.inference_mode()
@@ -81,7 +92,7 @@ class CudaModel:
             facts.zero_()
             facts[shape.sections["slots"]] = -1
             facts[shape.sections["decode_rows"]] = -1
-            self._forward(shape)
+            self._forward(shape, self.workspace.facts)
             self.workspace.stream.synchronize()
             graph = self._captured(shape)
         self._graphs[shape] = graph
@@ -96,7 +107,7 @@ class CudaModel:
         try:
             graph.capture_begin(pool=self.workspace.pool, capture_error_mode="thread_local")
             try:
-                self._forward(shape)
+                self._forward(shape, self.workspace.facts)
             except BaseException:
                 with suppress(RuntimeError):  # it says that the capture has failed, but not why
                     graph.capture_end()
@@ -106,8 +117,8 @@ class CudaModel:
             gc.enable()
         return graph
 
-    def _forward(self, shape: StepShape) -> None:
-        at, facts = shape.sections, self.workspace.facts
+    def _forward(self, shape: StepShape, facts: torch.Tensor) -> None:
+        at = shape.sections
         step = StepTensors(
             slots=facts[at["slots"]],
             blocks=facts[at["blocks"]],

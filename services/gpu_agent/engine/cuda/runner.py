@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from services.gpu_agent.engine.arrival import Behind
 from services.gpu_agent.engine.cuda.attention import TILE
 from services.gpu_agent.engine.cuda.fused import store_tokens
 from services.gpu_agent.engine.cuda.model import CudaModel
 from services.gpu_agent.engine.cuda.pack import pack
 from services.gpu_agent.engine.sampling import Sampled, sample
 from services.gpu_agent.engine.sampling_batch import Row, prepare
-from services.gpu_agent.engine.step import Part, StepResult
+from services.gpu_agent.engine.step import Part, Pending, StepResult
 
 
 @dataclass(frozen=True)
@@ -39,31 +40,38 @@ class CudaRunner:
         self._model = model
         self._eos_ids = eos_ids
 
-    @torch.inference_mode()
-    def launch(self, parts: Many[Part], rows: Many[Row]) -> _Launched:
+    def launch(self, parts: Many[Part], rows: Many[Row]) -> Pending:
         """See Runner. Where it raises, the device has ended what was begun: no page is touched any more."""
+        bound = self._model.model
+        if bound.weights.complete:
+            return self._begin(parts, rows, behind=False)
+        return Behind(lambda: self._begin(parts, rows, behind=True), self._model.gates, bound.weights)
+
+    @torch.inference_mode()
+    def _begin(self, parts: Many[Part], rows: Many[Row], behind: bool) -> _Launched:
         try:
-            return self._launch(parts, rows)
-        except Exception:  # whatever it is, it is only delayed here
+            return self._launch(parts, rows, behind)
+        except BaseException:  # whatever it is, it is only delayed here
             self._model.workspace.stream.synchronize()
             raise
 
-    def _launch(self, parts: Many[Part], rows: Many[Row]) -> _Launched:
+    def _launch(self, parts: Many[Part], rows: Many[Row], behind: bool) -> _Launched:
         model, workspace = self._model, self._model.workspace
         shape = model.ladder.fitting(parts)
         facts = workspace.buffer()
         used = pack(parts, shape, model.model.kv_spec.block_tokens, TILE, facts.array)
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(workspace.stream):
+        with torch.cuda.device(workspace.device), torch.cuda.stream(workspace.stream):
             began.record()
-            workspace.facts[:used].copy_(facts.tensor[:used], non_blocking=True)
+            on_device = torch.empty_like(workspace.facts[:used]) if behind else workspace.facts
+            on_device[:used].copy_(facts.tensor[:used], non_blocking=True)
             facts.copied.record()
-            logits = model.run(shape)
+            logits = model.run_behind(shape, on_device) if behind else model.run(shape)
             sampled = None
             if rows:
                 choices = prepare(rows, model.model.vocab_size, self._eos_ids, workspace.device)
                 chosen = sample(logits[: len(rows)], choices)
-                slots = workspace.facts[shape.sections["row_slots"]]
+                slots = on_device[shape.sections["row_slots"]]
                 store_tokens(chosen.tokens, slots, model.last_tokens)
                 sampled = chosen.to_host()
             ended.record()

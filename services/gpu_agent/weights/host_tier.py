@@ -1,0 +1,323 @@
+"""Images in the node's memory, for all its agents: files in a memory file system, under a budget.
+
+One file per image, with the image's name and bytes; it appears when it is complete. Who reads it holds a shared lock on
+it, who writes one an exclusive lock on the unfinished file, and who makes room holds the folder's lock. So nothing that
+is being read is taken away, and what a killed agent left is found and removed. Beside a file lies what it is worth.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import mmap
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from services.common.telemetry import logger
+from services.gpu_agent.weights.direct import DirectFile
+from services.gpu_agent.weights.errors import ImageCorrupt
+from services.gpu_agent.weights.image import UNFINISHED, Image, remove_unfinished
+
+_log = logger(__name__)
+_READERS = 4
+_FULL = {errno.ENOSPC, errno.ENOMEM, errno.EDQUOT}
+
+Pin = Callable[[int, int], Callable[[], None]]
+"""Registers (address, bytes) with the device; what it returns takes that back."""
+
+
+class HostImageCorrupt(ImageCorrupt):
+    """The copy in memory is not what was written there; the one on the disk may be right."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One image in the tier."""
+
+    name: str
+    nbytes: int
+    value: float
+
+
+class HostImage:
+    """An image in memory. Safe to read from several threads, within HostTier.reading."""
+
+    def __init__(self, fd: int, page_bytes: int, pin: Pin | None) -> None:
+        """`fd` is the file's, and this object's from now on."""
+        self._fd = fd
+        self._bytes = torch.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), dtype=torch.uint8).view(-1, page_bytes)
+        self._pin = pin
+        self._pinned: dict[int, Callable[[], None]] = {}
+        self._lock = threading.Lock()
+        self._readers = 0
+
+    @property
+    def gone(self) -> bool:
+        """Whether an agent has removed it from the tier."""
+        return os.fstat(self._fd).st_nlink == 0
+
+    @property
+    def registers(self) -> bool:
+        """Whether there is a device to register pages with."""
+        return self._pin is not None
+
+    def page(self, index: int) -> torch.Tensor:
+        """A page: uint8, page_bytes. Registered with the device, where there is one, when it is first asked for."""
+        page = self._bytes[index]
+        if self._pin is not None:
+            with self._lock:
+                if index not in self._pinned:
+                    self._pinned[index] = self._pin(page.data_ptr(), page.numel())
+        return page
+
+    def hold(self) -> bool:
+        """From now on no agent removes it; False where one has."""
+        with self._lock:
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+            self._readers += 1
+        if self.gone:
+            self.let_go()
+        return not self.gone
+
+    def let_go(self) -> None:
+        """Ends what `hold` began. It stays mapped, and registered, for the next time."""
+        with self._lock:
+            self._readers -= 1
+            if not self._readers:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Ends its use; no copy from it may be under way."""
+        with self._lock:
+            while self._pinned:
+                self._pinned.popitem()[1]()
+        del self._bytes  # unmapped when no tensor lies over it any more
+        os.close(self._fd)
+
+
+class HostTier:
+    """The tier as one agent sees it. Thread-safe; its methods read and write files: call them in a thread."""
+
+    def __init__(self, folder: Path, budget_bytes: int, pin: Pin | None = None) -> None:
+        """budget_bytes 0: there is no tier. All agents of a node should have the same folder and budget."""
+        self.budget_bytes = budget_bytes
+        self._folder = folder
+        self._pin = pin
+        self._opened: dict[str, HostImage] = {}
+        self._lock = threading.Lock()
+        if budget_bytes:
+            folder.mkdir(parents=True, exist_ok=True)
+            if removed := remove_unfinished(folder):
+                _log.info("removed images that a killed agent had not finished", files=removed, folder=str(folder))
+
+    @contextmanager
+    def reading(self, image: Image) -> Iterator[HostImage | None]:
+        """The image in memory, if it is there; no agent removes it within the block."""
+        found = self._find(image)
+        if found is None or not found.hold():
+            yield None
+            return
+        try:
+            yield found
+        finally:
+            found.let_go()
+
+    def sweep(self) -> None:
+        """Gives back what other agents have removed from the tier."""
+        with self._lock:
+            for name in [name for name, opened in self._opened.items() if opened.gone]:
+                self._opened.pop(name).close()
+
+    def close(self) -> None:
+        """Ends its use by this agent."""
+        with self._lock:
+            while self._opened:
+                self._opened.popitem()[1].close()
+
+    def has(self, image: Image) -> bool:
+        """Whether the image is in memory."""
+        return (self._folder / image.path.name).exists()
+
+    def appraise(self, name: str, value: float) -> None:
+        """Says what an image in the tier is worth; the newest word of any agent counts."""
+        if (self._folder / name).exists():
+            _write(_worth(self._folder / name), json.dumps(value))
+
+    def fill(self, image: Image, value: float, go_on: Callable[[], bool] = lambda: True) -> bool:
+        """Copies an image from the disk, in place of what is worth less and nobody reads. False where it has no place.
+
+        Pages are read several at a time, past the page cache where the file system allows it, and checked. It ends
+        early, with nothing left, when `go_on()` is False. Raises ImageCorrupt, and OSError where the disk fails.
+        """
+        path, nbytes = self._folder / image.path.name, image.layout.total_bytes
+        if not self.budget_bytes or path.exists():
+            return path.exists()
+        unfinished = path.with_name(f"{path.name}{UNFINISHED}")
+        with self._locked():
+            fd = self._reserve(unfinished, nbytes, value)
+        if fd is None:
+            return False
+        try:
+            if not self._copy(image, fd, go_on):
+                return False
+            _write(_worth(path), json.dumps(value))
+            os.rename(unfinished, path)
+            return True
+        finally:
+            unfinished.unlink(missing_ok=True)
+            os.close(fd)
+
+    def discard(self, name: str) -> None:
+        """Removes an image; who uses it can go on. Nothing where there is none."""
+        (self._folder / name).unlink(missing_ok=True)
+        _worth(self._folder / name).unlink(missing_ok=True)
+
+    def kept(self) -> list[Kept]:
+        """What is in the tier, the least valuable first."""
+        found = []
+        for path in self._folder.glob("*.image"):
+            with suppress(FileNotFoundError):  # removed in this moment
+                found.append(Kept(path.name, path.stat().st_size, _value(path)))
+        return sorted(found, key=lambda kept: (kept.value, kept.name))
+
+    def _find(self, image: Image) -> HostImage | None:
+        self.sweep()
+        name = image.path.name
+        with self._lock:
+            if name not in self._opened:
+                try:
+                    fd = os.open(self._folder / name, os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    return None
+                if os.fstat(fd).st_size != image.layout.total_bytes:
+                    os.close(fd)
+                    return None
+                self._opened[name] = HostImage(fd, image.layout.page_bytes, self._pin)
+            return self._opened[name]
+
+    def _reserve(self, unfinished: Path, nbytes: int, value: float) -> int | None:
+        """Makes an unfinished file of that size, locked and with memory behind it; None where there is no place."""
+        remove_unfinished(self._folder)
+        if unfinished.exists():
+            return None  # another agent is at it
+        kept = self.kept()
+        used = sum(image.nbytes for image in kept) + sum(_sizes(self._folder.glob(f"*{UNFINISHED}")))
+        short = used + nbytes - self.budget_bytes
+        going: list[tuple[Kept, int]] = []
+        try:
+            for image in kept:
+                if short <= 0 or image.value >= value:
+                    break
+                if (lock := self._unused(image.name)) is not None:
+                    going.append((image, lock))
+                    short -= image.nbytes
+            if short > 0:
+                self._say_no_place(unfinished, nbytes, short)
+                return None
+            for image, _ in going:
+                _log.info("removed from the host tier", image=image.name, value=image.value, for_value=value)
+                self.discard(image.name)
+        finally:
+            for _, lock in going:
+                os.close(lock)
+        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)  # as long as it is held, the file is not taken for a dead agent's
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            unfinished.unlink()
+            os.close(fd)
+            if error.errno not in _FULL:
+                raise
+            _log.warning("the host tier's folder is full; is it smaller than the budget?", folder=str(self._folder))
+            return None
+        return fd
+
+    def _say_no_place(self, unfinished: Path, nbytes: int, short: int) -> None:
+        small = nbytes > self.budget_bytes
+        _log.log(
+            logging.WARNING if small else logging.INFO,
+            "the host tier's budget is smaller than this image, which is always loaded from the disk; set a larger "
+            "host_tier_bytes"
+            if small
+            else "no place in the host tier; the image is loaded from the disk",
+            image=unfinished.name.removesuffix(UNFINISHED),
+            image_mib=round(nbytes / 2**20, 1),
+            budget_mib=round(self.budget_bytes / 2**20, 1),
+            short_mib=round(short / 2**20, 1),
+        )
+
+    def _unused(self, name: str) -> int | None:
+        """An exclusive lock on an image, which nobody can open while it is held; None where somebody uses it."""
+        try:
+            fd = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        return fd
+
+    def _copy(self, image: Image, fd: int, go_on: Callable[[], bool]) -> bool:
+        with mmap.mmap(fd, image.layout.total_bytes) as memory, DirectFile(image.path) as file:
+            view = memoryview(memory)
+            size = image.layout.page_bytes
+
+            def read(index: int) -> bool:
+                if not go_on():
+                    return False
+                with view[index * size : (index + 1) * size] as page:
+                    file.read(index * size, page)
+                    image.verify(index, page)
+                return True
+
+            try:
+                with ThreadPoolExecutor(_READERS, "fill-host-tier") as readers:
+                    return all(readers.map(read, range(image.layout.num_pages)))
+            finally:
+                view.release()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        fd = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+def _worth(path: Path) -> Path:
+    return path.with_name(f"{path.name}.value")
+
+
+def _value(path: Path) -> float:
+    try:
+        return float(json.loads(_worth(path).read_text()))
+    except (FileNotFoundError, ValueError):
+        return 0.0
+
+
+def _sizes(paths: Iterator[Path]) -> Iterator[int]:
+    for path in paths:
+        with suppress(FileNotFoundError):
+            yield path.stat().st_size
+
+
+def _write(path: Path, text: str) -> None:
+    fd, name = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(fd, "w") as file:
+        file.write(text)
+    os.rename(name, path)

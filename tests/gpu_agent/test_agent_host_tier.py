@@ -1,0 +1,128 @@
+"""Whole agents with images in the node's memory."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from launcher.backing import Backing
+from tests.gpu_agent import checkpoints
+from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent
+from tests.gpu_agent.test_agent_service import PROMPT, expected
+from warmserve.cluster.keys import Keys
+from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2
+
+
+async def kept(agent: RunningAgent, count: int) -> list[cluster_pb2.HostImage]:
+    """What the tier holds, once it is so many images."""
+    name = agent.settings.id
+    await asyncio.wait_for(agent.residency.wait_for(lambda items: len(items[name].host_tier.images) == count), 30)
+    return list(agent.residency.items[name].host_tier.images)
+
+
+async def evict(agent: RunningAgent, model: str) -> None:
+    await agent.stub.EvictReplica(agent_pb2.EvictReplicaRequest(model=model, reason=REASON))
+
+
+async def test_deployed_models_are_loaded_from_memory_by_all_agents_of_the_node(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path
+) -> None:
+    model = checkpoints.llama(tmp_path / "m")
+    tier = {"host_tier_bytes": "4MiB", "host_tier_dir": tmp_path / "tier"}
+    where = (etcd.address, redis_server.address, keys.prefix, tmp_path)
+    async with running_agent(*where, **tier) as one, running_agent(*where, agent_id="g1", **tier) as two:
+        spec = await one.prepare("m", tmp_path / "m")
+        (image,) = await kept(one, 1)
+        assert image.name.startswith(spec.facts.fingerprint[:32])
+        assert one.residency.items["g0"].host_tier.used_bytes == image.bytes == spec.facts.shard_bytes
+        for agent in (one, two):
+            await agent.stub.WarmReplica(agent_pb2.WarmReplicaRequest(spec=spec, group=agent.group, reason=REASON))
+            await agent.until("m", common_pb2.REPLICA_STATE_WARM)
+            await evict(agent, "m")
+            await agent.wake(spec)
+            name = f"r-{agent.settings.id}"
+            await agent.submit("m", name, PROMPT, 8)
+            await agent.relay.finished(name)
+            assert agent.relay.tokens(name) == expected(model, PROMPT, 8)
+            await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model="m", reason=REASON))
+            await agent.until("m", common_pb2.REPLICA_STATE_WARM)
+            await agent.stub.EvictReplica(agent_pb2.EvictReplicaRequest(model="m", keep_residency=0.5, reason=REASON))
+            await asyncio.wait_for(
+                agent.residency.wait_for(lambda i, a=agent: i[a.settings.id].shards[0].tier == common_pb2.TIER_HOST), 30
+            )
+
+
+async def test_models_of_one_checkpoint_share_an_image(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    options = {"host_tier_bytes": "4MiB", "host_tier_dir": tmp_path / "tier"}
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, **options) as agent:
+        specs = [await agent.prepare(name, tmp_path / "m") for name in ("one", "two")]
+        for spec in specs:
+            await agent.wake(spec)
+        assert len(await kept(agent, 1)) == 1
+        assert len(list((tmp_path / "images").glob("*.image"))) == 1
+
+
+async def test_a_bit_flipped_in_memory_is_found_and_the_disk_serves(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path
+) -> None:
+    model = checkpoints.llama(tmp_path / "m")
+    options = {"host_tier_bytes": "4MiB", "host_tier_dir": tmp_path / "tier"}
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, **options) as agent:
+        spec = await agent.prepare("m", tmp_path / "m")
+        (image,) = await kept(agent, 1)
+        with (tmp_path / "tier" / image.name).open("r+b") as file:
+            file.seek(100_000)
+            byte = file.read(1)
+            file.seek(100_000)
+            file.write(bytes([byte[0] ^ 1]))
+        await agent.submit("m", "r0", PROMPT, 8)
+        await agent.wake(spec)
+        await agent.relay.finished("r0")
+        assert agent.relay.tokens("r0") == expected(model, PROMPT, 8)
+
+
+@pytest.mark.parametrize("budget", ["64KiB", "1MiB"])
+async def test_models_that_do_not_fit_are_served_from_the_disk(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path, budget: str
+) -> None:
+    """A budget smaller than any model, and one for one of two, of which the one that is worth more is kept."""
+    models = {name: checkpoints.llama(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))}
+    options = {"host_tier_bytes": budget, "host_tier_dir": tmp_path / "tier"}
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, **options) as agent:
+        specs = {name: await agent.prepare(name, tmp_path / name) for name in models}
+        for score, (name, spec) in enumerate(specs.items()):
+            reason = common_pb2.Reason(cause=common_pb2.CAUSE_FOUNDATION, score=score + 1)
+            await agent.stub.WarmReplica(agent_pb2.WarmReplicaRequest(spec=spec, group=agent.group, reason=reason))
+            await agent.until(name, common_pb2.REPLICA_STATE_WARM)
+        if budget == "1MiB":
+            wanted = specs["b"].facts.fingerprint[:32]
+            await asyncio.wait_for(
+                agent.residency.wait_for(lambda items: [i.name[:32] for i in items["g0"].host_tier.images] == [wanted]),
+                30,
+            )
+        for name, model in models.items():
+            await evict(agent, name)
+            await agent.wake(specs[name])
+            await agent.submit(name, f"r-{name}", PROMPT, 8)
+            await agent.relay.finished(f"r-{name}")
+            assert agent.relay.tokens(f"r-{name}") == expected(model, PROMPT, 8)
+
+
+async def test_undeploying_takes_the_image_out_of_memory(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    options = {"host_tier_bytes": "4MiB", "host_tier_dir": tmp_path / "tier"}
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, **options) as agent:
+        spec = await agent.prepare("m", tmp_path / "m")
+        await agent.node.store.put(agent.node.keys.model("m"), spec)
+        await kept(agent, 1)
+        await agent.wake(spec)
+        await agent.node.store.delete(agent.node.keys.model("m"))
+        while list((tmp_path / "tier").glob("*.image*")):
+            await asyncio.sleep(0.01)
