@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import grpc
@@ -120,6 +121,15 @@ async def watching(store: Store, keys: Keys) -> AsyncIterator[Watch]:
     await asyncio.gather(*(mirror.close() for mirror in mirrors))
 
 
+class Fault(Enum):
+    """What becomes of an order on its way."""
+
+    NONE = "none"
+    LOST = "lost"
+    SILENT = "silent"
+    ANSWER_LOST = "answer lost"
+
+
 class AgentPeer(agent_pb2_grpc.AgentServiceServicer):
     """An agent whose loads take no time unless held, and whose instances run what tests say."""
 
@@ -140,6 +150,8 @@ class AgentPeer(agent_pb2_grpc.AgentServiceServicer):
         self.load_fails = ""  # the words with which loads fail
         self.prepared: list[str] = []
         self.fingerprint = "one"
+        self.slots = 8  # of its instances
+        self.network: Callable[[], Fault] = lambda: Fault.NONE  # what becomes of the next order
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -187,6 +199,9 @@ class AgentPeer(agent_pb2_grpc.AgentServiceServicer):
         )
 
     async def WarmReplica(self, request: agent_pb2.WarmReplicaRequest, context: Any) -> Any:
+        return await self._faulty(self._warm(request))
+
+    async def _warm(self, request: agent_pb2.WarmReplicaRequest) -> Any:
         self._take("warm", request.spec.name, request.fence)
         shard = self._shard(request.spec, request.group)
         if shard.state in (COLD, WARM):
@@ -194,6 +209,9 @@ class AgentPeer(agent_pb2_grpc.AgentServiceServicer):
         return agent_pb2.WarmReplicaResponse(state=shard.state)
 
     async def WakeReplica(self, request: agent_pb2.WakeReplicaRequest, context: Any) -> Any:
+        return await self._faulty(self._wake(request))
+
+    async def _wake(self, request: agent_pb2.WakeReplicaRequest) -> Any:
         self._take("wake", request.spec.name, request.fence)
         shard = self._shard(request.spec, request.group)
         if shard.state in (COLD, WARM):
@@ -201,6 +219,9 @@ class AgentPeer(agent_pb2_grpc.AgentServiceServicer):
         return agent_pb2.WakeReplicaResponse(state=shard.state)
 
     async def DrainReplica(self, request: agent_pb2.DrainReplicaRequest, context: Any) -> Any:
+        return await self._faulty(self._drain(request))
+
+    async def _drain(self, request: agent_pb2.DrainReplicaRequest) -> Any:
         self._take("drain", request.model, request.fence)
         shard = self.shards.get(request.model)
         if shard is not None and shard.state == ACTIVE:
@@ -212,6 +233,9 @@ class AgentPeer(agent_pb2_grpc.AgentServiceServicer):
         return agent_pb2.DrainReplicaResponse(state=shard.state if shard else COLD)
 
     async def EvictReplica(self, request: agent_pb2.EvictReplicaRequest, context: Any) -> Any:
+        return await self._faulty(self._evict(request))
+
+    async def _evict(self, request: agent_pb2.EvictReplicaRequest) -> Any:
         self._take("evict", request.model, request.fence)
         shard = self.shards.get(request.model)
         if shard is None:
@@ -226,6 +250,20 @@ class AgentPeer(agent_pb2_grpc.AgentServiceServicer):
             del self.shards[request.model]
         await self.report()
         return agent_pb2.EvictReplicaResponse(state=shard.state, pages_freed=freed)
+
+    async def _faulty(self, carrying_out: Coroutine[Any, Any, Any]) -> Any:
+        """Carries an order out, unless the network has it otherwise."""
+        fault = self.network()
+        if fault in (Fault.LOST, Fault.SILENT):
+            carrying_out.close()
+        if fault is Fault.LOST:
+            raise StatusError(grpc.StatusCode.UNAVAILABLE, "the order was lost")
+        if fault is Fault.SILENT:
+            await asyncio.Event().wait()  # until the caller gives up
+        answer = await carrying_out
+        if fault is Fault.ANSWER_LOST:
+            raise StatusError(grpc.StatusCode.UNAVAILABLE, "the answer was lost")
+        return answer
 
     def _take(self, kind: str, model: str, fence: int) -> None:
         if fence < max(self.fences, default=0):
@@ -271,7 +309,7 @@ class AgentPeer(agent_pb2_grpc.AgentServiceServicer):
             shard.instance_id = f"{self.name}.{time.monotonic_ns()}"
             if shard.shard == 0:
                 record = cluster_pb2.InstanceRecord(
-                    id=shard.instance_id, model=shard.model, group=shard.group, state=ACTIVE, slots=8
+                    id=shard.instance_id, model=shard.model, group=shard.group, state=ACTIVE, slots=self.slots
                 )
                 await self.node.session.put(self.node.keys.instance(shard.model, shard.instance_id), record)
         return await self.report()

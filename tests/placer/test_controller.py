@@ -10,11 +10,23 @@ import grpc
 import pytest
 from redis.asyncio import Redis
 
-from launcher.backing import Backing, start_etcd
+from launcher.backing import Backing, start_etcd, start_redis
 from launcher.ports import free_port
 from services.common.queues import RequestQueue
 from services.placer import planner
-from tests.placer.peers import ACTIVE, DRAINING, PAGE, WARM, WARMING, Cluster, Peers, Watch, running_placer, watching
+from tests.placer.peers import (
+    ACTIVE,
+    DRAINING,
+    PAGE,
+    WARM,
+    WARMING,
+    Cluster,
+    Fault,
+    Peers,
+    Watch,
+    running_placer,
+    watching,
+)
 from warmserve.cluster.events import EventStream
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
@@ -378,3 +390,120 @@ async def test_while_etcd_is_away_nothing_is_placed_and_afterwards_it_goes_on(
     await peers.close()
     await store.close()
     etcd.child.stop(5)
+
+
+async def test_shards_that_have_come_apart_are_taken_away(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    first, second = [await peers.add(name) for name in ("g0", "g1")]
+    wide = spec("a")
+    wide.tp = 2
+    await store.put(cluster.keys.model("a"), wide)
+    second.network = lambda: Fault.LOST
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        await wake(placer, "a")
+        await until(lambda: "a" in first.shards and first.shards["a"].state == ACTIVE)
+        second.network = lambda: Fault.NONE
+        # Taken away, or joined by the other shard.
+        await until(lambda: not first.shards or (second.shards and second.shards["a"].state == first.shards["a"].state))
+
+
+async def test_a_wake_waits_neither_for_redis_nor_for_the_agents_answer(
+    tmp_path: Path, etcd: Backing, keys: Keys, store: Store
+) -> None:
+    redis_server = start_redis(tmp_path / "data", tmp_path / "log")
+    cluster = Cluster(etcd, redis_server, keys)
+    peers = Peers(cluster)
+    agent = await peers.add("g0")
+    for name in ("a", "b"):
+        await store.put(keys.model(name), spec(name))
+    async with running_placer(cluster) as placer, watching(store, keys) as watch:
+        await watch.led_by("p0")
+        await watch.outlook("b", lambda o: True)
+        redis_server.child.process.send_signal(signal.SIGSTOP)  # it takes calls and never answers
+        agent.network = lambda: Fault.SILENT
+        assert (await wake(placer, "a")).state == WARMING
+        agent.network = lambda: Fault.NONE
+        await wake(placer, "b")
+        await until(lambda: ("wake", "b") in agent.orders)
+        redis_server.child.process.send_signal(signal.SIGCONT)
+        await until(lambda: "a" in agent.shards and agent.shards["a"].state == ACTIVE)  # its order was lost
+    await peers.close()
+    redis_server.child.stop(5)
+
+
+async def test_advisory_plans_are_shown_and_not_carried_out(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    for name in ("a", "b"):
+        await store.put(cluster.keys.model(name), spec(name))
+    await store.put(cluster.keys.placer_mode(), cluster_pb2.PlacerMode(advisory=True))
+    await store.put(cluster.keys.forecast("a"), forecast("a", 3.2))
+    async with running_placer(cluster) as placer:
+        await watch.plan.wait_for(lambda items: any(plan.actions for plan in items.values()))
+        plan = watch.plan.items[""]
+        assert plan.advisory
+        assert [(a.kind, a.model) for a in plan.actions] == [(cluster_pb2.ACTION_KIND_WARM, "a")]
+        answer = await wake(placer, "b")
+        assert (answer.state, answer.reason.cause) == (COLD, common_pb2.CAUSE_OPERATOR)
+        assert "the placer only advises" in answer.reason.text
+        assert "1 request waits and no instance is active" in answer.reason.text
+        assert agent.orders == []
+        await store.put(cluster.keys.placer_mode(), cluster_pb2.PlacerMode(advisory=False))
+        await until(lambda: ("warm", "a") in agent.orders)
+        while (await wake(placer, "b")).state != ACTIVE:
+            await asyncio.sleep(0.01)
+        await watch.plan.wait_for(lambda items: not any(plan.advisory for plan in items.values()))
+        await store.put(cluster.keys.placer_mode(), cluster_pb2.PlacerMode(advisory=True))
+        await watch.plan.wait_for(lambda items: all(plan.advisory for plan in items.values()))
+        assert (await wake(placer, "b")).state == ACTIVE  # what is there serves
+
+
+async def test_a_placer_started_as_advisory_orders_nothing(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    await store.put(cluster.keys.model("a"), spec("a", min_replicas=1))
+    async with running_placer(cluster, advisory=True):
+        await watch.plan.wait_for(lambda items: any(plan.advisory and plan.actions for plan in items.values()))
+    assert agent.orders == []
+
+
+async def test_pinned_models_are_warm_without_a_forecast(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    await store.put(cluster.keys.model("a"), spec("a", pinned_replicas=1))
+    async with running_placer(cluster):
+        await until(lambda: "a" in agent.shards and agent.shards["a"].state == WARM)
+
+
+async def test_capacity_is_what_instances_report_and_the_plan_says_where_it_is_from(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    agent = await peers.add("g0")
+    agent.slots = 5
+    await store.put(cluster.keys.model("a"), spec("a"))
+    async with running_placer(cluster) as placer:
+        await watch.outlook("a", lambda o: o.capacity_source.startswith("assumed"))
+        await wake(placer, "a")
+        await watch.outlook("a", lambda o: o.capacity == 5 and "report" in o.capacity_source)
+
+
+async def test_what_cannot_be_is_told_in_words(cluster: Cluster, peers: Peers, watch: Watch, store: Store) -> None:
+    await peers.add("g0", pages=64)
+    await peers.add("g1", pages=32)
+    await store.put(cluster.keys.model("many"), spec("many", min_replicas=3))
+    await store.put(cluster.keys.model("large"), spec("large", 64, min_replicas=1))
+    wide = spec("wide", 8, min_replicas=1)
+    wide.tp = 4
+    await store.put(cluster.keys.model("wide"), wide)
+    await store.put(cluster.keys.model("odd"), spec("odd"))
+    await store.put(cluster.keys.forecast("odd"), forecast("odd", float("nan")))
+    async with running_placer(cluster):
+        await watch.outlook("many", lambda o: "3" in o.reason.text and o.active_replicas == 2)
+        await watch.outlook("large", lambda o: o.reason.cause == common_pb2.CAUSE_NO_CAPACITY and "64" in o.reason.text)
+        await watch.outlook("wide", lambda o: o.reason.cause == common_pb2.CAUSE_NO_CAPACITY and "4" in o.reason.text)
+        await watch.outlook("odd", lambda o: "holds no usable number" in o.reason.text)
