@@ -19,7 +19,6 @@ _LEAST = 1e-6
 class Forecasting:
     """What was forecast for all models at one moment, without announcements."""
 
-    made_unix_ms: int
     predictor: str
     first: int
     """The number of the first window, which is the current one."""

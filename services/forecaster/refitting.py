@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Callable
@@ -71,9 +72,12 @@ class Refitter:
         pause = max(self._settings.window_s, self._settings.season_s / _CHECKS)
         while True:
             _LEARNED.set(self._champions.champion.info.name != stored.PUBLISHED)
-            await self.watch_drift()
-            if self._settings.refit_s and await asyncio.to_thread(self._due):
-                await self.refit()
+            try:
+                await self.watch_drift()
+                if self._settings.refit_s and await asyncio.to_thread(self._due):
+                    await self.refit()
+            except sqlite3.OperationalError as error:
+                _log.warning("the history cannot be read for now", error=str(error))
             await asyncio.sleep(pause)
 
     def _due(self) -> bool:

@@ -103,8 +103,8 @@ class Forecaster:
             try:
                 if await self._work():
                     pause = self._until_next()
-            except StoreUnavailableError as error:
-                _log.warning("forecasts are not all published yet", error=str(error))
+            except (StoreUnavailableError, sqlite3.OperationalError) as error:
+                _log.warning("forecasts are not all made and published yet", error=str(error))
             if not self._stale:
                 try:
                     await asyncio.wait_for(self._news.wait(), pause)
@@ -174,7 +174,7 @@ class Forecaster:
         series = self._history.series(names, last, round(settings.full_s / settings.window_s))
         champion = self._champions.champion
         quantiles, name = self._predict(series, champion.predictor)
-        made = Forecasting(int(self._clock() * 1e3), name, last + 1, names, quantiles, per_load(series))
+        made = Forecasting(name, last + 1, names, quantiles, per_load(series))
         newest = series[:, -1] if series.shape[1] else np.full((len(names), len(QUANTITIES)), np.nan)
         return made, newest
 
@@ -198,20 +198,14 @@ class Forecaster:
         window_s = self._settings.window_s
         expected = await self._calendar.expectations(made.models)
         begins = [float(start_of(made.first + step, window_s)) for step in range(self._settings.horizon)]
+        now_ms = int(self._clock() * 1e3)
         all_quantiles = made.quantiles.copy()
         for row, name in enumerate(made.models):
             if name in expected:
                 all_quantiles[row] = raised(made.quantiles[row], begins, window_s, expected[name], made.per_load[row])
             if name in models and name in self._models.items:  # not undeployed meanwhile
-                made_ms = max(made.made_unix_ms, self._made_before(name) + 1)
-                self._publisher.publish(
-                    message(name, all_quantiles[row], made_ms, made.predictor, made.first, window_s)
-                )
+                self._publisher.publish(message(name, all_quantiles[row], now_ms, made.predictor, made.first, window_s))
         return all_quantiles
-
-    def _made_before(self, name: str) -> int:
-        before = self._publisher.newest.get(name)
-        return before.made_unix_ms if before else 0
 
     def _compare(self, name: str, last: int, actuals: Floats) -> None:
         """Holds the window that has ended against what was forecast for it."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,12 +15,13 @@ import numpy as np
 import pytest
 from redis.asyncio import Redis
 
+from launcher.backing import Backing, start_etcd
 from services.common.load import LoadCounters, LoadCounts, start_of, window_index
 from services.forecaster.database import Database
 from services.forecaster.history import History, Seen
-from services.forecaster.past import PastForecasts
+from services.forecaster.past import EndedAnnouncements, PastForecasts
 from services.forecaster.publisher import Publisher
-from tests.forecaster.process import Start
+from tests.forecaster.process import Start, forecaster
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.mirror import Mirror
 from warmserve.cluster.store import Store
@@ -113,10 +117,12 @@ async def test_forecasts_that_outlived_their_models_are_withdrawn(
 
 
 async def test_it_is_found_in_etcd_while_it_runs(start: Start, store: Store, keys: Keys) -> None:
+    records = Mirror(store, keys.forecasters(), cluster_pb2.ForecasterRecord)
+    await records.start()
     async with start(id="f0"):
-        record = await store.get(keys.forecaster("f0"), cluster_pb2.ForecasterRecord)
-        assert record is not None
-        assert record.value.address.startswith("127.0.0.1:")
+        await records.wait_for(lambda items: "f0" in items)
+        assert records.items["f0"].address.startswith("127.0.0.1:")
+    await records.close()
     assert await store.get(keys.forecaster("f0"), cluster_pb2.ForecasterRecord) is None
 
 
@@ -293,6 +299,87 @@ async def test_an_announcement_that_has_ended_is_scored_and_taken_away(
     async with start(window_s=1.0) as stub:  # and they are kept
         assert (await stub.GetScores(forecast_pb2.GetScoresRequest())).calendar == scores
     await calendar.close()
+
+
+async def test_clients_whose_hints_came_to_nothing_are_believed_less(
+    start: Start, store: Store, keys: Keys, published: Mirror[cluster_pb2.Forecast], tmp_path: Path
+) -> None:
+    await deploy(store, keys, "m", "other")
+    database = Database(tmp_path, HOUR)
+    hint = cluster_pb2.CalendarEntry(start_unix_s=1, duration_s=1, load=20, source=cluster_pb2.CALENDAR_SOURCE_CLIENT)
+    for number in range(2):
+        past = cluster_pb2.CalendarEntry(model="m", id=f"past{number}")
+        past.MergeFrom(hint)
+        EndedAnnouncements(database).save(forecast_pb2.CalendarScore(entry=past, actual_load=0, actual_peak=0))
+    database.close()
+    async with start():
+        hint.start_unix_s, hint.duration_s = start_of(now_window() + 1, HOUR), 3600
+        for model in ("m", "other"):
+            one = cluster_pb2.CalendarEntry(model=model, id="new")
+            one.MergeFrom(hint)
+            await store.put(keys.calendar(model, "new"), one)
+        await published.wait_for(
+            lambda items: len(items) == 2 and all(i.windows[1].peak_load.p50 for i in items.values())
+        )
+        assert published.items["m"].windows[1].peak_load.p50 == 10  # two of four, two of them given in advance
+        assert published.items["other"].windows[1].peak_load.p50 == 20
+
+
+async def test_what_a_killed_forecaster_missed_is_there_when_it_is_back(
+    etcd: Backing, redis_server: Backing, store: Store, keys: Keys, redis: Redis, tmp_path: Path, start: Start
+) -> None:
+    """It is killed again and again while a router counts; in the end every window is there, and exactly."""
+    await deploy(store, keys, "m")
+    command = [sys.executable, "-m", "services.forecaster", f"--etcd-endpoints={etcd.address}", "--window-s=1"]
+    command += [f"--redis-url=redis://{redis_server.address}/0", f"--prefix={keys.prefix}", f"--data-dir={tmp_path}"]
+    counters = LoadCounters(redis, keys)
+    last = now_window(1.0) - 1
+    begin = last - 59
+    for round_ in range(3):
+        for window in range(begin + 20 * round_, begin + 20 * (round_ + 1)):
+            count = LoadCounts(arrivals=window - begin, load_seconds=window - begin)
+            await counters.report("r0:a.0", window, 1.0, 1.0, {"m": count})
+        process = await asyncio.create_subprocess_exec(*command, "--lease-ttl-s=2", stderr=asyncio.subprocess.DEVNULL)
+        while not await any_recorded(tmp_path, begin + 20 * round_ + 3):
+            await asyncio.sleep(0.02)
+        process.kill()  # somewhere in the midst of recording
+        await process.wait()
+    async with start(window_s=1.0) as stub:
+        await until_recorded(stub, "m", last)
+        found = await history_of(stub, "m", begin, last)
+        assert {window: found.get(window) for window in range(begin, last + 1)} == {
+            window: window - begin for window in range(begin, last + 1)
+        }
+
+
+async def any_recorded(folder: Path, window: int) -> bool:
+    """Whether a window is in a history that another process writes."""
+    if not (folder / "history.sqlite").exists():
+        return False
+    with contextlib.closing(sqlite3.connect(folder / "history.sqlite", timeout=5)) as db:
+        try:
+            return db.execute("select 1 from windows where window >= ?", (window,)).fetchone() is not None
+        except sqlite3.OperationalError:  # it is being made
+            return False
+
+
+async def test_forecasts_reach_etcd_when_it_is_back(redis_server: Backing, keys: Keys, tmp_path: Path) -> None:
+    first = start_etcd(tmp_path / "etcd", tmp_path / "log")
+    store = Store([first.address])
+    await deploy(store, keys, "m")
+    async with forecaster(first.address, redis_server.address, keys.prefix, tmp_path / "data", window_s=1.0) as stub:
+        mirror = Mirror(store, keys.forecasts(), cluster_pb2.Forecast)
+        await mirror.start()
+        await mirror.wait_for(lambda items: "m" in items)
+        first.child.stop(5)
+        call = stub.WatchForecasts(forecast_pb2.WatchForecastsRequest())
+        made = [(await call.read()).forecast.made_unix_ms for _ in range(3)]  # who follows hears them meanwhile
+        call.cancel()
+        second = start_etcd(tmp_path / "etcd", tmp_path / "log", int(first.address.rpartition(":")[2]))
+        await mirror.wait_for(lambda items: "m" in items and items["m"].made_unix_ms > made[-1])
+        await mirror.close()
+    await store.close()
+    second.child.stop(5)
 
 
 async def test_scores_say_what_errors_cost(start: Start, store: Store, keys: Keys, tmp_path: Path) -> None:

@@ -203,7 +203,9 @@ class HistoryWindow(_message.Message):
 
     @_builtins.property
     def forecast(self) -> _cluster_pb2.WindowForecast:
-        """What had been forecast `ahead` windows before; unset where nothing was."""
+        """What had been forecast `ahead` windows before: mean and peak load. Unset where nothing was, or it was too long ago
+        (2,016 windows).
+        """
 
     def __init__(
         self,

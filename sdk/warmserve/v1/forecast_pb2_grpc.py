@@ -86,7 +86,8 @@ class ForecastServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchForecasts(self, request, context):
-        """The newest forecasts at once, then each new one as it is made, until the caller cancels.
+        """The newest forecasts at once, then each new one as it is made, until the caller cancels. To a caller that is slow
+        only the newest of each model is sent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,6 +103,7 @@ class ForecastServiceServicer(object):
     def ImportHistory(self, request_iterator, context):
         """Adds windows of the past, for models deployed or not, so that their forecasts begin with them. All of it is recorded
         or nothing. INVALID_ARGUMENT names the window that is wrong (another window length, in the future, negative).
+        Shorter windows are joined: means, and the largest peak; of a joined window half must be known, else it is left out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,12 +38,15 @@ class ForecastServiceStub:
     GetForecasts: _grpc.UnaryUnaryMultiCallable[_forecast_pb2.GetForecastsRequest, _forecast_pb2.GetForecastsResponse]
     """Forecasts of the models asked for, or of all. NOT_FOUND names a model that is not deployed."""
     WatchForecasts: _grpc.UnaryStreamMultiCallable[_forecast_pb2.WatchForecastsRequest, _forecast_pb2.WatchForecastsResponse]
-    """The newest forecasts at once, then each new one as it is made, until the caller cancels."""
+    """The newest forecasts at once, then each new one as it is made, until the caller cancels. To a caller that is slow
+    only the newest of each model is sent.
+    """
     GetHistory: _grpc.UnaryUnaryMultiCallable[_forecast_pb2.GetHistoryRequest, _forecast_pb2.GetHistoryResponse]
     """What a model's windows were, and what had been forecast for them. NOT_FOUND where nothing was ever recorded of it."""
     ImportHistory: _grpc.StreamUnaryMultiCallable[_forecast_pb2.ImportHistoryRequest, _forecast_pb2.ImportHistoryResponse]
     """Adds windows of the past, for models deployed or not, so that their forecasts begin with them. All of it is recorded
     or nothing. INVALID_ARGUMENT names the window that is wrong (another window length, in the future, negative).
+    Shorter windows are joined: means, and the largest peak; of a joined window half must be known, else it is left out.
     """
     GetScores: _grpc.UnaryUnaryMultiCallable[_forecast_pb2.GetScoresRequest, _forecast_pb2.GetScoresResponse]
     """How good forecasts and announcements have been, and what their errors cost."""
@@ -62,12 +65,15 @@ class ForecastServiceAsyncStub(ForecastServiceStub):
     GetForecasts: _aio.UnaryUnaryMultiCallable[_forecast_pb2.GetForecastsRequest, _forecast_pb2.GetForecastsResponse]  # type: ignore[assignment]
     """Forecasts of the models asked for, or of all. NOT_FOUND names a model that is not deployed."""
     WatchForecasts: _aio.UnaryStreamMultiCallable[_forecast_pb2.WatchForecastsRequest, _forecast_pb2.WatchForecastsResponse]  # type: ignore[assignment]
-    """The newest forecasts at once, then each new one as it is made, until the caller cancels."""
+    """The newest forecasts at once, then each new one as it is made, until the caller cancels. To a caller that is slow
+    only the newest of each model is sent.
+    """
     GetHistory: _aio.UnaryUnaryMultiCallable[_forecast_pb2.GetHistoryRequest, _forecast_pb2.GetHistoryResponse]  # type: ignore[assignment]
     """What a model's windows were, and what had been forecast for them. NOT_FOUND where nothing was ever recorded of it."""
     ImportHistory: _aio.StreamUnaryMultiCallable[_forecast_pb2.ImportHistoryRequest, _forecast_pb2.ImportHistoryResponse]  # type: ignore[assignment]
     """Adds windows of the past, for models deployed or not, so that their forecasts begin with them. All of it is recorded
     or nothing. INVALID_ARGUMENT names the window that is wrong (another window length, in the future, negative).
+    Shorter windows are joined: means, and the largest peak; of a joined window half must be known, else it is left out.
     """
     GetScores: _aio.UnaryUnaryMultiCallable[_forecast_pb2.GetScoresRequest, _forecast_pb2.GetScoresResponse]  # type: ignore[assignment]
     """How good forecasts and announcements have been, and what their errors cost."""
@@ -95,7 +101,9 @@ class ForecastServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _forecast_pb2.WatchForecastsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_forecast_pb2.WatchForecastsResponse], _abc.AsyncIterator[_forecast_pb2.WatchForecastsResponse]]:
-        """The newest forecasts at once, then each new one as it is made, until the caller cancels."""
+        """The newest forecasts at once, then each new one as it is made, until the caller cancels. To a caller that is slow
+        only the newest of each model is sent.
+        """
 
     @_abc_1.abstractmethod
     def GetHistory(
@@ -113,6 +121,7 @@ class ForecastServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_forecast_pb2.ImportHistoryResponse, _abc.Awaitable[_forecast_pb2.ImportHistoryResponse]]:
         """Adds windows of the past, for models deployed or not, so that their forecasts begin with them. All of it is recorded
         or nothing. INVALID_ARGUMENT names the window that is wrong (another window length, in the future, negative).
+        Shorter windows are joined: means, and the largest peak; of a joined window half must be known, else it is left out.
         """
 
     @_abc_1.abstractmethod
