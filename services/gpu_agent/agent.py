@@ -236,10 +236,12 @@ class Agent:
             shard = self._shards.get(model)
             if shard is None:
                 continue
+            by_model = names.get(owner, owner if owner in self._shards else "")
+            what = "its weights" if owner == by_model else "its KV cache"
             reason = common_pb2.Reason(
                 cause=common_pb2.CAUSE_MADE_ROOM,
-                text=f"{pages} pages went back to the KV cache of {names.get(owner, owner)}, which needed them",
-                by_model=names.get(owner, ""),
+                text=f"{pages} pages went to {by_model or owner}, which needed them for {what}",
+                by_model=by_model,
                 score=shard.score,
             )
             if shard.state == WARM and not shard.pages_resident:

@@ -149,6 +149,23 @@ def test_warming_leaves_instances_what_they_were_promised_and_a_wake_does_not(ar
     assert arena.free_pages == 0
 
 
+def test_a_wake_takes_back_what_it_needs_and_prewarming_does_not(arena: Arena, backend: Backend) -> None:
+    warm = arena.add_weights("warm", 8 * backend.page)
+    warm.grow(8)
+    warm.offer((1.0, 0.0))
+    other = arena.add_weights("other", 6 * backend.page)
+    other.offer((2.0, 0.0))
+    with pytest.raises(OutOfPages):
+        other.grow(3)
+    other.withhold()
+    with other.filling() as filling:
+        filling.claim()
+        assert warm.resident_pages == 4
+        warm.withhold()
+        assert len(filling.map(6)) == 6  # they are its own now, whatever happens to others
+    assert arena.free_pages == 6
+
+
 def test_kv_does_not_wait_for_a_page_that_is_being_written(arena: Arena, backend: Backend) -> None:
     """Warming is cut short at once: what is resident is taken, and the page on its way is given back by the loader."""
     weights = arena.add_weights("m", 8 * backend.page)

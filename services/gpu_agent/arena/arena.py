@@ -54,7 +54,7 @@ class Arena:
         self._promised: dict[str, int] = {}  # KV pages that prewarming leaves to each instance, those it has included
         self._closed = False
         self.on_taken_back: Callable[[str, int, str], None] = lambda model, pages, owner: None
-        """Called with a model, how many pages it has lost, and the KV owner that took them: in that one's thread."""
+        """Called with a model, the pages it has lost, and who took them: an instance for KV, or a model that wakes."""
 
     @property
     def page_bytes(self) -> int:
@@ -205,13 +205,20 @@ class Arena:
             return min(lenders, key=lambda offered: offered.value, default=None)
 
     def _take_weight_pages(self, weights: WeightRange, n: int) -> list[int]:
-        with self._lock:
-            self._check_open()
-            if weights.is_lendable:
-                free = max(0, self._pages.free - self._promised_free())
-                if n > free:
+        """Free pages, for prewarming only what was promised to nobody; a wake takes back what was lent, as KV does."""
+        while True:
+            with self._lock:
+                self._check_open()
+                waking, free = not weights.is_lendable, self._pages.free
+                if not waking:
+                    free = max(0, free - self._promised_free())
+                if n <= free:
+                    return self._pages.begin_filling(weights.name, n)
+                if not waking or n > free + self._lendable():
                     raise OutOfPages(f"the weights of {weights.name}", n, free, self._pages.total)
-            return self._pages.begin_filling(weights.name, n)
+            lender = self._least_valuable()
+            if lender is not None and (given := lender.give_up(n - free)):
+                self.on_taken_back(lender.name, given, weights.name)
 
     def _settle_weight_page(self, name: str) -> None:
         with self._lock:
@@ -328,6 +335,17 @@ class WeightRange:
             # Unmapped before another owner has them.
             self._memory.unmap(self._addresses, self._resident, count)
             return self._arena._lend_weight_pages(self.name, count, owner)
+
+    def give_up(self, n: int) -> int:
+        """Frees up to n of the last resident pages, and returns how many: none where they are not offered any more."""
+        with self._lock:
+            count = min(n, self._resident) if self.is_lendable and not self._removed else 0
+            if count:
+                self._resident -= count
+                # Unmapped before another owner has them.
+                self._memory.unmap(self._addresses, self._resident, count)
+                self._arena._give_weight_pages(self.name, self._resident)
+            return count
 
     # Growing and shrinking
 

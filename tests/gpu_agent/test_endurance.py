@@ -1,0 +1,241 @@
+"""Random switching among models that together exceed the arena three times, through a whole agent.
+
+WARMSERVE_ENDURANCE_CYCLES sets how many cycles; WARMSERVE_ENDURANCE_SEED which.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from launcher.backing import Backing
+from services.gpu_agent import __main__ as agent_process
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.memory import Memory
+from tests.gpu_agent import checkpoints
+from tests.gpu_agent.agent_process import RunningAgent, running_agent
+from tests.gpu_agent.test_agent_service import expected
+from warmserve.cluster.keys import Keys
+from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2, inference_pb2
+
+CYCLES = int(os.environ.get("WARMSERVE_ENDURANCE_CYCLES", "40"))
+SEED = int(os.environ.get("WARMSERVE_ENDURANCE_SEED", "1"))
+MODELS = 8
+TOKENS = 12
+PAGE = 65536
+OUT_OF_ANON_BYTES = 96 << 20  # what buffers, threads' heaps and caches may add; a leak of weights is far more
+
+
+@dataclass
+class Model:
+    """A deployed model, and what it answers."""
+
+    spec: cluster_pb2.ModelSpec
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+
+@dataclass
+class World:
+    """An agent, its models, and the arena below it."""
+
+    agent: RunningAgent
+    arena: Arena
+    models: list[Model]
+    random: random.Random
+    requests: int = 0
+    done: dict[str, int] = field(default_factory=dict)  # how often what was done
+
+    def state(self, model: Model) -> common_pb2.ReplicaState.ValueType:
+        shard = self.agent.shard(model.spec.name)
+        return shard.state if shard else common_pb2.REPLICA_STATE_COLD
+
+    async def order(self, kind: str, model: Model, keep: float = 0.0) -> bool:
+        """Gives an order; False where the agent refuses it for want of room or because the model serves."""
+        name, stub = model.spec.name, self.agent.stub
+        reason = common_pb2.Reason(cause=common_pb2.CAUSE_OPERATOR, text="endurance", score=self.random.random())
+        try:
+            if kind == "warm":
+                await stub.WarmReplica(
+                    agent_pb2.WarmReplicaRequest(spec=model.spec, group=self.agent.group, reason=reason)
+                )
+            elif kind == "wake":
+                await stub.WakeReplica(
+                    agent_pb2.WakeReplicaRequest(spec=model.spec, group=self.agent.group, reason=reason)
+                )
+            elif kind == "drain":
+                await stub.DrainReplica(agent_pb2.DrainReplicaRequest(model=name, reason=reason))
+            else:
+                await stub.EvictReplica(agent_pb2.EvictReplicaRequest(model=name, keep_residency=keep, reason=reason))
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION):
+                raise
+            return False
+        self.done[kind] = self.done.get(kind, 0) + 1
+        return True
+
+    async def settled(self, model: Model) -> common_pb2.ReplicaState.ValueType:
+        """The model's state once it neither loads nor drains."""
+        moving = (common_pb2.REPLICA_STATE_WARMING, common_pb2.REPLICA_STATE_DRAINING)
+        await asyncio.wait_for(self.agent.residency.wait_for(lambda _: self.state(model) not in moving), 60)
+        return self.state(model)
+
+    async def make_room(self, but: Model) -> None:
+        """Takes another model's weights away, as the placer would."""
+        other = self.random.choice([model for model in self.models if model is not but])
+        await self.order("drain", other)
+        await self.settled(other)
+        await self.order("evict", other, self.random.choice([0.0, 0.0, 0.5]))
+
+    async def serve(self, model: Model, count: int, cancel: str | None = None) -> None:
+        """Requests of a model, answered whatever happens: woken as often as it takes, and put back where they fail."""
+        names = [f"r{self.requests + n}" for n in range(count)]
+        self.requests += count
+        which = {name: self.random.randrange(len(model.prompts)) for name in names}
+        for name in names:
+            await self.agent.submit(model.spec.name, name, model.prompts[which[name]], TOKENS)
+        if cancel is not None and await self.order("wake", model):
+            await self.order(cancel, model, 0.5)
+        ended = asyncio.gather(*(self._finished(model, name, model.prompts[which[name]]) for name in names))
+        while not ended.done():
+            if await self.settled(model) != common_pb2.REPLICA_STATE_ACTIVE:
+                if not await self.order("wake", model):
+                    await self.make_room(model)
+                continue
+            await asyncio.wait({ended}, timeout=0.05)
+        await ended
+        for name in names:
+            assert self._answer(name) == model.answers[which[name]], (model.spec.name, name, self.done)
+
+    async def _finished(self, model: Model, name: str, prompt: list[int]) -> None:
+        attempt = 0
+        while True:
+            end = await self.agent.relay.finished(name, attempt)
+            if end.finish_reason == inference_pb2.FINISH_REASON_LENGTH:
+                return
+            assert end.finish_reason == inference_pb2.FINISH_REASON_ERROR
+            attempt += 1
+            if "KV blocks" in end.error:  # idle instances have the memory, and the placer would have one give way
+                await self.make_room(model)
+            so_far = self._answer(name)
+            await self.agent.submit(
+                model.spec.name, name, prompt + so_far, TOKENS, attempt=attempt, generated=len(so_far)
+            )
+
+    def _answer(self, name: str) -> list[int]:
+        tokens: list[int] = []
+        for update in self.agent.relay.updates[name]:
+            if update.token_ids:
+                assert update.offset == len(tokens)
+                tokens += update.token_ids
+        return tokens
+
+    async def cycle(self) -> None:
+        """One random thing."""
+        model, do = self.random.choice(self.models), self.random.random()
+        if do < 0.35:
+            await self.serve(model, self.random.choice([1, 2, 8]))
+        elif do < 0.5:
+            await self.serve(model, 1, cancel=self.random.choice(["drain", "evict", "wake"]))
+        elif do < 0.7:
+            for _ in range(MODELS):
+                if await self.order("warm", model):
+                    break
+                await self.make_room(model)
+            if self.random.random() < 0.4:  # in the middle of it
+                await self.order(self.random.choice(["evict", "drain", "wake"]), model, 0.5)
+            else:
+                await self.settled(model)
+            active = [other for other in self.models if self.state(other) == common_pb2.REPLICA_STATE_ACTIVE]
+            if active:  # and so many requests beside it that they need its pages
+                await self.serve(self.random.choice(active), 8)
+        elif do < 0.85:
+            await self.order("drain", model)
+            await self.order("evict", model, self.random.random())
+        else:
+            await asyncio.gather(*(self.serve(each, 2) for each in self.random.sample(self.models, 2)))
+
+    def check(self) -> None:
+        """The accounting is exact, and no address range was left behind."""
+        self.arena.check()
+        usage = self.arena.usage()
+        assert usage.free + usage.kv + usage.weights == usage.total
+        assert len(self.arena._memory._ranges) <= MODELS
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file is behind, the arena's and the host tier's left out."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+async def deployed(agent: RunningAgent, folder: Path) -> list[Model]:
+    models = []
+    for number in range(MODELS):
+        name = f"m{number}"
+        reference = checkpoints.checkpoint(
+            ("llama", "qwen3", "mistral", "gemma3")[number % 4], folder / name, seed=number
+        )
+        prompts = [[3 + number, 7, *range(20, 20 + 30 * n)] for n in range(4)]
+        answers = [expected(reference, prompt, TOKENS) for prompt in prompts]
+        models.append(Model(await agent.prepare(name, folder / name), prompts, answers))
+    return models
+
+
+async def test_models_take_turns_for_long(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    arenas: list[Arena] = []
+
+    class Seen(Arena):
+        def __init__(self, memory: Memory) -> None:
+            super().__init__(memory)
+            arenas.append(self)
+
+    monkeypatch.setattr(agent_process, "Arena", Seen)
+    # A third of what the models need, and a host tier for some of them.
+    options = {"host_tier_bytes": "1536KiB", "host_tier_dir": tmp_path / "tier"}
+    async with running_agent(
+        etcd.address, redis_server.address, keys.prefix, tmp_path, arena=str(24 * PAGE), **options
+    ) as agent:
+        models = await deployed(agent, tmp_path)
+        (arena,) = arenas
+        needed = sum(model.spec.facts.shard_bytes for model in models)
+        assert needed >= 3 * arena.num_pages * PAGE
+        world = World(agent, arena, models, random.Random(SEED))
+        told = arena.on_taken_back
+
+        def on_taken_back(model: str, pages: int, owner: str) -> None:
+            world.done["taken back"] = world.done.get("taken back", 0) + pages
+            told(model, pages, owner)
+
+        arena.on_taken_back = on_taken_back
+        for model in models:  # once each, so that nothing below is a first time
+            await world.serve(model, 1)
+        before = anonymous_bytes()
+        for _ in range(CYCLES):
+            await world.cycle()
+            world.check()
+        grown = anonymous_bytes() - before
+        assert grown < OUT_OF_ANON_BYTES, f"{grown >> 20} MiB more than before {CYCLES} cycles"
+        for model in models:
+            await world.serve(model, 1)
+        for model in models:
+            while not await world.order("evict", model):
+                await world.order("drain", model)
+                await asyncio.sleep(0.01)
+        usage = arena.usage()
+        assert (usage.weights, usage.kv, usage.free) == (0, 0, usage.total)
+        assert world.done["evict"] > MODELS
+        assert world.done["taken back"] > 0
+        print(f"{CYCLES} cycles, {world.requests} requests, orders {world.done}, {grown >> 20} MiB grown")
