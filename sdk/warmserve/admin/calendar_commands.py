@@ -171,7 +171,7 @@ def _draw(found: list[cluster_pb2.CalendarEntry], unreadable: list[str], now_s: 
         source = plain(entry)["source"]
         begins = distance(entry.start_unix_s, now_s)
         if entry.start_unix_s <= now_s:
-            left_s = entry.start_unix_s + entry.duration_s - now_s
+            left_s = round(entry.start_unix_s + entry.duration_s - now_s)
             begins = f"goes on for {length(left_s)}" if left_s > 0 else "has ended"
         table.add_row(
             entry.id,

@@ -15,7 +15,7 @@ from warmserve.admin.plain import Plain, plain
 from warmserve.v1 import forecast_pb2
 
 _LINES = 22
-_MOST_COLUMNS = 160
+_MOST_COLUMNS = 120
 
 
 def forecast(view: Outlook, quantity: Quantity, now_s: float, width: int, colors: bool) -> RenderableType:
@@ -68,14 +68,15 @@ def scores(found: forecast_pb2.GetScoresResponse, ahead: int, past: str) -> Rend
             "WARM IN VAIN", "MISSED", "UNFORESEEN",
         )  # fmt: skip
         for score in found.models:
+            traffic = score.over_provision > 0  # else there was none to be off by
             table.add_row(
                 score.model,
                 str(score.windows),
-                units.share(score.wape) if score.wape <= 1 else f"{100 * score.wape:.0f} %",
-                f"{score.pinball_p90:.3f}",
+                f"{100 * score.wape:.0f} %" if traffic else "-",
+                f"{score.pinball_p90:.3f}" if traffic else "-",
                 units.share(score.coverage_p90),
                 units.share(score.coverage_p99),
-                f"{score.over_provision:.2f}",
+                f"{score.over_provision:.2f}" if traffic else "-",
                 _replica_time(score.needless_replica_s),
                 _replica_time(score.missing_replica_s),
                 f"{score.unforeseen_requests:.0f}",

@@ -68,8 +68,8 @@ def spell_unix(unix_s: float) -> str:
 
 def distance(unix_s: float, now_s: float) -> str:
     """How far away a moment is: in 2 h 5 min, 10 s ago, now."""
-    ahead_s = unix_s - now_s
-    if abs(ahead_s) < 1:
+    ahead_s = round(unix_s - now_s)
+    if ahead_s == 0:
         return "now"
     return f"in {length(ahead_s)}" if ahead_s > 0 else f"{length(-ahead_s)} ago"
 
