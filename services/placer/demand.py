@@ -113,17 +113,19 @@ def expect(windows: Sequence[WindowLoad], now_s: float, rules: Rules, lookahead_
     )
 
 
-def needed(expected: Quantiles, capacity: int, ranks: int) -> list[tuple[float, float]]:
-    """For each of the first `ranks` instances of a model, the first first: (P(needed), expected requests for it).
+def needed(expected: Quantiles, capacity: int, most: int, least_chance: float) -> list[tuple[float, float]]:
+    """For each of a model's instances, the first first: (P(needed), expected requests for it).
 
     The n-th instance is for the load above what n - 1 carry, as far as it carries it. A load of less than one request
-    counts as a chance of one.
+    counts as a chance of one. At most `most` instances, and none that is needed with less than `least_chance`.
     """
-    chances = Chances(expected)
-    return [
-        (chances.between(low, low + 1), chances.between(low, low + capacity))
-        for low in range(0, ranks * capacity, capacity)
-    ]
+    chances, found = Chances(expected), []
+    for low in range(0, most * capacity, capacity):
+        chance = chances.between(low, low + 1)
+        if chance < least_chance:
+            break
+        found.append((chance, chances.between(low, low + capacity)))
+    return found
 
 
 def instances(load: float, capacity: int) -> int:

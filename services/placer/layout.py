@@ -18,6 +18,7 @@ class Seat:
     serving: int  # instances, which rank before
     pages: tuple[int, ...]  # of a shard, on each agent
     nodes: tuple[str, ...]  # of each agent
+    even: int = 0  # pages of a shard where all agents' pages are of one size
     held: dict[Agents, int] = field(default_factory=dict)  # pages that are resident and may stay
     barred: set[Agents] = field(default_factory=set)  # groups where no replica may come
     at: dict[Agents, Item] = field(default_factory=dict)  # its replicas
@@ -30,7 +31,7 @@ class Seat:
 
     def pages_on(self, agents: Agents) -> int:
         """Pages of a shard on a group."""
-        return self.pages[agents[0]] if len(agents) == 1 else max(self.pages[agent] for agent in agents)
+        return self.even or max(self.pages[agent] for agent in agents)
 
 
 @dataclass(eq=False, slots=True)
@@ -42,6 +43,7 @@ class Item:
     pages: int  # of a whole shard
     used: int  # pages on each agent
     fixed: bool = False  # not to be taken out
+    rank: int = -1
     instances: int = 0  # that share an agent with it
     chance: float = 0.0
     worth: float = 0.0
@@ -60,18 +62,21 @@ class Layout:
         self._on: list[list[Item]] = [[] for _ in free]
         self._instances: list[list[int]] = [[] for _ in free]
         self._num_instances = 0
+        self._heat = [0.0] * len(free)  # of each agent, kept up to date
 
     def serve(self, agents: Iterable[int]) -> None:
         """An instance lies on these agents. To be told before items are added."""
         self._num_instances += 1
         for agent in agents:
             self._instances[agent].append(self._num_instances)
+            self._heat[agent] += 1
 
     def add(self, item: Item) -> None:
         """Places an item."""
         item.instances = self._serving(item.agents)
         item.heat = self.heat(item.agents)
         item.chance = item.worth = 0.0
+        item.rank = -1
         for agent in item.agents:
             self.free[agent] -= item.used
             self._on[agent].append(item)
@@ -95,12 +100,13 @@ class Layout:
 
     def room(self, agents: Agents) -> int:
         """Pages that are free on each agent of a group."""
-        return self.free[agents[0]] if len(agents) == 1 else min(self.free[agent] for agent in agents)
+        return self.free[agents[0]] if len(agents) == 1 else min([self.free[agent] for agent in agents])
 
     def heat(self, agents: Agents) -> float:
         """The chances of all that lies on any of these agents, together."""
-        items = self._on[agents[0]] if len(agents) == 1 else self.on(agents)
-        return self._serving(agents) + sum(item.chance for item in items)
+        if len(agents) == 1:
+            return self._heat[agents[0]]
+        return self._serving(agents) + sum(item.chance for item in self.on(agents))
 
     def _serving(self, agents: Agents) -> int:
         """How many instances lie on any of these agents."""
@@ -114,8 +120,11 @@ class Layout:
         What has to be loaded is worth the less the later it is there within the time that the forecast speaks of.
         """
         stakes, node, pages = seat.stakes, seat.nodes[agents[0]], seat.pages_on(agents)
-        held = min(used, seat.held.get(agents, 0))
-        here = stakes.worth_keeping(rank, node, held / pages) * self._margin if held else 0.0
+        held = seat.held.get(agents, 0) if seat.held else 0
+        if not held:
+            return stakes.worth(rank, node, used / pages) * stakes.in_time(rank, node, used / pages)
+        held = min(used, held)
+        here = stakes.worth_keeping(rank, node, held / pages) * self._margin
         if used == held:
             return here
         more = stakes.worth(rank, node, used / pages) - stakes.worth(rank, node, held / pages)
@@ -123,22 +132,25 @@ class Layout:
 
     def gain(self, worth: float, chance: float, agents: Agents) -> float:
         """What the layout's value would grow by if an item of that worth came to lie on these agents."""
-        near = self._on[agents[0]] if len(agents) == 1 else self.on(agents)
-        heat = self.heat(agents)
         harm = 0.0
-        for item in near:
-            if item.worth and item.heat < 1:
-                harm += item.worth * (min(1.0, item.heat + chance) - item.heat)
-        return worth - self._interference * (worth * min(1.0, heat) + harm)
+        for item in self._on[agents[0]] if len(agents) == 1 else self.on(agents):
+            heat = item.heat
+            if heat < 1:
+                harm += item.worth * (chance if heat + chance < 1 else 1 - heat)
+        heat = self.heat(agents)
+        return worth - self._interference * (worth * (heat if heat < 1 else 1.0) + harm)
 
     def net(self, item: Item) -> float:
         """An item's worth after interference."""
-        return item.worth * (1 - self._interference * min(1.0, item.heat))
+        heat = item.heat
+        return item.worth * (1 - self._interference * (heat if heat < 1 else 1.0))
 
     def _rank(self, seat: Seat) -> None:
         seat.order.sort(key=lambda item: (-item.used / item.pages, item.instances, item.agents))
         for rank, item in enumerate(seat.order, start=seat.serving):
-            self._set(item, seat.stakes.chance(rank), self.worth(seat, rank, item.agents, item.used))
+            if item.rank != rank:
+                item.rank = rank
+                self._set(item, seat.stakes.chance(rank), self.worth(seat, rank, item.agents, item.used))
 
     def _set(self, item: Item, chance: float, worth: float) -> None:
         before = self.net(item)
@@ -148,6 +160,8 @@ class Layout:
         if not change:
             return
         item.chance = chance
+        for agent in item.agents:
+            self._heat[agent] += change
         for near in self._on[item.agents[0]] if len(item.agents) == 1 else self.on(item.agents):
             if near is not item:
                 before = self.net(near)

@@ -119,8 +119,9 @@ class _Planner:
     def _wish(self, model: Model) -> Wish | None:
         """Why the model wants one more instance; None where it has enough."""
         serving = len(_serving(self._board.of(model.name)))
-        needed = self._rule.demand(model)
-        if serving >= needed.wake:
+        if not model.waiting and not model.running and serving >= model.min_replicas:
+            return None
+        if serving >= self._rule.demand(model).wake:
             return None
         if serving < model.min_replicas and not model.waiting:
             text = f"its minimum is {count(model.min_replicas, 'active replica')}"

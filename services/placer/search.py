@@ -135,7 +135,7 @@ class Search:
             if room <= 0 or agents in seat.at or agents in seat.barred:
                 continue
             pages = seat.pages_on(agents)
-            used = self._usable(seat, agents, pages, room, wants)
+            used = pages if wants and room >= pages else self._part(seat, agents, pages, room, wants)
             if not used:
                 continue
             rank = whole
@@ -149,11 +149,9 @@ class Search:
             layout.add(choice)
         return choice
 
-    def _usable(self, seat: Seat, agents: Agents, pages: int, room: int, wants: bool) -> int:
-        """Pages that a new replica of a model would have on a group, 0 where none should lie there."""
+    def _part(self, seat: Seat, agents: Agents, pages: int, room: int, wants: bool) -> int:
+        """Pages that a replica would have on a group where no whole one is to come; 0 where none should lie there."""
         held = seat.held.get(agents, 0)
-        if wants and room >= pages:
-            return pages
         if wants and self._rules.partial_loads and room >= max(held, _LEAST_SHARE * pages):
             return room
         return held if held <= room else 0
@@ -165,19 +163,34 @@ class Search:
         if len(everywhere) <= 2 * _FEW:
             return list(everywhere)
         if self._fresh.get(size, 0) <= 0:
-            self._open[size] = sorted(
-                (agents for agents in everywhere if self._layout.room(agents) > 0), key=self._layout.heat
-            )
-            self._fresh[size] = 1 + len(self._open[size]) // 16
+            self._refresh(size)
         self._fresh[size] -= 1
-        found = []
-        least = _LEAST_SHARE if self._rules.partial_loads else 1.0
+        found: list[Agents] = []
+        looked = 0
         for agents in self._open[size]:
-            if self._layout.room(agents) >= least * seat.pages_on(agents) and agents not in seat.at:
+            looked += 1
+            if self._layout.room(agents) >= self._least_room(seat, agents) and agents not in seat.at:
                 found.append(agents)
                 if len(found) == _FEW:
                     break
+        self._effort -= looked // 4
         return found
+
+    def _refresh(self, size: int) -> None:
+        """Looks anew for groups with room for any model, and puts the coolest first."""
+        seats = [seat for seat in self._seats if seat.stakes.model.tp == size and self.wants(seat)]
+        room, heat = self._layout.room, self._layout.heat
+        groups = self._places[size]
+        if seats and groups:
+            least = min(self._least_room(seat, groups[0]) for seat in seats)
+            self._open[size] = sorted((agents for agents in groups if room(agents) >= least), key=heat)
+        else:
+            self._open[size] = []
+        self._fresh[size] = 1 + len(groups) // 16
+        self._effort -= len(groups) // 4
+
+    def _least_room(self, seat: Seat, agents: Agents) -> float:
+        return seat.pages_on(agents) * (_LEAST_SHARE if self._rules.partial_loads else 1.0)
 
     def _unplaced(self) -> list[Seat]:
         """Models that would have one more replica, the most valuable per page first."""
@@ -195,6 +208,7 @@ class Search:
         if self._ages.get(size, 0) <= 0:
             self._ranked[size] = sorted(self._places.get(size, ()), key=self.displaced)
             self._ages[size] = len(self._ranked[size]) // 16
+            self._effort -= len(self._ranked[size]) // 2
         self._ages[size] -= 1
         return (agents for agents in self._ranked[size] if agents not in seat.barred)
 

@@ -14,8 +14,8 @@ from services.placer.search import Search
 from services.placer.snapshot import Agent, Replica, State
 from services.placer.value import Stakes, serves
 
-_EFFORT = 12_000  # places to look at
-_EFFORT_PER_AGENT = 120
+_EFFORT = 5_000  # places to look at
+_EFFORT_PER_AGENT = 30
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
             )
             if not serves(replica):
                 _take(layout, there, replica.pages)
-    effort = _EFFORT + _EFFORT_PER_AGENT * len(agents)
-    search = Search(layout, list(seats.values()), places, snapshot.rules, effort)
+    search = Search(layout, list(seats.values()), places, snapshot.rules, _EFFORT + _EFFORT_PER_AGENT * len(agents))
     unpinned = {}
     for name, seat in seats.items():
         missing = seat.stakes.model.pinned - seat.serving
@@ -90,7 +89,11 @@ def _seat(stakes: Stakes, agents: list[Agent]) -> Seat:
     sizes = {agent.page_bytes for agent in agents}
     pages = {size: max(1, math.ceil(stakes.model.shard_bytes / size)) for size in sizes}
     return Seat(
-        stakes, stakes.serving, tuple(pages[a.page_bytes] for a in agents), tuple(agent.node for agent in agents)
+        stakes,
+        stakes.serving,
+        tuple(pages[agent.page_bytes] for agent in agents),
+        tuple(agent.node for agent in agents),
+        next(iter(pages.values())) if len(pages) == 1 else 0,
     )
 
 

@@ -21,10 +21,9 @@ an instance's is 1. `expected_value` is the sum over all warm replicas, and what
 from __future__ import annotations
 
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.placer.demand import Demand, demand, needed
 from services.placer.loading import load_s, quickest_s
@@ -49,6 +48,7 @@ class Stakes:
     later: tuple[float, ...]  # the same of all windows, the later ones at a tenth: what keeping a replica is for
     first_s: float  # cold load of the first replica
     further_s: float  # of any other
+    _load_s: dict[tuple[bool, str], float] = field(default_factory=dict, repr=False)  # what was asked for already
 
     def chance(self, rank: int) -> float:
         """How likely the replica of that rank is woken."""
@@ -63,10 +63,19 @@ class Stakes:
         return self.later[rank] * self._spared(rank, node, share) if rank < len(self.later) else 0.0
 
     def _spared(self, rank: int, node: str, share: float) -> float:
+        cold_s = self.further_s if rank else self.first_s
+        if share == 1:
+            return self.pain(cold_s)
         if not share:
             return 0.0
-        missing_s = (1 - share) * load_s(self.model, node, rank > 0)
-        return max(0.0, self.pain(self.cold_s(rank)) - self.pain(missing_s))
+        return max(0.0, self.pain(cold_s) - self.pain((1 - share) * self.load_s(rank, node)))
+
+    def load_s(self, rank: int, node: str) -> float:
+        """Seconds that the whole replica of that rank takes to load on a node."""
+        known = self._load_s.get((rank > 0, node))
+        if known is None:
+            known = self._load_s[rank > 0, node] = load_s(self.model, node, rank > 0)
+        return known
 
     def cold_s(self, rank: int) -> float:
         """Seconds of the load that the replica of that rank spares."""
@@ -80,7 +89,7 @@ class Stakes:
     def in_time(self, rank: int, node: str, part: float) -> float:
         """The share of the time the forecast speaks of in which a replica is there that has yet to load a part."""
         lasts_s = self.demand.expected.lasts_s
-        return max(0.0, 1 - part * load_s(self.model, node, rank > 0) / lasts_s) if lasts_s > 0 else 0.0
+        return max(0.0, 1 - part * self.load_s(rank, node) / lasts_s) if lasts_s > 0 else 0.0
 
     def kind(self, rank: int) -> Kind:
         """What the replica of that rank is needed for."""
@@ -121,9 +130,8 @@ def _waits(model: Model, needs: list[tuple[float, float]], first_s: float, furth
 
 def _needs(model: Model, peak: Quantiles) -> list[tuple[float, float]]:
     """`needed`, of the ranks that may be at all."""
-    capacity = max(1, model.capacity)
-    ranks = min(_MOST_RANKS, model.max_replicas or _MOST_RANKS, math.ceil(2 * peak.p99 / capacity))
-    return [pair for pair in needed(peak, capacity, ranks) if pair[0] >= _LEAST_CHANCE]
+    most = min(_MOST_RANKS, model.max_replicas or _MOST_RANKS)
+    return needed(peak, max(1, model.capacity), most, _LEAST_CHANCE)
 
 
 def _requests(model: Model, chance: float, load: float, cold_s: float) -> float:
