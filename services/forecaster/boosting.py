@@ -34,7 +34,6 @@ _PARAMETERS: dict[str, Any] = {
     "bagging_freq": 1,
     "lambda_l2": 1.0,
     "max_bin": 127,
-    "seed": 1,
     "deterministic": True,
     "force_row_wise": True,
     "num_threads": 1,
@@ -95,8 +94,8 @@ def learn(seen: Features, actual: Floats, distance: int, pool: Executor) -> Boos
     # The further ahead, the less the last windows say by themselves.
     sums = _dataset(seen, actual - seen.base / distance, weight)
     roots = _dataset(seen, _root(actual) - _root(seen.base) / np.sqrt(distance), weight * _root(seen.base))
-    jobs = [pool.submit(_boost, sums, level) for level in LEVELS]
-    root = pool.submit(_boost, roots, LEVELS[0])
+    jobs = [pool.submit(_boost, sums, level, seed=1) for level in LEVELS]
+    root = pool.submit(_boost, roots, LEVELS[0], seed=2)  # another seed: errors of their own cancel out
     return Boosters(distance, tuple(job.result() for job in jobs), root.result())
 
 
@@ -134,9 +133,9 @@ def _dataset(seen: Features, target: Floats, weight: Floats) -> lightgbm.Dataset
     return lightgbm.Dataset(seen.values, target, weight=weight / weight.mean(), params=_PARAMETERS).construct()
 
 
-def _boost(data: lightgbm.Dataset, level: float) -> lightgbm.Booster:
+def _boost(data: lightgbm.Dataset, level: float, seed: int) -> lightgbm.Booster:
     leaves = _MEDIAN_LEAVES if level == LEVELS[0] else _PARAMETERS["num_leaves"]
-    return lightgbm.train({**_PARAMETERS, "alpha": level, "num_leaves": leaves}, data, ROUNDS)
+    return lightgbm.train({**_PARAMETERS, "alpha": level, "num_leaves": leaves, "seed": seed}, data, ROUNDS)
 
 
 def _root(value: Floats) -> Floats:

@@ -15,8 +15,8 @@ import numpy as np
 from services.forecaster.features import Floats, Moments
 from services.forecaster.predictors import LEVELS, MEAN_LOAD, PEAK_LOAD, QUANTITIES, with_peaks_above_means
 
-_KEEP = 0.95  # of a window's weight, left one window later
-_MIN_WEIGHT = 1e-12
+_KEEP = 0.9  # of a window's weight, left one window later
+_MIN_WEIGHT = 1e-9
 _FACTORS = (0.25, 4.0)
 _AIMS = (0.9, 0.993)
 
@@ -110,7 +110,7 @@ def _levels(recent: Floats, usual: Floats) -> tuple[Floats, Floats]:
     for at in range(recent.shape[1]):
         level = np.where(by > _MIN_WEIGHT, sums / np.maximum(by, _MIN_WEIGHT), usual)
         carrier = carriers[:, at]
-        told = (carrier > 0) & (by > _MIN_WEIGHT)
+        told = (carrier > _MIN_WEIGHT) & (by > _MIN_WEIGHT)
         errors[:, at] = np.where(told, whole[:, at] / np.where(told, carrier, 1) - level, np.nan)
         sums = sums * _KEEP + whole[:, at]
         by = by * _KEEP + carrier

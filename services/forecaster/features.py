@@ -20,6 +20,8 @@ Moments = NDArray[np.int64]
 LAGS = (0, 1, 2, 3, 4, 5, 6, 8, 11)
 DRIFT = 10  # residuals that the published predictor looks back on
 DAYS = 28  # past days that seasonal means look back on
+_CHANGES = 10  # past days whose change from the origin's hour to the target's is looked at
+_FADING = 0.6  # weight of a day's change, one day later
 _SPANS = (3, 6, 18, 36)
 TINY = 1e-9
 _QUIET = 0.05  # of the mean of all windows: the least scale
@@ -75,9 +77,8 @@ def _features(series: Floats, origins: Moments, distances: Sequence[int], season
     at = origins + front
     day = sliding_window_view(past, season, axis=1)[:, at - season + 1]  # (n, origins, season), the newest last
     mean_day: Floats = np.nanmean(day, axis=2)
-    newest: Floats = past[:, at[:, None] - np.arange(6)]
-    weights: Floats = np.power(0.6, np.arange(6))
-    level: Floats = np.nansum(newest * weights, axis=2) / np.where(np.isnan(newest), 0, weights).sum(axis=2)
+    level = _fading_mean(past, at, 0.6, 6)
+    slow, slower = _fading_mean(past, at, 0.8, 20), _fading_mean(past, at, 0.93, 60)
     drift_at = at[:, None] - np.arange(DRIFT)
     residual_phases = _same_phase(past, drift_at.ravel(), drift_at.ravel() - 1, season)
     residual = past[:, drift_at.ravel()] - np.nanmean(residual_phases, axis=2)
@@ -101,8 +102,8 @@ def _features(series: Floats, origins: Moments, distances: Sequence[int], season
         recent = day[:, :, -span:]
         columns += [np.nanmean(recent, axis=2), np.nanstd(recent, axis=2), np.nanmax(recent, axis=2)]
         columns += [np.nanmin(recent, axis=2)]
-    then = np.nanmean(np.stack([_days_ago(past, at - lag, 1, season) for lag in range(6)]), axis=0)
-    columns += [then, drift, residual[:, :, 0]]
+    then = np.nanmean(np.stack([_known(past, at - lag - season, at) for lag in range(6)]), axis=0)
+    columns += [then, drift, residual[:, :, 0], slow, slower, level - slow, slow - slower]
     steps = np.abs(np.diff(day, axis=2))
     roughness = np.nanmean(steps, axis=2) / scale
     columns += [np.nanmean(steps[:, :, -12:], axis=2), np.nanmean(np.abs(residual), axis=2)]
@@ -118,6 +119,7 @@ def _features(series: Floats, origins: Moments, distances: Sequence[int], season
     result = []
     for distance, phase in zip(distances, phases, strict=True):
         own = _of_distance(past, at, distance, phase, drift, season)
+        own += _changes(past, at, distance, level, season)
         hour = (at + distance - front) * (2 * np.pi / season)
         wave = [np.broadcast_to(of(hour), scale.shape) for of in (np.sin, np.cos)]
         columns = [*shared, *(column / scale for column in own), *wave]
@@ -130,7 +132,7 @@ def _features(series: Floats, origins: Moments, distances: Sequence[int], season
 def _of_distance(past: Floats, at: Moments, distance: int, phases: Floats, drift: Floats, season: int) -> list[Floats]:
     """The same window of past days, those around it, and the published forecast."""
     mean: Floats = np.nanmean(phases, axis=2)
-    around = np.stack([_days_ago(past, at + distance + shift, 1, season) for shift in (-3, -2, -1, 1, 2, 3)])
+    around = np.stack([_known(past, at + distance + shift - season, at) for shift in (-3, -2, -1, 1, 2, 3)])
     return [
         *(phases[:, :, day] for day in range(3)),
         mean,
@@ -144,6 +146,44 @@ def _of_distance(past: Floats, at: Moments, distance: int, phases: Floats, drift
     ]
 
 
+def _changes(past: Floats, at: Moments, distance: int, level: Floats, season: int) -> list[Floats]:
+    """How past days went on from the origin's hour to the target's, and what comes if this day does the same."""
+    days = np.arange(1, min(_CHANGES, max(1, past.shape[1] // season)) + 1) * season
+
+    def mean_around(moment: Moments, shifts: range) -> Floats:
+        index = moment[:, None, None] - days[:, None] + np.array(shifts)
+        mean: Floats = np.nanmean(_known(past, index, at[:, None, None]), axis=3)
+        return mean  # (n, origins, days)
+
+    then, target = mean_around(at, range(-2, 1)), mean_around(at + distance, range(-1, 2))
+    wide = mean_around(at + distance, range(-3, 4))
+    change = target - then
+    weights: Floats = np.power(_FADING, np.arange(len(days)))
+    likely = _weighted_mean(change, weights)
+    growth = np.nanmean(target, axis=2) / np.maximum(np.nanmean(then, axis=2), TINY)
+    return [
+        change[:, :, 0],
+        np.nanmean(change, axis=2),
+        likely,
+        level + likely,
+        level * np.clip(growth, 0.2, 5),
+        np.nanmean(wide, axis=2),
+        _weighted_mean(wide, weights),
+    ]
+
+
+def _fading_mean(past: Floats, at: Moments, keep: float, count: int) -> Floats:
+    """The mean of the last `count` windows, each weighing `keep` of the one after it: shape (n, origins)."""
+    newest = _known(past, at[:, None] - np.arange(count), at[:, None])
+    return _weighted_mean(newest, np.power(keep, np.arange(count)))
+
+
+def _weighted_mean(values: Floats, weights: Floats) -> Floats:
+    """Along the last axis, of what is known; NaN where nothing is."""
+    mean: Floats = np.nansum(values * weights, axis=-1) / np.where(np.isnan(values), 0, weights).sum(axis=-1)
+    return mean
+
+
 def _mean_so_far(series: Floats, origins: Moments) -> Floats:
     """The mean of all known windows up to each origin, 0 where there is none: shape (n, origins)."""
     known = ~np.isnan(series[:, : origins[-1] + 1])
@@ -154,10 +194,9 @@ def _mean_so_far(series: Floats, origins: Moments) -> Floats:
     return means
 
 
-def _days_ago(past: Floats, target: Moments, days: int, season: int) -> Floats:
-    """The window `days` seasons before each target; NaN where the series does not reach."""
-    index = target - days * season
-    reached = (index >= 0) & (index < past.shape[1])
+def _known(past: Floats, index: Moments, last: Moments) -> Floats:
+    """Windows by their index; NaN before the series and after `last`."""
+    reached = (index >= 0) & (index <= last)
     return np.where(reached, past[:, np.clip(index, 0, past.shape[1] - 1)], np.nan)
 
 
@@ -165,6 +204,4 @@ def _same_phase(past: Floats, target: Moments, last: Moments, season: int) -> Fl
     """The windows of the target's phase that are not after `last`, newest first: shape (n, targets, days)."""
     ahead = -(-(target - last) // season)  # seasons to go back until the window is known
     days = min(DAYS, max(3, past.shape[1] // season + 1))
-    index = target[:, None] - (ahead[:, None] + np.arange(days)) * season
-    reached = (index >= 0) & (index < past.shape[1])
-    return np.where(reached, past[:, np.clip(index, 0, past.shape[1] - 1)], np.nan)
+    return _known(past, target[:, None] - (ahead[:, None] + np.arange(days)) * season, last[:, None])
