@@ -20,7 +20,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One thing measured. More is better where the unit is a rate ("GB/s", "tokens/s"), less elsewhere ("ms", "%")."""
+    """One thing measured. More is better where the unit is a rate ("GB/s", "tokens/s") or a row says so with `more`,
+    less elsewhere ("ms", "%")."""
 
     what: str
     value: float
@@ -31,6 +32,8 @@ class Row:
     """What the limit is: "copy bandwidth", "transformers eager"."""
     target: float | None = None
     """What the value should reach."""
+    more: bool = False
+    """Whether more is better although the unit is no rate: how many times a peer's."""
 
     @property
     def ratio(self) -> float | None:
@@ -42,7 +45,7 @@ class Row:
         """Whether the target is reached; None where there is none."""
         if self.target is None:
             return None
-        return self.value >= self.target if self.unit.endswith("/s") else self.value <= self.target
+        return self.value >= self.target if self.more or self.unit.endswith("/s") else self.value <= self.target
 
 
 def report(benchmark: str, rows: Many[Row], file: Path | None = None) -> None:

@@ -19,7 +19,7 @@ from warmserve.traces import read_requests
 Columns = tuple[Floats, Integers, Integers]  # times, prompt tokens, output tokens
 
 DAY_S = 86_400.0
-TWO_NODES = ClusterSpec(nodes=2, gpus_per_node=8)
+TWO_NODES = ClusterSpec(nodes=2, gpus_per_node=8, host_bytes=2_000_000_000_000)  # as DGX H100s have
 
 
 # The paper's setting
@@ -92,12 +92,12 @@ def _azure(file: Path) -> Columns:
 
 FINE_TUNES = (
     # How many, parameters, layers, width, KV heads x head size, TP degree: shapes of Llama 3.2 1B and 3B, Llama 3.1 8B,
-    # Qwen2.5 14B and 32B. 60 models with 1.14 TB of weights, where 16 arenas have 1.15 TB.
-    ("1b", 12, 1_235_814_400, 16, 2048, 512, 1),
-    ("3b", 12, 3_212_749_824, 28, 3072, 1024, 1),
+    # Qwen2.5 14B and 32B. 60 models with 1.44 TB of weights, where 16 arenas have 1.15 TB for weights and KV.
+    ("1b", 8, 1_235_814_400, 16, 2048, 512, 1),
+    ("3b", 10, 3_212_749_824, 28, 3072, 1024, 1),
     ("8b", 18, 8_030_261_248, 32, 4096, 1024, 1),
-    ("14b", 12, 14_770_033_664, 48, 5120, 1024, 1),
-    ("32b", 6, 32_763_876_352, 64, 5120, 1024, 2),
+    ("14b", 14, 14_770_033_664, 48, 5120, 1024, 1),
+    ("32b", 10, 32_763_876_352, 64, 5120, 1024, 2),
 )
 FIRST_TEST_DAY = 8
 FINE_TUNES_PER_S = 11.6  # about a million requests a day
@@ -122,12 +122,13 @@ def fine_tunes(
     *,
     rate_per_s: float = FINE_TUNES_PER_S,
     first_day: int = FIRST_TEST_DAY,
+    from_hour: float = 0.0,
     hours: float = 72.0,
     window_s: float = servegen.WINDOW_S,
 ) -> Workload:
     """ServeGen's sixty busiest clients of three production models as sixty fine-tunes on 16 GPUs.
 
-    From the begin of `first_day` on; all days before it are the forecaster's history. All rates are multiplied by one
+    From `from_hour` of `first_day` on; all time before it is the forecaster's history. All rates are multiplied by one
     factor, so that the sixty together had `rate_per_s` over the days before; windows keep their fitted shape of gaps,
     as ServeGen's own generator scales them, so bursts within a window stay as bursty. Which sixty is chosen by the days
     before, too. A window in which the collection failed has the rate of the last one that was collected. Lengths are
@@ -136,24 +137,25 @@ def fine_tunes(
     random = np.random.default_rng(seed)
     models = fine_tuned()
     past_windows = first_day * servegen.DAY_WINDOWS
-    windows = past_windows + round(hours * 3600 / servegen.WINDOW_S)
+    begin_windows = past_windows + round(from_hour * 3600 / servegen.WINDOW_S)
+    windows = begin_windows + round(hours * 3600 / servegen.WINDOW_S)
     clients = servegen.busiest(_clients(traces / "servegen_windows.csv.gz"), len(models), past_windows)
     lengths = servegen.read_lengths(traces / "servegen_lengths.csv.gz")
     factor = rate_per_s / sum(float(np.nanmean(client.rates[:past_windows])) for client in clients)
     if windows > len(clients[0].rates):
-        raise ValueError(f"the trace has {len(clients[0].rates) // servegen.DAY_WINDOWS} days: too few for {hours:g} h")
+        raise ValueError(f"the trace ends after {len(clients[0].rates) // servegen.DAY_WINDOWS} days")
     parts = []
     for model, client in zip(models, clients, strict=True):
         counts = counts_of(_filled(client.rates[:windows]) * factor, servegen.WINDOW_S, random)
         times = _times(counts, client.gaps, random)
         drawn = [lengths[client.model, field].draw(len(times), random) for field in ("input_tokens", "output_tokens")]
         parts.append((times, *_within(drawn[0], drawn[1], model.context_tokens)))
-    begin_s = first_day * DAY_S
+    begin_s = begin_windows * servegen.WINDOW_S
     everything = traffic_of(models, parts)
     history = everything.history(window_s, begin_s)
     if window_s == servegen.WINDOW_S:  # other windows would blur where the gaps are
         for model, client in zip(models, clients, strict=True):
-            history[model.name][np.isnan(client.rates[:past_windows])] = np.nan
+            history[model.name][np.isnan(client.rates[:begin_windows])] = np.nan
     return Workload(
         name="sixty fine-tunes",
         says=f"ServeGen's sixty busiest clients from day {first_day} on as models of 1B to 32B; rates x {factor:.4g}",

@@ -38,6 +38,11 @@ def test_rates_are_to_be_high_and_all_else_low(unit: str, value: float, target: 
     assert Row("x", value, unit, target=target).met is met
 
 
+def test_a_row_can_say_that_more_is_better() -> None:
+    assert Row("x", 2.6, "times", target=2.5, more=True).met is True
+    assert Row("x", 2.4, "times", target=2.5, more=True).met is False
+
+
 def test_ratio_needs_a_limit() -> None:
     assert Row("x", 6.0, "ms", limit=5.0).ratio == pytest.approx(1.2)
     assert Row("x", 6.0, "ms").ratio is None
