@@ -15,7 +15,7 @@ from warmserve.cluster.keys import check_model_name
 from warmserve.v1 import forecast_pb2
 
 _MOST = 1e15  # of any quantity; what is above is no traffic
-_MOST_WINDOWS = 20_000_000
+_MOST_WINDOWS = 4_000_000  # in memory until all have been checked
 _CLOSE = 1e-6
 
 

@@ -25,6 +25,7 @@ from services.forecaster.scoring import Comparison, compare
 from warmserve.v1 import forecast_pb2
 
 _MOST_SERIES = 300  # the busiest; more teach little that is new, and memory is bounded
+_LEAST_SEASON = 24  # windows
 _NICE = 10
 
 
@@ -53,7 +54,10 @@ class Outcome:
 
 def held_out(windows: int, season: int) -> int:
     """Newest windows on which predictors are compared, of so many in all: a season, or what is left of it by those that
-    a fit needs. Below a quarter of a season there is too little to compare on: then 0."""
+    a fit needs. 0 where that is less than a quarter of a season, too little to compare on, or where a season has so few
+    windows that there is no shape of a day to learn."""
+    if season < _LEAST_SEASON:
+        return 0
     newest = min(season, windows - MIN_DAYS * season)
     return newest if newest >= max(season / 4, 12) else 0
 

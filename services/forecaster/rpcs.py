@@ -136,7 +136,7 @@ class ForecastServicer(forecast_pb2_grpc.ForecastServiceServicer):
         """All of it, or nothing."""
         new = Import(self._history.window_s, self._clock())
         async for request in request_iterator:
-            new.take(request)
+            await asyncio.to_thread(new.take, request)
         values = await asyncio.to_thread(new.joined)
         async with self._importing:
             await asyncio.to_thread(self._history.add, values)

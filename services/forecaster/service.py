@@ -121,7 +121,8 @@ class Forecaster:
             models, self._announced = self._announced, set()
             await self._publish(self._forecasting, models & set(self._forecasting.models))
         await self._publisher.flush()
-        await self._calendar.settle(self.last)
+        if not self._behind:  # what came is known, as far as it will be
+            await self._calendar.settle(self.last)
         if not self._clean:
             await self._publisher.withdraw_others(self._models.items)
             await self._publisher.flush()
