@@ -29,6 +29,7 @@ from warmserve.v1 import cluster_pb2
 
 _log = logger(__name__)
 _COALESCE_S = 0.02  # changes that come together are answered by one plan
+_PUBLISH_S = 0.2  # between plans written: they are for people, and etcd keeps every one for a while
 _REDIS_TIMEOUT_S = 1.0
 _PLAN_SECONDS = Histogram(
     "warmserve_placer_plan_seconds",
@@ -65,6 +66,8 @@ class Controller:
         self._kick = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._published: cluster_pb2.Plan | None = None
+        self._publish_again: asyncio.TimerHandle | None = None  # set while it is too early to write another
+        self._unpublished = False  # one waits for that
         self._closed = False
         self._unsubscribe = mirrors.on_any_change(self._changed)
 
@@ -89,8 +92,9 @@ class Controller:
         """Drops what is on its way, once `run` has ended."""
         self._closed = True
         self._unsubscribe()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._publish_again):
+            if timer is not None:
+                timer.cancel()
         await self._orders.close()
 
     def wake(self, model: str, waiting: int) -> tuple[Snapshot, Plan]:
@@ -109,7 +113,7 @@ class Controller:
             plan = planner.wake(snapshot, model)
         if not self.advisory:
             self._orders.launch(plan.actions, snapshot, records, self._fence)
-        self._kick.set()
+        self._changed()
         return snapshot, plan
 
     def _changed(self) -> None:
@@ -119,6 +123,12 @@ class Controller:
     def _coalesced(self) -> None:
         self._timer = None
         self._kick.set()
+
+    def _may_publish(self) -> None:
+        self._publish_again = None
+        if self._unpublished:
+            self._unpublished = False
+            self._kick.set()
 
     async def _round(self) -> None:
         await self._count()
@@ -189,6 +199,10 @@ class Controller:
         )
         if record == self._published:
             return
+        if self._publish_again is not None:
+            self._unpublished = True
+            return
+        self._publish_again = asyncio.get_running_loop().call_later(_PUBLISH_S, self._may_publish)
         dated = cluster_pb2.Plan()
         dated.CopyFrom(record)
         dated.made_unix_ms = int(time.time() * 1e3)
