@@ -5,5 +5,5 @@ state.py reads, views.py says what it means (pure), render.py draws it; the comm
 
 from importlib.util import find_spec
 
-if not all(find_spec(module) for module in ("aetcd", "redis", "rich", "typer")):
+if not all(find_spec(module) for module in ("aetcd", "plotext", "redis", "rich", "typer")):
     raise SystemExit("warmctl needs the admin extra: pip install 'warmserve[admin]'")

@@ -11,7 +11,7 @@ import grpc
 import typer
 from typer.core import TyperGroup
 
-from warmserve.admin import forecast_render, plots, units, views
+from warmserve.admin import forecast_render, picture, units, views
 from warmserve.admin.arguments import OutputOption, complete_model, duration_of, target_of
 from warmserve.admin.forecast_import import import_command
 from warmserve.admin.forecast_views import Outlook, Quantity, outlook
@@ -112,7 +112,7 @@ def show_command(
     view = run(target, action)
     if png is not None:
         try:
-            plots.save(view, quantity, now_s, png)
+            picture.save(view, quantity, now_s, png)
         except CommandError as error:
             fail(str(error))
         print(f"Wrote {png}.", file=sys.stderr)

@@ -7,9 +7,9 @@ from datetime import datetime
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from warmserve.admin import plots, units
+from warmserve.admin import units
 from warmserve.admin.drawing import fact_list, make_table
-from warmserve.admin.forecast_views import FIELDS, Outlook, Quantity
+from warmserve.admin.forecast_views import FIELDS, Outlook, Quantity, title
 from warmserve.admin.moments import distance, length, spell_unix
 from warmserve.admin.plain import Plain, plain
 from warmserve.v1 import forecast_pb2
@@ -20,13 +20,15 @@ _MOST_COLUMNS = 120
 
 def forecast(view: Outlook, quantity: Quantity, now_s: float, width: int, colors: bool) -> RenderableType:
     """`forecast show`."""
-    drawn = plots.draw(view, quantity, now_s, min(width, _MOST_COLUMNS), _LINES, colors)
+    from warmserve.admin import terminal_plot  # every warmctl would start slower for it
+
+    drawn = terminal_plot.draw(view, quantity, now_s, min(width, _MOST_COLUMNS), _LINES, colors)
     if not drawn:
         return f"Nothing is known of {view.model} yet: the first forecast comes with the end of its first window."
     parts: list[RenderableType] = [
-        Text(plots.title(view, quantity), style="bold"),
+        Text(title(view, quantity), style="bold"),
         Text.from_ansi(drawn),
-        Text(plots.LEGEND, style="dim"),
+        Text(terminal_plot.LEGEND, style="dim"),
         "",
     ]
     if view.forecast:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
+from warmserve.admin.moments import length
 from warmserve.admin.plain import Plain, plain
 from warmserve.v1 import cluster_pb2, forecast_pb2
 
@@ -87,6 +88,12 @@ def outlook(
         forecast=[plain(window) for window in forecast.windows] if forecast else [],
         calendar=[entries[key] for key in sorted(entries)],
     )
+
+
+def title(view: Outlook, quantity: Quantity) -> str:
+    """What is drawn."""
+    windows = f"{view.ahead} window{'s' if view.ahead > 1 else ''} of {length(view.window_s)}"
+    return f"{view.model}: {WORDS[quantity]}; past forecasts as made {windows} ahead"
 
 
 def points(view: Outlook, quantity: Quantity) -> list[Point]:

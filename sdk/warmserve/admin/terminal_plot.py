@@ -1,4 +1,4 @@
-"""Forecasts drawn: in the terminal with plotext, as a picture with matplotlib (the `plots` extra)."""
+"""Forecasts drawn in the terminal, with plotext. Importing it takes a while: it is done where something is drawn."""
 
 from __future__ import annotations
 
@@ -6,26 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import plotext
 
-from warmserve.admin.forecast_views import WORDS, Outlook, Point, Quantity, points
-from warmserve.admin.moments import length
-from warmserve.admin.target import CommandError
+from warmserve.admin.forecast_views import Outlook, Point, Quantity, points
 
 LEGEND = "█ what came   ⣀ median   ▒ to p90   ░ to p99   │ now"
 
 _TICKS_S = (1, 5, 15, 60, 300, 900, 3600, 3 * 3600, 6 * 3600, 12 * 3600, 86_400, 7 * 86_400, 28 * 86_400)
 _MARGIN = 12  # columns that the axis and its numbers take
 _COLORS = {"came": "default", "median": 33, "p90": 75, "p99": 153, "now": 208}
-
-
-def title(view: Outlook, quantity: Quantity) -> str:
-    """What is drawn."""
-    windows = f"{view.ahead} window{'s' if view.ahead > 1 else ''} of {length(view.window_s)}"
-    return f"{view.model}: {WORDS[quantity]}; past forecasts as made {windows} ahead"
 
 
 def draw(view: Outlook, quantity: Quantity, now_s: float, width: int, height: int, colors: bool) -> str:
@@ -54,41 +45,6 @@ def draw(view: Outlook, quantity: Quantity, now_s: float, width: int, height: in
     figure.ruler("x").lim(begin, end).ticks(times, _time_labels(times, end - begin))
     text = str(figure.build().string()).rstrip("\n")
     return text if colors else str(plotext.uncolorize(text))
-
-
-def save(view: Outlook, quantity: Quantity, now_s: float, path: Path) -> None:
-    """The picture in a file, PNG or whatever else its name ends in. Raises CommandError where that cannot be."""
-    try:
-        from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CommandError("pictures need matplotlib: pip install 'warmserve[plots]'") from error
-    found = points(view, quantity)
-    zone = datetime.now().astimezone().tzinfo
-
-    def point_time(unix_s: float) -> float:
-        return float(date2num(datetime.fromtimestamp(unix_s, zone)))  # type: ignore[no-untyped-call]
-
-    figure = Figure(figsize=(11, 4.5), dpi=130, layout="constrained")
-    axes = figure.subplots()
-    times = [point_time(point.start_s + point.window_s / 2) for point in found]
-    for low, high, shade, label in (("p50", "p90", 0.35, "median to p90"), ("p90", "p99", 0.15, "p90 to p99")):
-        lower, upper = _or_nan(found, low), _or_nan(found, high)
-        axes.fill_between(times, lower, upper, color="tab:blue", alpha=shade, linewidth=0, label=label, step="mid")
-    axes.plot(times, _or_nan(found, "p50"), color="tab:blue", linewidth=1.2, label="median", drawstyle="steps-mid")
-    axes.plot(times, _or_nan(found, "actual"), color="black", linewidth=1.2, label="what came", drawstyle="steps-mid")
-    axes.axvline(point_time(now_s), color="tab:orange", linewidth=1, label="now")
-    locator = AutoDateLocator(tz=zone)  # type: ignore[no-untyped-call]
-    axes.xaxis.set_major_locator(locator)
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=zone))  # type: ignore[no-untyped-call]
-    axes.set_ylim(bottom=0)
-    axes.set_title(title(view, quantity), fontsize=10)
-    axes.legend(fontsize=8, loc="upper left")
-    axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise CommandError(f"{path} cannot be written: {error}") from error
 
 
 def nice_ticks(top: float) -> list[float]:
@@ -172,7 +128,3 @@ def _draw_line(figure: Any, columns: Sequence[Point], name: str, symbol: str, co
             if after.start_s - before.start_s > 1.5 * after.window_s:
                 line.line(index, False)  # nobody knows what was in between
         figure.draw(line)
-
-
-def _or_nan(found: Sequence[Point], name: str) -> list[float]:
-    return [math.nan if getattr(point, name) is None else getattr(point, name) for point in found]
