@@ -1,0 +1,261 @@
+"""Switching models on one GPU, as a client sees it: wakes of warm, half resident, host-tier and disk models, evictions.
+
+    python -m benchmarks.switch [--json FILE] [--switches 200]
+
+An agent and a router as processes of their own, with a real etcd and Redis; this process gives the placer's orders and
+is the client, over gRPC. On a GPU the models have the shapes of Llama 3.1 8B and Llama 3.2 1B in bf16; on a machine
+without one they are tiny, which shows that everything works, not how fast it is. Limits and peers are measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.models import llama_1b, llama_8b
+from benchmarks.one_agent import PROMPT, Cluster, running
+from benchmarks.random_checkpoint import VOCABULARY, write_checkpoint
+from benchmarks.report import Row, report
+from services.gpu_agent.weights.direct import DirectFile
+from warmserve.v1 import cluster_pb2
+
+SEED = 7
+ON_GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is measured on this machine."""
+
+    large: LlamaConfig
+    small: LlamaConfig
+    smalls: int  # how many small models take turns with two large ones
+    arena: str
+    tier: str
+    repeats: int
+
+
+def scale() -> Scale:
+    """8B and 1B on a GPU, else tiny ones."""
+    if ON_GPU:
+        return Scale(llama_8b(), llama_1b(), 4, "56GiB", "24GiB", 7)
+
+    def tiny(layers: int, hidden: int) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=2048,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+        )
+
+    return Scale(tiny(16, 512), tiny(4, 256), 4, "512MiB", "128MiB", 5)
+
+
+async def warm_switches(cluster: Cluster, specs: list[cluster_pb2.ModelSpec], switches: int) -> list[Row]:
+    """Wakes of warm models that take turns, beside the same prefill where the model serves already."""
+    prefills = []
+    for n in range(9):
+        await cluster.wake(specs[0])
+        prefills.append((await cluster.first_token(specs[0].name, n))[0])
+    await cluster.rest(specs[0].name)
+    prefill = statistics.median(prefills)
+    chosen, wakes, first = random.Random(SEED), [], []
+    for n in range(switches):
+        spec = chosen.choice(specs)
+        first.append(await cluster.switch(spec, n))
+        await cluster.rest(spec.name)
+        wakes.append(await cluster.wake(spec))
+        await cluster.rest(spec.name)
+    p99 = sorted(first)[min(len(first) - 1, int(0.99 * len(first)))]
+    return [
+        Row("wake of a warm model: RPC to answer, p50", statistics.median(wakes), "ms", None, None, 10),
+        Row(
+            f"TTFT on that path, {len(specs)} models, p50",
+            statistics.median(first),
+            "ms",
+            prefill,
+            "that prefill, model active",
+            prefill + 15,
+        ),
+        Row("the same, p99", p99, "ms", prefill, "that prefill, model active", prefill + 60),
+    ]
+
+
+async def loads(cluster: Cluster, spec: cluster_pb2.ModelSpec, chosen: Scale) -> list[Row]:
+    """Loads from the host tier: whole, half, and evictions."""
+    name, nbytes = spec.name, spec.facts.shard_bytes
+    await cluster.residency.wait_for(
+        lambda items: any(i.name.startswith(spec.facts.fingerprint[:32]) for i in items["g0"].host_tier.images)
+    )
+    ready, whole, half, evictions = [], [], [], []
+    for n in range(chosen.repeats):
+        await cluster.switch(spec, n)
+        await cluster.rest(name)
+        await cluster.evict(name)
+        await cluster.warm(spec)
+        ready.append(cluster.shard(name).cold_load_ms)
+        evictions.append(await cluster.evict(name))
+        whole.append(await cluster.switch(spec, n))
+        await cluster.rest(name)
+        await cluster.evict(name, keep=0.5)
+        half.append(await cluster.switch(spec, n))
+        await cluster.rest(name)
+        await cluster.evict(name)
+    bus = copy_rate()
+    limit = nbytes / bus * 1e3
+    time_to_ready, ttft = statistics.median(ready), statistics.median(whole)
+    source = "copy from pinned memory" if ON_GPU else "copy in memory"
+    return [
+        Row("host tier to ready", time_to_ready, "ms", limit, source, limit / 0.95),
+        Row("host tier to ready, rate", nbytes / time_to_ready / 1e6, "GB/s", bus / 1e9, source),
+        Row("TTFT on that path", ttft, "ms", time_to_ready, "time to ready", time_to_ready + 10),
+        Row("half resident, TTFT", statistics.median(half), "ms", ttft, "all missing", 0.55 * ttft),
+        Row("evict", statistics.median(evictions), "ms", None, None, 20),
+    ]
+
+
+async def beside(cluster: Cluster, specs: list[cluster_pb2.ModelSpec], tokens: int) -> list[Row]:
+    """Tokens of a running instance while another model is warmed and evicted beside it."""
+    serving, warmed = specs[0], specs[1]
+    await cluster.evict(warmed.name)
+    await cluster.wake(serving)
+    await cluster.first_token(serving.name, 0, 32)
+    alone = (await cluster.first_token(serving.name, 1, tokens))[1]
+
+    async def warm_and_evict() -> None:
+        while True:
+            await cluster.warm(warmed)
+            await cluster.evict(warmed.name)
+
+    warming = asyncio.ensure_future(warm_and_evict())
+    together = (await cluster.first_token(serving.name, 2, tokens))[1]
+    warming.cancel()
+    await asyncio.wait([warming])
+    await cluster.rest(serving.name)
+
+    def p99(gaps: list[float]) -> float:
+        return sorted(gaps)[int(0.99 * (len(gaps) - 1))]
+
+    limit = p99(alone)
+    return [Row("time between tokens beside warming, p99", p99(together), "ms", limit, "alone", 1.05 * limit)]
+
+
+async def from_disk(chosen: Scale, folder: Path, source: Path) -> list[Row]:
+    """Loads with a cold page cache and without a host tier, beside reading the bytes alone."""
+    times, reads = [], []
+    async with running(chosen.arena, "0", folder / "disk") as cluster:
+        spec = await cluster.deploy("large", source)
+        (path,) = (folder / "images").glob(f"{spec.facts.fingerprint[:32]}*.image")
+        await cluster.warm(spec)
+        for _ in range(3):
+            await cluster.evict("large")
+            _forget(path)
+            await cluster.warm(spec)
+            times.append(cluster.shard("large").cold_load_ms)
+            _forget(path)
+            reads.append(_read_time(path))
+    limit = statistics.median(reads)
+    return [Row("disk to ready, cold page cache", statistics.median(times), "ms", limit, "reading alone", 1.05 * limit)]
+
+
+def peers(source: Path) -> list[Row]:
+    """transformers: from_pretrained and one token, from the page cache and from the disk."""
+    rows = []
+    for what, cold in (("page cache", False), ("disk", True)):
+        for path in source.glob("*.safetensors"):
+            _forget(path) if cold else path.read_bytes()
+        began = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if ON_GPU else torch.float32)
+        device = "cuda" if ON_GPU else "cpu"
+        model.to(device)
+        with torch.inference_mode():
+            model(torch.randint(VOCABULARY, (1, PROMPT), device=device)).logits[0, -1].argmax().item()
+        rows.append(Row(f"peer: from_pretrained and a first token, {what}", (time.perf_counter() - began) * 1e3, "ms"))
+        del model
+    return rows
+
+
+def copy_rate() -> float:
+    """Bytes per second of copies from pinned memory to the GPU, or within memory where there is none."""
+    nbytes = 1 << (30 if ON_GPU else 26)
+    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=ON_GPU).fill_(1)
+    target = torch.empty(nbytes, dtype=torch.uint8, device="cuda" if ON_GPU else "cpu")
+    rates = []
+    for _ in range(5):
+        began = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        if ON_GPU:
+            torch.cuda.synchronize()
+        rates.append(nbytes / (time.perf_counter() - began))
+    return statistics.median(rates)
+
+
+def _forget(path: Path) -> None:
+    """Has the page cache forget a file."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def _read_time(path: Path) -> float:
+    """Milliseconds that reading a file's bytes takes, past the page cache, four parts at a time."""
+    part, size = 16 << 20, path.stat().st_size
+    buffers = [mmap(-1, part) for _ in range(4)]
+
+    def read(lane: int) -> None:
+        for offset in range(lane * part, size, 4 * part):
+            file.read(offset, memoryview(buffers[lane])[: min(part, size - offset)])
+
+    began = time.perf_counter()
+    with DirectFile(path) as file, ThreadPoolExecutor(4) as lanes:
+        list(lanes.map(read, range(4)))
+    return (time.perf_counter() - began) * 1e3
+
+
+async def measure(switches: int, folder: Path) -> list[Row]:
+    """All rows."""
+    chosen = scale()
+    shapes = [("large0", chosen.large), ("large1", chosen.large)]
+    shapes += [(f"small{n}", chosen.small) for n in range(chosen.smalls)]
+    for seed, (name, config) in enumerate(shapes):
+        write_checkpoint(folder / name, config, seed)
+    async with running(chosen.arena, chosen.tier, folder / "main") as cluster:
+        specs = [await cluster.deploy(name, folder / name) for name, _ in shapes]
+        rows = await loads(cluster, specs[0], chosen)
+        for spec in specs:
+            await cluster.warm(spec)
+        rows = await warm_switches(cluster, specs, switches) + rows
+        rows += await beside(cluster, specs, 400)
+    rows += await from_disk(chosen, folder, folder / "large0")
+    return rows + peers(folder / "large0")
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument("--switches", type=int, default=200, help="wakes of warm models")
+    parser.add_argument("--folder", type=Path, help="where checkpoints and images go; by default a temporary folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        report("switch", asyncio.run(measure(arguments.switches, Path(folder))), arguments.json)
+
+
+if __name__ == "__main__":
+    main()
