@@ -34,11 +34,6 @@ def window_index(unix_s: float, window_s: float) -> int:
     return math.floor(unix_s / window_s)
 
 
-def window_start(unix_s: float, window_s: float) -> int:
-    """Begin of the window that holds a moment, in Unix seconds."""
-    return start_of(window_index(unix_s, window_s), window_s)
-
-
 def start_of(index: int, window_s: float) -> int:
     """Begin of a window by its number, in Unix seconds."""
     return math.floor(index * window_s)

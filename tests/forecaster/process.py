@@ -14,6 +14,7 @@ from services.forecaster.__main__ import serve
 from services.forecaster.settings import ForecasterSettings
 from warmserve.v1 import forecast_pb2_grpc
 
+DAY = 86_400.0
 Start = Callable[..., AbstractAsyncContextManager[forecast_pb2_grpc.ForecastServiceStub]]
 
 
@@ -21,13 +22,14 @@ Start = Callable[..., AbstractAsyncContextManager[forecast_pb2_grpc.ForecastServ
 async def forecaster(
     etcd: str, redis: str, prefix: str, folder: Path, **settings: Any
 ) -> AsyncIterator[forecast_pb2_grpc.ForecastServiceStub]:
-    """Runs one until the block ends; windows of an hour and days of 24, and no refits, unless told otherwise."""
+    """Runs one until the block ends; with windows of a day, of which none ends while a test runs, and no refits, unless
+    told otherwise."""
     chosen = ForecasterSettings(
         etcd_endpoints=[etcd],
         redis_url=f"redis://{redis}/0",
         prefix=prefix,
         data_dir=folder,
-        **{"window_s": 3600.0, "refit_s": 0, "lease_ttl_s": 2, **settings},
+        **{"window_s": DAY, "season_s": 24 * DAY, "refit_s": 0, "lease_ttl_s": 2, **settings},
     )
     stop = asyncio.Event()
     node = make_node(chosen, stop)

@@ -21,13 +21,12 @@ from services.forecaster.database import Database
 from services.forecaster.history import History, Seen
 from services.forecaster.past import EndedAnnouncements, PastForecasts
 from services.forecaster.publisher import Publisher
-from tests.forecaster.process import Start, forecaster
+from tests.forecaster.process import DAY, Start, forecaster
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.mirror import Mirror
 from warmserve.cluster.store import Store
 from warmserve.v1 import cluster_pb2, forecast_pb2
 
-HOUR = 3600.0
 BUSY = LoadCounts(arrivals=20, prompt_tokens=100, output_tokens=50, load_seconds=4.0, peak=7)
 
 
@@ -46,20 +45,20 @@ async def deploy(store: Store, keys: Keys, *names: str, deployed_s: float = 0) -
         await store.put(keys.model(name), spec)
 
 
-def now_window(window_s: float = HOUR) -> int:
+def now_window(window_s: float = DAY) -> int:
     return window_index(time.time(), window_s)
 
 
-def seed(folder: Path, model: str, loads: list[float], last: int, window_s: float = HOUR) -> None:
+def seed(folder: Path, model: str, loads: list[float], last: int, window_s: float = DAY) -> None:
     """Puts windows into the history of a forecaster that does not run."""
     database = Database(folder, window_s)
-    history = History(database, 28 * 24 * HOUR, 365 * 24 * HOUR)
+    history = History(database, 28 * 24 * DAY, 365 * 24 * DAY)
     values = np.array([[load, 2 * load, load / 2, load * 100, load * 10] for load in loads])
     history.add({model: (np.arange(last - len(loads) + 1, last + 1), values)})
     database.close()
 
 
-def windows(model: str, loads: list[float], last: int, window_s: float = HOUR) -> forecast_pb2.ImportHistoryRequest:
+def windows(model: str, loads: list[float], last: int, window_s: float = DAY) -> forecast_pb2.ImportHistoryRequest:
     samples = [
         forecast_pb2.HistoryWindow(
             start_unix_s=start_of(last - len(loads) + 1 + at, window_s),
@@ -93,11 +92,11 @@ async def test_each_window_is_forecast_published_and_streamed(
 async def test_a_new_model_is_forecast_at_once(
     start: Start, store: Store, keys: Keys, published: Mirror[cluster_pb2.Forecast]
 ) -> None:
-    async with start():  # the next window is an hour away, or nearly
+    async with start():  # the next window is hours away, or nearly always
         for name in ("a", "b"):
             await deploy(store, keys, name)
             await published.wait_for(lambda items, name=name: name in items)  # type: ignore[misc]
-        assert published.items["b"].windows[0].start_unix_s % HOUR == 0
+        assert published.items["b"].windows[0].start_unix_s % DAY == 0
 
 
 async def test_a_model_that_is_not_deployed_is_named(start: Start) -> None:
@@ -187,27 +186,28 @@ async def test_a_model_deployed_again_goes_on_with_its_history(
             assert published.items["m"].windows[0].mean_load.p50 == pytest.approx(6, rel=0.01)
             await store.delete(keys.model("m"))
             await published.wait_for(lambda items: not items)
-        answer = await stub.GetHistory(forecast_pb2.GetHistoryRequest(model="m", from_unix_s=start_of(last - 90, HOUR)))
+        answer = await stub.GetHistory(forecast_pb2.GetHistoryRequest(model="m", from_unix_s=start_of(last - 90, DAY)))
         assert sum(one.HasField("actual") for one in answer.windows) == 72
 
 
 async def test_history_and_what_was_forecast_for_it(start: Start, tmp_path: Path) -> None:
     last = now_window() - 1
     seed(tmp_path, "m", [1.0, 2.0, 3.0], last)
-    database = Database(tmp_path, HOUR)
+    database = Database(tmp_path, DAY)
     made = np.tile(np.arange(1.0, 13)[None, :, None, None], (1, 1, 5, 3))
     PastForecasts(database).save(last, ["m"], made, made)
     database.close()
     async with start() as stub:
-        answer = await stub.GetHistory(forecast_pb2.GetHistoryRequest(model="m"))
-        assert answer.window_s == HOUR
+        begin = start_of(last - 2, DAY)
+        answer = await stub.GetHistory(forecast_pb2.GetHistoryRequest(model="m", from_unix_s=begin))
+        assert answer.window_s == DAY
         assert [one.actual.mean_load for one in answer.windows] == [1, 2, 3]
         assert [one.actual.prompt_tokens_per_s for one in answer.windows] == [100, 200, 300]
         assert [one.HasField("forecast") for one in answer.windows] == [False, False, True]
         assert answer.windows[2].forecast.mean_load.p90 == 1
-        request = forecast_pb2.GetHistoryRequest(model="m", to_unix_s=start_of(last + 3, HOUR), ahead=3)
+        request = forecast_pb2.GetHistoryRequest(model="m", to_unix_s=start_of(last + 3, DAY), ahead=3)
         ahead = (await stub.GetHistory(request)).windows
-        assert ahead[-1].start_unix_s == start_of(last + 2, HOUR)
+        assert ahead[-1].start_unix_s == start_of(last + 2, DAY)
         assert not ahead[-1].HasField("actual")
         assert ahead[-1].forecast.peak_load.p50 == 3
         for wrong, code in (
@@ -227,11 +227,13 @@ async def test_imported_history_is_forecast_from_at_once(
     async with start() as stub:
         await deploy(store, keys, "m")
         await published.wait_for(lambda items: "m" in items)
-        half = windows("other", [2.0, 4.0], 2 * last + 1, HOUR / 2)  # both halves of the last hour
+        half = windows("other", [2.0, 4.0], 2 * last + 1, DAY / 2)  # both halves of the last day
         answer = await stub.ImportHistory(iter([windows("m", [5.0] * 60, last), half]))
         assert (answer.windows, answer.models) == (61, 2)
         await published.wait_for(lambda items: abs(items["m"].windows[0].mean_load.p50 - 5) < 0.1)
-        joined = (await stub.GetHistory(forecast_pb2.GetHistoryRequest(model="other"))).windows
+        joined = (
+            await stub.GetHistory(forecast_pb2.GetHistoryRequest(model="other", to_unix_s=start_of(last, DAY)))
+        ).windows
         assert [(one.actual.mean_load, one.actual.peak_load) for one in joined] == [(3, 8)]
 
 
@@ -249,13 +251,18 @@ async def test_an_announcement_raises_the_forecast_at_once(
     start: Start, store: Store, keys: Keys, published: Mirror[cluster_pb2.Forecast], tmp_path: Path
 ) -> None:
     seed(tmp_path, "m", [2.0] * 60, now_window() - 1)
-    begin = start_of(now_window() + 2, HOUR)
+    begin = start_of(now_window() + 2, DAY)
     async with start() as stub:
         await deploy(store, keys, "m", "other")
         await published.wait_for(lambda items: len(items) == 2)
         other = published.items["other"].made_unix_ms
         entry = cluster_pb2.CalendarEntry(
-            model="m", id="e", start_unix_s=begin, duration_s=1800, load=20, source=cluster_pb2.CALENDAR_SOURCE_OPERATOR
+            model="m",
+            id="e",
+            start_unix_s=begin,
+            duration_s=int(DAY / 2),
+            load=20,
+            source=cluster_pb2.CALENDAR_SOURCE_OPERATOR,
         )
         await store.put(keys.calendar("m", "e"), entry)
         await published.wait_for(lambda items: items["m"].windows[2].peak_load.p50 == 20)
@@ -305,7 +312,7 @@ async def test_clients_whose_hints_came_to_nothing_are_believed_less(
     start: Start, store: Store, keys: Keys, published: Mirror[cluster_pb2.Forecast], tmp_path: Path
 ) -> None:
     await deploy(store, keys, "m", "other")
-    database = Database(tmp_path, HOUR)
+    database = Database(tmp_path, DAY)
     hint = cluster_pb2.CalendarEntry(start_unix_s=1, duration_s=1, load=20, source=cluster_pb2.CALENDAR_SOURCE_CLIENT)
     for number in range(2):
         past = cluster_pb2.CalendarEntry(model="m", id=f"past{number}")
@@ -313,7 +320,7 @@ async def test_clients_whose_hints_came_to_nothing_are_believed_less(
         EndedAnnouncements(database).save(forecast_pb2.CalendarScore(entry=past, actual_load=0, actual_peak=0))
     database.close()
     async with start():
-        hint.start_unix_s, hint.duration_s = start_of(now_window() + 1, HOUR), 3600
+        hint.start_unix_s, hint.duration_s = start_of(now_window() + 1, DAY), int(DAY)
         for model in ("m", "other"):
             one = cluster_pb2.CalendarEntry(model=model, id="new")
             one.MergeFrom(hint)
@@ -385,7 +392,7 @@ async def test_forecasts_reach_etcd_when_it_is_back(redis_server: Backing, keys:
 async def test_scores_say_what_errors_cost(start: Start, store: Store, keys: Keys, tmp_path: Path) -> None:
     last = now_window() - 1
     seed(tmp_path, "m", [4.0, 4.0], last)
-    database = Database(tmp_path, HOUR)
+    database = Database(tmp_path, DAY)
     made = np.full((1, 12, 5, 3), 5.0)
     for window, peak in ((last - 1, 30.0), (last, 0.0)):
         made[:, :, 1] = peak
@@ -397,12 +404,12 @@ async def test_scores_say_what_errors_cost(start: Start, store: Store, keys: Key
         assert score.wape == pytest.approx(0.25)
         assert score.coverage_p90 == 1
         # A replica carries 8; the peaks were 8.
-        assert (score.needless_replica_s, score.missing_replica_s) == (3 * HOUR, HOUR)
-        assert score.unforeseen_requests == 2 * HOUR
+        assert (score.needless_replica_s, score.missing_replica_s) == (3 * DAY, DAY)
+        assert score.unforeseen_requests == 2 * DAY
         await store.put(keys.model("m"), cluster_pb2.ModelSpec(name="m", limits=cluster_pb2.ModelLimits(max_batch=30)))
 
         async def needless() -> float:
-            answer = await stub.GetScores(forecast_pb2.GetScoresRequest(models=["m"], past_s=9 * HOUR))
+            answer = await stub.GetScores(forecast_pb2.GetScoresRequest(models=["m"], past_s=9 * DAY))
             return answer.models[0].needless_replica_s
 
         while await needless() != 0:
@@ -432,12 +439,12 @@ async def test_a_thousand_models_are_forecast_and_published(
 ) -> None:
     names = [f"team/model-{number:04}" for number in range(1000)]
     last = now_window() - 1
-    database = Database(tmp_path, HOUR)
-    History(database, 28 * 24 * HOUR, 365 * 24 * HOUR).record(
+    database = Database(tmp_path, DAY)
+    History(database, 28 * 24 * DAY, 365 * 24 * DAY).record(
         last - 1, dict.fromkeys(names, (2, 4, 1, 100, 10)), Seen(1, 1)
     )
     database.close()
-    await LoadCounters(redis, keys).report("r0:a.0", last, HOUR, HOUR, {"team/model-0007": BUSY})
+    await LoadCounters(redis, keys).report("r0:a.0", last, DAY, DAY, {"team/model-0007": BUSY})
     for at in range(0, len(names), 100):
         await asyncio.gather(*(deploy(store, keys, name) for name in names[at : at + 100]))
     async with start() as stub:
@@ -447,8 +454,10 @@ async def test_a_thousand_models_are_forecast_and_published(
             found = len((await stub.GetForecasts(forecast_pb2.GetForecastsRequest())).forecasts)
         while len((await store.snapshot(keys.forecasts()))[0]) < 1000:
             await asyncio.sleep(0.05)
+        begin = start_of(last - 1, DAY)
         busy, quiet = [
-            (await stub.GetHistory(forecast_pb2.GetHistoryRequest(model=name))).windows for name in names[7:9]
+            (await stub.GetHistory(forecast_pb2.GetHistoryRequest(model=name, from_unix_s=begin))).windows
+            for name in names[7:9]
         ]
         assert [one.actual.peak_load for one in busy if one.HasField("actual")] == [4, 7]
         assert [one.actual.peak_load for one in quiet if one.HasField("actual")] == [4, 0]

@@ -30,6 +30,7 @@ from warmserve.v1 import cluster_pb2, forecast_pb2
 
 HOUR = 3600.0
 SEASON = 24
+NOW = time.time()
 MODELS = tuple(f"m{number}" for number in range(10))
 
 
@@ -57,7 +58,7 @@ def info(fitted: int = 5000) -> forecast_pb2.PredictorInfo:
 
 
 def last_window() -> int:
-    return window_index(time.time(), HOUR) - 1
+    return window_index(NOW, HOUR) - 1
 
 
 def seed_history(folder: Path, data: np.ndarray) -> History:
@@ -77,7 +78,7 @@ def refitter(folder: Path, history: History, **more: object) -> tuple[Refitter, 
     champions = Champions(folder / "predictors", SEASON)
     champions.load()
     past = PastForecasts(history._database)
-    return Refitter(settings(folder, **more), history, past, champions, lambda: None), champions
+    return Refitter(settings(folder, **more), history, past, champions, lambda: None, lambda: NOW), champions
 
 
 async def test_a_refit_that_is_better_makes_the_champion_with_which_forecasts_are_made(
@@ -87,7 +88,7 @@ async def test_a_refit_that_is_better_makes_the_champion_with_which_forecasts_ar
     await store.put(keys.model("m3"), cluster_pb2.ModelSpec(name="m3"))
     published = Mirror(store, keys.forecasts(), cluster_pb2.Forecast)
     await published.start()
-    async with start(refit_s=86_400) as stub:
+    async with start(window_s=HOUR, season_s=SEASON * HOUR, refit_s=86_400) as stub:
         await published.wait_for(lambda items: "m3" in items and items["m3"].predictor == "learned")
         answer = await stub.GetPredictor(forecast_pb2.GetPredictorRequest())
         assert answer.champion == answer.challenger
@@ -95,12 +96,14 @@ async def test_a_refit_that_is_better_makes_the_champion_with_which_forecasts_ar
         assert 0 < answer.champion.relative_loss < 1
         assert answer.previous.name == "published"
         assert "is the champion now" in answer.last_refit
-    async with start(refit_s=86_400) as stub:  # it is there after a restart, and no refit is due
+    async with start(
+        window_s=HOUR, season_s=SEASON * HOUR, refit_s=86_400
+    ) as stub:  # it is there after a restart, and no refit is due
         assert (await stub.GetPredictor(forecast_pb2.GetPredictorRequest())).champion == answer.champion
         restored = await stub.RestorePredictor(forecast_pb2.RestorePredictorRequest())
         assert restored.champion.name == "published"
         await published.wait_for(lambda items: items["m3"].predictor == "published")
-    async with start() as stub:
+    async with start(window_s=HOUR, season_s=SEASON * HOUR) as stub:
         now = await stub.GetPredictor(forecast_pb2.GetPredictorRequest())
         assert (now.champion.name, now.previous.name) == ("published", "learned")
     await published.close()
