@@ -35,10 +35,10 @@ class Prior:
         """
         known = ~np.isnan(history[:, :, 0])
         first = np.column_stack([known, np.ones(len(known), bool)]).argmax(axis=1)
-        busy = (history[:, :, 0] > 0).sum(axis=1)
+        windows, busy = known.sum(axis=1), (history[:, :, 0] > 0).sum(axis=1)
         # The first windows with traffic tell a model's size; how long it stays without any is told by how long it has.
-        weight = np.where(busy > 0, _TRUST ** np.minimum(busy, 1000), 1 / (1 + known.sum(axis=1)))
-        weight = np.where(busy < self.season, weight, 0.0)[:, None, None, None]
+        weight = np.where(busy > 0, _TRUST ** np.minimum(busy, 1000), 1 / (1 + windows))
+        weight = np.where(windows < self.season, weight, 0.0)[:, None, None, None]
         expected = self.forecast(history.shape[1] - first, forecast.shape[1])
         mixed: Floats = weight * expected + (1 - weight) * forecast
         return mixed

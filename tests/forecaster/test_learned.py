@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from services.forecaster.features import features
-from services.forecaster.learned import ANCHORS, MAX_HORIZON, LearnedPredictor, fit
-from services.forecaster.predictors import PublishedPredictor, last_values, seasonal_naive
-from tests.forecaster.series import SEASON, traffic
+from services.forecaster.learned import ANCHORS, MAX_HORIZON, LearnedPredictor, dumps, fit, loads
+from services.forecaster.predictors import PEAK_LOAD, Floats, PublishedPredictor, last_values, seasonal_naive
+from tests.forecaster.series import SEASON, history, traffic
 
 
 @functools.cache
@@ -21,9 +22,14 @@ def predictor() -> LearnedPredictor:
     return fit(traffic(20), SEASON)
 
 
-def predict(series: np.ndarray, horizon: int) -> np.ndarray:
+def predict(series: Floats, horizon: int) -> Floats:
     """Of one series: shape (horizon, 3)."""
     return predictor().predict_many(series[None], horizon)[0]
+
+
+@functools.cache
+def of_all() -> LearnedPredictor:
+    return fit(history(10), SEASON)
 
 
 def unusual() -> dict[str, np.ndarray]:
@@ -163,3 +169,84 @@ def test_simple_rules() -> None:
     np.testing.assert_array_equal(last_values(series, 1), [[np.nan, 1, 2, 2, 4, 5]])
     np.testing.assert_array_equal(last_values(series, 9), np.full((1, 6), np.nan))
     np.testing.assert_array_equal(seasonal_naive(series, 1, 3), [[np.nan, 1, 2, 1, 2, 5]])
+
+
+def test_all_quantities_of_any_history_are_forecast_and_agree() -> None:
+    past = history(4, 6, seed=7)
+    past[1, -30:] = np.nan
+    past[2] = np.nan
+    past[3] = 0.0
+    past[4, -1] *= 100
+    past[5, :, 1:] = 7.0
+    for some in (past, past[:, :0], past[:, :1], past[:0]):
+        forecast = of_all().forecast_all(some, MAX_HORIZON)
+        assert forecast.shape == (len(some), MAX_HORIZON, 5, 3)
+        assert np.isfinite(forecast).all()
+        assert (forecast >= 0).all()
+        assert (np.diff(forecast, axis=3) >= 0).all()
+        assert (forecast[:, :, PEAK_LOAD] >= forecast[:, :, 0]).all()
+
+
+def test_all_quantities_follow_what_came() -> None:
+    past = history(12, 12, seed=0)
+    origins = range(10 * SEASON, 12 * SEASON - 1, 5)
+    forecasts = np.stack([of_all().forecast_all(past[:, : origin + 1], 1)[:, 0] for origin in origins], axis=1)
+    actual = past[:, np.array(origins) + 1]
+    covered = (actual[..., None] <= forecasts).mean(axis=(0, 1))
+    assert (np.abs(covered[:, 0] - 0.5) < 0.2).all()
+    assert (covered[:, 1] > 0.8).all()
+    assert (covered[:, 2] > 0.95).all()
+
+
+def test_a_new_model_begins_with_what_others_began_with() -> None:
+    nothing = of_all().forecast_all(np.full((1, 3, 5), np.nan), 6)[0]
+    day = history(10)[:, :SEASON]
+    for quantity in range(5):
+        low, high = np.quantile(day[:, :, quantity], (0.2, 0.8))
+        assert low < nothing[0, quantity, 0] < high
+    silent = of_all().forecast_all(np.zeros((1, 2 * SEASON, 5)), 6)[0]
+    assert silent.max() < 0.01
+
+
+def test_past_moments_are_forecast_as_they_would_have_been() -> None:
+    series = traffic(12, 4, seed=5)
+    origins = np.array([10 * SEASON, 11 * SEASON + 3])
+    for distance in (1, 4, 6, 11):
+        past = predictor().at(series, origins, distance)
+        for index, origin in enumerate(origins):
+            then = predictor().predict_many(series[:, : origin + 1], MAX_HORIZON)[:, distance - 1]
+            np.testing.assert_allclose(past[:, index], then, rtol=0.05)  # sums round; trees have steps
+
+
+def test_what_is_saved_forecasts_the_same() -> None:
+    past = history(4, 5, seed=2)
+    again = loads(dumps(of_all()), SEASON)
+    np.testing.assert_array_equal(again.forecast_all(past, 12), of_all().forecast_all(past, 12))
+    assert again.loss == of_all().loss
+    single = loads(dumps(predictor()), SEASON)
+    np.testing.assert_array_equal(single.predict_many(past[:, :, 0], 3), predictor().predict_many(past[:, :, 0], 3))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (lambda saved: b"", "no learnt predictor of this version"),
+        (lambda saved: saved[:100], "damaged or cut off"),
+        (lambda saved: saved[:-1], "damaged or cut off"),
+        (lambda saved: saved[:-9] + bytes([saved[-9] ^ 1]) + saved[-8:], "damaged or cut off"),
+        (lambda saved: saved.replace(b"learned 1 ", b"learned 9 ", 1), "no learnt predictor of this version"),
+    ],
+)
+def test_what_is_broken_is_told(data: Callable[[bytes], bytes], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        loads(data(dumps(predictor())), SEASON)
+
+
+def test_another_season_is_told() -> None:
+    with pytest.raises(ValueError, match="seasons of 24 windows, not 288"):
+        loads(dumps(predictor()), 288)
+
+
+def test_one_quantity_does_not_tell_all() -> None:
+    with pytest.raises(ValueError, match="fitted to one quantity only"):
+        predictor().forecast_all(history(4), 1)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from services.forecaster.predictors import PublishedPredictor
+from services.forecaster.predictors import Floats, PublishedPredictor
 
 
-def predict(predictor: PublishedPredictor, series: np.ndarray, horizon: int) -> np.ndarray:
+def predict(predictor: PublishedPredictor, series: Floats, horizon: int) -> Floats:
     """Of one series: shape (horizon, 3)."""
     return predictor.predict_many(series[None], horizon)[0]
 
