@@ -18,7 +18,6 @@ from services.common.load import (
     reporter_name,
     start_of,
     window_index,
-    window_start,
 )
 from services.common.queues import RequestQueue
 from services.common.session import Election, Session

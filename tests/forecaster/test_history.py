@@ -206,3 +206,18 @@ def test_what_was_forecast_without_announcements_is_kept_where_it_differs(databa
     assert past.of(["a"], 1000, 1000, 1)[0, 0, 0, 0] == 5
     assert past.unannounced("a", 1000, 1000)[0, 0, 0] == 1
     assert past.unannounced("b", 1000, 1000)[0, 0, 0] == 1
+
+
+def test_many_models_are_read_as_they_are_now(database: Database) -> None:
+    one = history(database)
+    names = [f"m{number}" for number in range(30)]
+    for window in (1000, 1001, 2000):  # the first two are in a block by then
+        one.record(window, {name: values(number) for number, name in enumerate(names)}, SEEN)
+    np.testing.assert_array_equal(one.series(names, 2000, 1001)[:, 0, 0], np.arange(30))
+    one.record(1000, {"m7": values(99)}, SEEN)  # late
+    one.record(2001, {"new": values(5)}, SEEN)
+    one.add({"new": (np.array([1001]), np.array([values(6)]))})
+    series = one.series([*names, "new"], 2001, 1002)
+    assert series[7, 0, 0] == 99
+    assert series[8, 0, 0] == 8
+    assert series[30, 1, 0] == 6
