@@ -179,7 +179,7 @@ class Cluster:
         else:
             wakes.cold += 1
 
-    def _loaded(self, replica: Replica) -> None:
+    def _loaded(self, replica: Replica, took_s: float) -> None:
         replica.used_at = self.clock.now
         first = {(replica.model.index, gpu.id) for gpu in replica.gpus} - self._begun
         self._begun |= first
@@ -187,6 +187,9 @@ class Cluster:
             replica.starting = self.clock.at(
                 self.clock.now + self.settings.first_load_s, lambda: self._prepared(replica)
             )
+        elif replica.state is State.WAKING and not self._start_s and took_s > self.settings.delays.wake_s[1]:
+            # It took requests before the last weights came, and computed their first step behind the copy.
+            self._serve(replica, min(took_s, self.settings.behind_s))
         else:
             self._prepared(replica)
 
@@ -202,7 +205,7 @@ class Cluster:
         delay = self._start_s + self._random.uniform(*self.settings.delays.wake_s)
         replica.starting = self.clock.at(self.clock.now + delay, lambda: self._serve(replica))
 
-    def _serve(self, replica: Replica) -> None:
+    def _serve(self, replica: Replica, ahead_s: float = 0.0) -> None:
         model = replica.model
         replica.starting = None
         replica.unused_bytes = 0.0
@@ -214,6 +217,8 @@ class Cluster:
             tokens_per_page=model.tokens_per_page,
             reserve=self.reserve(model),
             budgets=(self.settings.token_budget, self.settings.prefill_budget),
+            layers=model.spec.layers,
+            ahead_s=ahead_s,
             memory=self,
             news=self,
         )
@@ -234,6 +239,7 @@ class Cluster:
         model.instances.append(replica)
         model.waiting_since = None
         self._feed(model)
+        engine.ahead_s = 0.0  # nobody waited
         self.news.changed(replica)
 
     def _drain(self, replica: Replica) -> None:
@@ -398,6 +404,7 @@ class Cluster:
     def _feed(self, model: ModelState) -> None:
         """Instances with free slots take what waits, in turn, as readers of one stream do."""
         queue, instances = model.queue, model.instances
+        began: dict[Engine, None] = {}
         full = 0
         while queue and full < len(instances):
             engine = instances[0].engine
@@ -406,8 +413,11 @@ class Cluster:
             if engine.jobs < engine.slots:
                 full = 0
                 engine.take(queue.popleft())
+                began[engine] = None
             else:
                 full += 1
+        for engine in began:
+            engine.go()
 
     def first_token(self, job: Job) -> None:
         """See simulator.engine.News."""

@@ -28,11 +28,12 @@ _SECOND = 1e-6
 class Job:
     """A request on its way through the cluster."""
 
-    __slots__ = ("generated", "index", "joined", "left", "model", "output", "prompt", "ticket", "tokens")
+    __slots__ = ("generated", "index", "joined", "left", "model", "output", "prompt", "since", "ticket", "tokens")
 
-    def __init__(self, index: int, model: int, prompt: int, output: int) -> None:
+    def __init__(self, index: int, model: int, prompt: int, output: int, since: float) -> None:
         self.index = index  # in order of arrival
         self.model = model
+        self.since = since  # when it came into its model's queue
         self.prompt = prompt
         self.output = output
         self.generated = 0
@@ -87,11 +88,14 @@ class Engine:
         tokens_per_page: int,
         reserve: int,
         budgets: tuple[int, int],
+        layers: int,
+        ahead_s: float,
         memory: Memory,
         news: News,
     ) -> None:
         """`reserve`: pages that it holds from its first moment. `budgets`: tokens of a step in which sequences decode,
-        and of one in which none does."""
+        and of one in which none does. `ahead_s`: for how long its first step may have been computed, layer by layer,
+        behind the copy of its weights, which has just ended."""
         self.gpus = gpus
         self.slots = slots
         self.jobs = 0  # taken and not ended
@@ -101,6 +105,8 @@ class Engine:
         self.device_seconds = 0.0
         self.preemptions = 0
         self.replica: Replica | None = None  # whose compute it is; set by whoever makes it
+        self.ahead_s = ahead_s
+        self._last_layer = 1 / layers
         self._clock = clock
         self._cost = cost
         self._per_page = tokens_per_page
@@ -140,10 +146,13 @@ class Engine:
         return self._context + self._prompt_tokens
 
     def take(self, job: Job) -> None:
-        """Begins a request. There must be a free slot."""
+        """Takes a request, to be begun by `go`. There must be a free slot."""
         self.jobs += 1
         self._waiting.append(job)
-        if not self._prompts and not self._in_event:
+
+    def go(self) -> None:
+        """Begins with what was taken, if nothing goes before it."""
+        if self._waiting and not self._prompts and not self._in_event:
             self._sync()
             self._go_on(came=True)
 
@@ -314,7 +323,11 @@ class Engine:
         if came and decoding:
             steps += 1  # before it go what is left of the step that the device works on, and the one begun behind that
         self._prompts, self._prompt_tokens = chosen, tokens
-        self._prompt_left = steps * (self._cost.decode(decoding, self._context)) + self._cost.prefill_base + own
+        seconds = steps * self._cost.decode(decoding, self._context) + self._cost.prefill_base + own
+        # What was computed behind the copy since the last of them came; the last layer is computed when all is there.
+        ahead = min(self.ahead_s, self._clock.now - max(job.since for job in chosen)) if self.ahead_s else 0.0
+        self._prompt_left = max(seconds - ahead, seconds * self._last_layer)
+        self.ahead_s = 0.0
         self._prompt_speed = steps / self._prompt_left
         return True
 

@@ -24,6 +24,7 @@ class Load:
     flow: Flow | None = None
     tier: Tier = Tier.HOST
     from_page: int = 0  # what was resident when the flow began
+    began: float = 0.0  # when it did
 
 
 class HostMemory:
@@ -59,7 +60,7 @@ class NodeLoads:
     spec: ClusterSpec
     node: str
     gpus: Sequence[Gpu]
-    loaded: Callable[[Replica], None]  # all of it is resident
+    loaded: Callable[[Replica, float], None]  # all of it is resident, after so many seconds of copying
     copied: dict[str, float]  # bytes by tier, of all nodes
     host: HostMemory = field(init=False)
     _links: Links = field(init=False)
@@ -140,6 +141,7 @@ class NodeLoads:
         replica = load.replica
         load.tier = self.tier(replica.model, replica.gpus)
         load.from_page = replica.resident
+        load.began = self.clock.now
         missing = replica.model.spec.shard_bytes - replica.resident * self.spec.page_bytes
         load.flow = Flow(self._uses(load), max(0.0, missing), lambda: self._ended(load))
         self._links.begin(load.flow)
@@ -174,7 +176,7 @@ class NodeLoads:
             self.host.use(load.replica.model)
         self._loads.remove(load)
         load.replica.load = None
-        self.loaded(load.replica)
+        self.loaded(load.replica, self.clock.now - load.began)
         self._next()
 
     def _arrived(self, load: Load, resident: int) -> None:

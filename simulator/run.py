@@ -159,7 +159,7 @@ class _Run(Listener):
             due = clock.next_due
             if due_first <= due:
                 clock.now = due_first
-                self._arrive(Job(index, model[index], prompt[index], output[index]))
+                self._arrive(Job(index, model[index], prompt[index], output[index], due_first))
                 index += 1
                 due_first = times[index] if index < count else float("inf")
                 if index % _PROGRESS_EVERY == 0:

@@ -53,7 +53,7 @@ def test_serverless_gives_an_idle_instances_gpu_to_who_asks() -> None:
 def test_a_published_engine_start_is_waited_for_each_time() -> None:
     requests = asks((0, "first"), (90, "second"))
     ours, published = (run(Serverless(start_s=start), BIG, requests) for start in (0.0, 55.0))
-    assert (published.ttft_s - ours.ttft_s).tolist() == pytest.approx([55.0, 55.0], abs=0.01)
+    assert (published.ttft_s - ours.ttft_s).tolist() == pytest.approx([55.0, 55.0], abs=0.03)
 
 
 def test_serverless_never_puts_two_models_on_one_gpu() -> None:
@@ -195,7 +195,7 @@ def test_known_loads_are_requests_in_progress() -> None:
 
 def test_a_meter_counts_as_routers_do() -> None:
     meter = LoadMeter(0.0)
-    jobs = [Job(0, 0, 100, 10), Job(1, 0, 50, 20)]
+    jobs = [Job(0, 0, 100, 10, 2.0), Job(1, 0, 50, 20, 4.0)]
     meter.arrived(jobs[0], 2.0)
     meter.arrived(jobs[1], 4.0)
     meter.ended(jobs[0], 6.0)
