@@ -1,6 +1,6 @@
 """How long a wake request takes to become a wake order: from the call of WakeModel to WakeReplica's arrival.
 
-    python -m benchmarks.wake_path [--json FILE] [--wakes 300]
+    python -m benchmarks.wake_path [--json FILE] [--wakes 320]
 
 A leading placer in a process of its own, over a real etcd, Redis and gRPC; one server per agent, all in this process,
 that answer orders at once and write their residency as agents do, but hold no weights. Every model has a forecast, so
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,9 +42,26 @@ PAGES = 64
 SHARD_PAGES = 16  # three fit on an agent, beside KV
 TARGET_MS = 5.0
 SEED = 5
+BATCH = 16
 COLD = common_pb2.REPLICA_STATE_COLD
 WARM = common_pb2.REPLICA_STATE_WARM
 ACTIVE = common_pb2.REPLICA_STATE_ACTIVE
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of wake."""
+
+    what: str
+    cold: bool = False  # and agents are full
+    at_once: int = 1
+
+
+KINDS = (
+    Kind("warm model"),
+    Kind("8 warm models at once", at_once=8),
+    Kind("cold model, room is made first", cold=True),
+)
 
 
 @dataclass
@@ -118,17 +135,14 @@ class Cluster:
     plans: Mirror[cluster_pb2.Plan]
     arrivals: dict[str, float]  # when WakeReplica came, by model
 
-    async def sees(self, model: str, active: bool, warm: bool) -> None:
-        """Waits for a plan that knows how the model stands now."""
-        await self.plans.wait_for(
-            lambda items: any(
-                outlook.model == model
-                and (outlook.active_replicas > 0) is active
-                and (warm or not outlook.warm_replicas)
-                for plan in items.values()
-                for outlook in plan.outlooks
-            )
-        )
+    async def see(self, models: Sequence[str], active: bool) -> None:
+        """Waits for a plan that knows that these models have an instance, or that they have none."""
+
+        def known(items: Mapping[str, cluster_pb2.Plan]) -> bool:
+            told = {o.model: o.active_replicas > 0 for plan in items.values() for o in plan.outlooks}
+            return all(told.get(model) is active for model in models)
+
+        await self.plans.wait_for(known)
 
 
 @asynccontextmanager
@@ -174,6 +188,7 @@ async def running(agents: int, models: int, resident: int) -> AsyncIterator[Clus
 def start_placer(etcd: str, redis: str, prefix: str, log: Path) -> subprocess.Popen[bytes]:
     """A placer as a process."""
     settings = {"ETCD_ENDPOINTS": etcd, "REDIS_URL": f"redis://{redis}/0", "PREFIX": prefix, "ID": "p0"}
+    settings["MIN_STAY_S"] = "3600"  # instances rest when the benchmark says so
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "services.placer"],
@@ -184,7 +199,7 @@ def start_placer(etcd: str, redis: str, prefix: str, log: Path) -> subprocess.Po
 
 async def serve(peer: Agent, index: int, store: Store, keys: Keys) -> grpc.aio.Server:
     """Serves one agent and registers it."""
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", 5_000)])  # as agents have it
     agent_pb2_grpc.add_AgentServiceServicer_to_server(peer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -237,52 +252,32 @@ async def arrival(cluster: Cluster, model: str, answer: placement_pb2.WakeModelR
         await asyncio.sleep(0.0005)
 
 
-async def rest(cluster: Cluster, model: str) -> None:
-    """The instance is a warm replica again, and the placer knows it."""
-    await cluster.sees(model, active=True, warm=True)
+async def rest(cluster: Cluster, models: Sequence[str]) -> None:
+    """The instances are warm replicas again, and the placer knows it."""
+    await cluster.see(models, active=True)
     for agent in cluster.agents:
-        if model in agent.shards:
+        for model in agent.shards.keys() & set(models):
             agent.put(model, WARM)
-            await agent.report()
-    await cluster.sees(model, active=False, warm=True)
+        await agent.report()
+    await cluster.see(models, active=False)
 
 
-async def of_warm_models(cluster: Cluster, wakes: int) -> list[float]:
-    """Wakes of models that are warm."""
-    taken = []
-    for _ in range(wakes):
-        model = random.choice([name for agent in cluster.agents for name in agent.shards])
-        taken.append(await wake(cluster, model))
-        await rest(cluster, model)
-    return taken
-
-
-async def of_cold_models(cluster: Cluster, wakes: int) -> list[float]:
-    """Wakes of models that are cold, on agents that are full."""
-    taken = []
-    for _ in range(wakes):
+async def wakes_of(cluster: Cluster, wakes: int, kind: Kind) -> list[float]:
+    """Milliseconds of so many wakes. Those of a batch are of different models, which rest together afterwards."""
+    taken: list[float] = []
+    while len(taken) < wakes:
         warm = {name for agent in cluster.agents for name in agent.shards}
-        model = random.choice(sorted(all_models(cluster) - warm))
-        taken.append(await wake(cluster, model))
-        await rest(cluster, model)
+        chosen = random.sample(sorted(all_models(cluster) - warm if kind.cold else warm), BATCH)
+        for first in range(0, BATCH, kind.at_once):
+            together = chosen[first : first + kind.at_once]
+            taken += await asyncio.gather(*(wake(cluster, model) for model in together))
+        await rest(cluster, chosen)
     return taken
 
 
 def all_models(cluster: Cluster) -> set[str]:
     """Names of the deployed models."""
     return {outlook.model for plan in cluster.plans.items.values() for outlook in plan.outlooks}
-
-
-async def at_once(cluster: Cluster, wakes: int) -> list[float]:
-    """Eight wakes of warm models at the same moment, again and again."""
-    taken: list[float] = []
-    while len(taken) < wakes:
-        warm = sorted({name for agent in cluster.agents for name in agent.shards})
-        chosen = random.sample(warm, 8)
-        taken += await asyncio.gather(*(wake(cluster, model) for model in chosen))
-        for model in chosen:
-            await rest(cluster, model)
-    return taken
 
 
 def rows(what: str, taken: Sequence[float]) -> list[Row]:
@@ -297,19 +292,14 @@ def rows(what: str, taken: Sequence[float]) -> list[Row]:
 
 async def measure(wakes: int) -> list[Row]:
     """All rows."""
-    kinds: list[tuple[str, Callable[[Cluster, int], Awaitable[list[float]]], bool]] = [
-        ("warm model", of_warm_models, False),
-        ("8 warm models at once", at_once, False),
-        ("cold model, room is made first", of_cold_models, True),
-    ]
     found = []
     for agents, models in ((16, 60), (64, 60)):
-        for what, run, full in kinds:
+        for kind in KINDS:
             random.seed(SEED)
-            resident = 3 * agents if full else min(models, 3 * agents)
-            async with running(agents, resident + models // 2 if full else models, resident) as cluster:
-                await run(cluster, 20)  # connections, caches
-                found += rows(f"{agents} GPUs, {what}", await run(cluster, wakes))
+            resident = 3 * agents if kind.cold else min(models, 3 * agents)
+            async with running(agents, resident + models // 2 if kind.cold else models, resident) as cluster:
+                await wakes_of(cluster, 2 * BATCH, kind)  # connections, caches
+                found += rows(f"{agents} GPUs, {kind.what}", await wakes_of(cluster, wakes, kind))
             print(f"{found[-2].what}: {found[-2].value:.2f} ms, p99 {found[-1].value:.2f} ms", file=sys.stderr)
     return found
 
@@ -318,7 +308,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the result there")
-    parser.add_argument("--wakes", type=int, default=300, help="wakes of each kind")
+    parser.add_argument("--wakes", type=int, default=320, help="wakes of each kind")
     arguments = parser.parse_args()
     report("wake_path", uvloop.run(measure(arguments.wakes)), arguments.json)
 

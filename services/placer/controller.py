@@ -28,7 +28,9 @@ from warmserve.cluster.store import Store, StoreUnavailableError
 from warmserve.v1 import cluster_pb2
 
 _log = logger(__name__)
-_COALESCE_S = 0.02  # changes that come together are answered by one plan
+_COALESCE_S = 0.02  # changes that come together are answered together
+_REST = 4  # times as long as planning took no plan is made, so that wakes find the processor free; but at most:
+_MOST_REST_S = 1.0
 _PUBLISH_S = 0.2  # between plans written: they are for people, and etcd keeps every one for a while
 _REDIS_TIMEOUT_S = 1.0
 _PLAN_SECONDS = Histogram(
@@ -81,7 +83,8 @@ class Controller:
         while True:
             self._kick.clear()
             if self._mirrors.connected:  # else nothing is placed anew until etcd answers
-                await self._round()
+                planning_s = await self._round()
+                await asyncio.sleep(min(_MOST_REST_S, self._settings.tick_s, _REST * planning_s))
             try:
                 async with asyncio.timeout(self._settings.tick_s):
                     await self._kick.wait()
@@ -108,12 +111,17 @@ class Controller:
         if not self._mirrors.connected:
             raise StoreUnavailableError("nothing is placed anew until etcd answers")
         self._told[model] = max(waiting, 1, self._told.get(model, 0))
+        decided = self._decide_wakes(model)
+        self._changed()
+        return decided
+
+    def _decide_wakes(self, model: str) -> tuple[Snapshot, Plan]:
+        """What requests that wait need, without a whole plan; with the outlook of one model."""
         records, snapshot = self._look()
         with _PLAN_SECONDS.labels("wake").time():
             plan = planner.wake(snapshot, model)
         if not self.advisory:
             self._orders.launch(plan.actions, snapshot, records, self._fence)
-        self._changed()
         return snapshot, plan
 
     def _changed(self) -> None:
@@ -122,6 +130,9 @@ class Controller:
 
     def _coalesced(self) -> None:
         self._timer = None
+        waiting = [name for name, count in _at_least(self._counts, self._told).items() if count.waiting]
+        if waiting and self._mirrors.connected:  # one has drained, for example, and makes room for the next
+            self._decide_wakes(waiting[0])
         self._kick.set()
 
     def _may_publish(self) -> None:
@@ -130,7 +141,8 @@ class Controller:
             self._unpublished = False
             self._kick.set()
 
-    async def _round(self) -> None:
+    async def _round(self) -> float:
+        """Counts, plans, orders and publishes. Returns how long planning took, in seconds."""
         await self._count()
         records, snapshot = self._look()
         mending = self._mending.actions(records, self._orders.keys, time.monotonic())
@@ -138,8 +150,10 @@ class Controller:
             self._orders.launch(mending, snapshot, records, self._fence)
             records, snapshot = self._look()
         sent = self._orders.sent
-        with _PLAN_SECONDS.labels("plan").time():
-            plan = await asyncio.to_thread(planner.plan, snapshot)  # wakes are decided meanwhile
+        began = time.monotonic()
+        plan = await asyncio.to_thread(planner.plan, snapshot)  # wakes are decided meanwhile
+        planning_s = time.monotonic() - began
+        _PLAN_SECONDS.labels("plan").observe(planning_s)
         if self.advisory:
             proposed = plan.actions
         else:
@@ -149,17 +163,17 @@ class Controller:
         _ADVISORY.set(self.advisory)
         _ACTIONS.set(len(self._orders.actions))
         await self._publish(plan, proposed)
+        return planning_s
 
     async def _count(self) -> None:
-        told, self._told = self._told, {}
-        names = list(self._mirrors.models.items)
-        counts = self._counts
+        told, names = dict(self._told), list(self._mirrors.models.items)
         try:
             async with asyncio.timeout(_REDIS_TIMEOUT_S):
-                counts = await self._queue.counts(names)
+                self._counts = await self._queue.counts(names)
         except (RedisError, OSError, TimeoutError) as error:
             _log.warning("queues cannot be read; going on with the last counts", error=str(error))
-        self._counts = _at_least(counts, told)
+        else:  # what was told before is counted now
+            self._told = {name: count for name, count in self._told.items() if told.get(name) != count}
         _WAITING.clear()  # undeployed models'
         for name in names:
             _WAITING.labels(name).set(self._counts.get(name, QueueCounts()).waiting)
