@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.history import history_cost
 from benchmarks.report import Row, report
 from services.forecaster.features import Floats
 from services.forecaster.learned import LearnedPredictor, dumps, fit, loads
@@ -270,7 +271,7 @@ def main() -> None:
     if not 3 <= days < length / DAY:
         parser.exit(2, f"--first-test-day is one of 3 ... {(length - 1) // DAY} with {file}, not {days}\n")
     sets = choose_series(rates, days * DAY)
-    report("forecast", accuracy(sets, days) + first_days(rates, days) + cost(sets), arguments.json)
+    report("forecast", accuracy(sets, days) + first_days(rates, days) + cost(sets) + history_cost(), arguments.json)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def predictor() -> LearnedPredictor:
 
 def predict(series: Floats, horizon: int) -> Floats:
     """Of one series: shape (horizon, 3)."""
-    return predictor().predict_many(series[None], horizon)[0]
+    quantiles: Floats = predictor().predict_many(series[None], horizon)[0]
+    return quantiles
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from services.forecaster.predictors import Floats, PublishedPredictor
 
 def predict(predictor: PublishedPredictor, series: Floats, horizon: int) -> Floats:
     """Of one series: shape (horizon, 3)."""
-    return predictor.predict_many(series[None], horizon)[0]
+    quantiles: Floats = predictor.predict_many(series[None], horizon)[0]
+    return quantiles
 
 
 def test_a_season_repeats() -> None:
