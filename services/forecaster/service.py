@@ -103,18 +103,20 @@ class Forecaster:
             try:
                 if await self._work():
                     pause = self._until_next()
-            except (StoreUnavailableError, sqlite3.OperationalError) as error:
-                _log.warning("forecasts are not all made and published yet", error=str(error))
-            if not self._stale:
-                try:
-                    await asyncio.wait_for(self._news.wait(), pause)
-                except TimeoutError:
-                    continue
+            except StoreUnavailableError as error:
+                _log.warning("forecasts are not all published yet", error=str(error))
+            except sqlite3.OperationalError as error:
+                _log.warning("the history cannot be used for now", error=str(error))
+                self._stale = True
+            try:
+                await asyncio.wait_for(self._news.wait(), pause)
+            except TimeoutError:
+                continue
 
     async def _work(self) -> bool:
         """Does what is to be done; False where something is left. Raises StoreUnavailableError."""
         if self._behind:
-            await self._record()
+            await self._record(self.last)
         if self._stale or self._forecasting is None or self._forecasting.first != self.last + 1:
             await self._forecast()
         elif self._announced:
@@ -134,14 +136,12 @@ class Forecaster:
         due = start_of(self.last + 2, self._settings.window_s) + min(_LATE_S, self._settings.window_s / 10)
         return max(0.0, due - self._clock())
 
-    async def _record(self) -> None:
-        """Records what has ended. What cannot be recorded now is later."""
+    async def _record(self, last: int) -> None:
+        """Records what has ended, up to the window numbered `last`. What cannot be recorded now is later."""
         deployed = {name: spec.deployed_unix_ms / 1e3 for name, spec in self._models.items.items()}
         routers = {router: record.started_unix_ms / 1e3 for router, record in self._routers.items.items()}
         try:
-            recorded = await self._recorder.catch_up(
-                deployed, routers, start_of(self.last + 1, self._settings.window_s)
-            )
+            recorded = await self._recorder.catch_up(deployed, routers, start_of(last + 1, self._settings.window_s))
         except (RedisError, sqlite3.OperationalError) as error:
             if not self._behind:
                 _log.warning("what has ended will be recorded later", error=str(error))
@@ -154,8 +154,8 @@ class Forecaster:
 
     async def _forecast(self) -> None:
         """Records what has ended, and forecasts what begins."""
-        await self._record()
         last = self.last
+        await self._record(last)
         self._stale = self._clean = False
         self._announced.clear()
         names = tuple(sorted(self._models.items))
