@@ -9,7 +9,7 @@ from services.placer.prewarm import prewarm
 from services.placer.rule import Prewarming
 from services.placer.scores import Kind, Worth
 from services.placer.snapshot import GroupIds, Key, Model, Replica
-from services.placer.value import Stakes, beside, precedence, serves, share, stakes_of, usable
+from services.placer.value import CERTAIN, Stakes, precedence, serves, share, stakes_of, usable
 
 
 class ExpectedRule:
@@ -50,12 +50,17 @@ class ExpectedRule:
         snapshot, stakes = self._board.snapshot, self.stakes(model)
         there = sorted(
             (r for r in self._there[model.name] if usable(snapshot, r)),
-            key=lambda r: precedence(r, beside(r, self._board.on(r.group))),
+            key=lambda r: precedence(r, self._crowd(r)),
         )
         return {
             r.key: Worth(stakes.kind(rank), stakes.worth_keeping(rank, snapshot.agents[r.group[0]].node, share(r)))
             for rank, r in enumerate(there)
         }
+
+    def _crowd(self, replica: Replica) -> int:
+        models = self._board.snapshot.models
+        near = (r for r in self._board.on(replica.group) if r is not replica and r.model in models)
+        return sum(CERTAIN if serves(r) else self.stakes(models[r.model]).popularity for r in near)
 
     def urgency(self, model: Model, serving: int) -> float:
         """See `Rule`. As many requests wait for it as the others do not carry."""

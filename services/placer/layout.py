@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from services.placer.value import Stakes
+from services.placer.value import CERTAIN, Stakes
 
 Agents = tuple[int, ...]  # a group, as indices of agents
 
@@ -19,6 +19,7 @@ class Seat:
     pages: tuple[int, ...]  # of a shard, on each agent
     nodes: tuple[str, ...]  # of each agent
     even: int = 0  # pages of a shard where all agents' pages are of one size
+    alone: tuple[int, ...] = ()  # further pages it may have on each agent, for it would else not even fit alone
     held: dict[Agents, int] = field(default_factory=dict)  # pages that are resident and may stay
     barred: set[Agents] = field(default_factory=set)  # groups where no replica may come
     at: dict[Agents, Item] = field(default_factory=dict)  # its replicas
@@ -44,7 +45,7 @@ class Item:
     used: int  # pages on each agent
     fixed: bool = False  # not to be taken out
     rank: int = -1
-    instances: int = 0  # that share an agent with it
+    crowd: int = 0  # sum of the popularity of those that share an agent
     chance: float = 0.0
     worth: float = 0.0
     heat: float = 0.0  # sum of the chances of those that share an agent
@@ -73,8 +74,9 @@ class Layout:
 
     def add(self, item: Item) -> None:
         """Places an item."""
-        item.instances = self._serving(item.agents)
+        near = self.on(item.agents)
         item.heat = self.heat(item.agents)
+        item.crowd = CERTAIN * self._serving(item.agents) + sum(other.seat.stakes.popularity for other in near)
         item.chance = item.worth = 0.0
         item.rank = -1
         for agent in item.agents:
@@ -83,6 +85,7 @@ class Layout:
         item.seat.at[item.agents] = item
         item.seat.order.append(item)
         self._rank(item.seat)
+        self._crowd(near, item.seat.stakes.popularity)
 
     def remove(self, item: Item) -> None:
         """Takes an item out."""
@@ -93,6 +96,7 @@ class Layout:
         del item.seat.at[item.agents]
         item.seat.order.remove(item)
         self._rank(item.seat)
+        self._crowd(self.on(item.agents), -item.seat.stakes.popularity)
 
     def on(self, agents: Iterable[int]) -> list[Item]:
         """The items on any of these agents."""
@@ -101,6 +105,12 @@ class Layout:
     def room(self, agents: Agents) -> int:
         """Pages that are free on each agent of a group."""
         return self.free[agents[0]] if len(agents) == 1 else min([self.free[agent] for agent in agents])
+
+    def room_for(self, seat: Seat, agents: Agents) -> int:
+        """Pages that are free for a model's replica on each agent of a group."""
+        if seat.alone:
+            return min(self.free[agent] + seat.alone[agent] for agent in agents)
+        return self.room(agents)
 
     def heat(self, agents: Agents) -> float:
         """The chances of all that lies on any of these agents, together."""
@@ -145,8 +155,17 @@ class Layout:
         heat = item.heat
         return item.worth * (1 - self._interference * (heat if heat < 1 else 1.0))
 
+    def _crowd(self, near: Iterable[Item], more: int) -> None:
+        """Items have another neighbour, or one less."""
+        if more:
+            for item in near:
+                item.crowd += more
+                if len(item.seat.order) > 1:
+                    self._rank(item.seat)
+
     def _rank(self, seat: Seat) -> None:
-        seat.order.sort(key=lambda item: (-item.used / item.pages, item.instances, item.agents))
+        if len(seat.order) > 1:
+            seat.order.sort(key=lambda item: (-item.used / item.pages, item.crowd, item.agents))
         for rank, item in enumerate(seat.order, start=seat.serving):
             if item.rank != rank:
                 item.rank = rank

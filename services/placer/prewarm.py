@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from services.placer.board import Board
 from services.placer.decisions import Action, Competitor, Do, Reason
+from services.placer.groups import groups
 from services.placer.layout import Agents, Item, Seat
 from services.placer.loading import load_bytes_per_s, load_s
 from services.placer.rule import Prewarming
@@ -104,7 +105,8 @@ class _Prewarmer:
     def _make_room(self, item: Item) -> list[tuple[Replica, int]] | None:
         """What has to give way on an item's agents, with the pages each keeps; None where it does not suffice yet."""
         held = item.seat.held.get(item.agents, 0)
-        short = {agent: item.used - held - self._free[agent] for agent in item.agents}
+        alone = item.seat.alone or (0,) * len(self._free)
+        short = {agent: item.used - held - self._free[agent] - alone[agent] for agent in item.agents}
         if max(short.values()) <= 0:
             return []
         found = []
@@ -197,8 +199,17 @@ class _Prewarmer:
         return self._no_room(seat)
 
     def _no_room(self, seat: Seat) -> str:
-        score = seat.stakes.worth(seat.whole, "", 1.0)
-        return f"no room: everything resident is needed or worth more than its {score:.2f} s"
+        model, snapshot = seat.stakes.model, self._board.snapshot
+        most = 0  # pages of the best group that weights may have
+        for group in groups(self._aim.agents, model.tp):
+            most = max(most, min(snapshot.agents[a].pages_total - 1 for a in group))
+            if all(snapshot.shard_pages(model, a) < snapshot.agents[a].pages_total for a in group):
+                score = seat.stakes.worth(seat.whole, "", 1.0)
+                return f"no room: everything resident is needed or worth more than its {score:.2f} s"
+        return (
+            f"no group of {count(model.tp, 'agent')} is large enough: it needs {max(seat.pages)} pages on each, "
+            f"and at most {most} hold weights"
+        )
 
     def _compete(self, winner: str, winners: float, loser: str, losers: float, agents: Agents) -> None:
         group = self._aim.ids(agents)

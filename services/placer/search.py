@@ -14,11 +14,12 @@ from services.placer.layout import Agents, Item, Layout, Seat
 from services.placer.snapshot import Rules
 
 _LEAST_GAIN = 1e-9  # of the value
-_SMALL = 8  # agents: so few are searched more thoroughly
+SMALL = 8  # agents: so few are searched more thoroughly
 _FEW = 8  # places that are looked at where there are many
 _GUESTS = 8  # models from elsewhere that are tried when a part is put back
 _LEAST_SHARE = 0.1  # of a replica that is worth a load
 _SHUFFLES = 8  # further orders tried on small clusters
+_VAIN = 3  # rounds
 _LEFT_OUT = 0.2  # share of the models that such an order leaves out
 Order = Callable[[Seat], float]  # the higher, the earlier; below 0: not at all
 
@@ -47,7 +48,7 @@ class Search:
         self._ranked: dict[int, list[Agents]] = {}  # groups, the cheapest first, as of a while ago
         self._ages: dict[int, int] = {}  # how often `_ranked` may still be used
         self._guests: list[Seat] = []
-        self._small = len(layout.free) <= _SMALL
+        self._small = len(layout.free) <= SMALL
 
     def run(self) -> None:
         """Fills the layout and improves it."""
@@ -55,22 +56,28 @@ class Search:
         for seat in self._unplaced():
             self._force(seat)
         self._guests = self._unplaced()[:_GUESTS]
-        orders: list[Order] = [self._density, self._worth]
         if self._small:
-            orders += [self._size, *(self._shuffled(i) for i in range(1, _SHUFFLES + 1))]
-        improved = True
-        while improved and self._effort > 0:
+            self._improve_small()
+        else:
+            for area in self._areas():
+                for order in (self._density, self._worth):
+                    self._attempt(area, order)
+        self.fill(self._seats)
+
+    def _improve_small(self) -> None:
+        """Goes on until some rounds of ever other orders have found nothing better."""
+        vain = number = 0
+        while vain < _VAIN and self._effort > 0:
+            orders: list[Order] = [self._density, self._worth, self._size]
+            orders += [self._shuffled(number + i) for i in range(1, _SHUFFLES + 1)]
+            number += _SHUFFLES
             improved = False
             for area in self._areas():
                 for order in orders:
                     improved |= self._attempt(area, order)
-                if self._small:
-                    for guest in self._unplaced():
-                        improved |= self._attempt(area, self._density, guest)
-                if self._effort <= 0:
-                    break
-            improved = improved and self._small
-        self.fill(self._seats)
+                for guest in self._unplaced():
+                    improved |= self._attempt(area, self._density, guest)
+            vain = 0 if improved else vain + 1
 
     def pin(self, seat: Seat, number: int) -> int:
         """Has so many whole replicas of a model lie in the layout for good, whatever they displace; how many do."""
@@ -84,11 +91,12 @@ class Search:
                 done += own.used == pages and agents in seat.held
                 continue
             movable = [item for item in layout.on(agents) if not item.fixed]
-            freed = [sum(item.used for item in movable if agent in item.agents) for agent in agents]
-            if any(layout.free[agent] + more < pages for agent, more in zip(agents, freed, strict=True)):
-                continue
             for item in movable:
                 layout.remove(item)
+            if layout.room_for(seat, agents) < pages:
+                for item in movable:
+                    layout.add(item)
+                continue
             layout.add(Item(seat, agents, pages, pages, fixed=True))
             self._keep(movable)
             done += 1
@@ -115,7 +123,7 @@ class Search:
     def _complete(self, seat: Seat) -> bool:
         """Makes a partly resident replica whole, or fills it up where parts may be loaded, if there is room."""
         for item in seat.order:
-            missing, room = item.pages - item.used, self._layout.room(item.agents)
+            missing, room = item.pages - item.used, self._layout.room_for(seat, item.agents)
             enough = missing if not self._rules.partial_loads else min(missing, _LEAST_SHARE * item.pages)
             if missing and room >= enough and item.agents not in seat.barred:
                 self._layout.remove(item)
@@ -131,7 +139,7 @@ class Search:
         choice: Item | None = None
         for agents in places:
             self._effort -= 1
-            room = layout.room(agents)
+            room = layout.room_for(seat, agents)
             if room <= 0 or agents in seat.at or agents in seat.barred:
                 continue
             pages = seat.pages_on(agents)
@@ -145,8 +153,13 @@ class Search:
             rating = (gain, -room)  # of equal ones the fullest, so that large rooms stay
             if gain > 0 and (best is None or rating > best):
                 best, choice = rating, Item(seat, agents, pages, used)
-        if choice is not None:
-            layout.add(choice)
+        if choice is None:
+            return None
+        before = layout.value
+        layout.add(choice)
+        if layout.value <= before:  # the gain did not know that others of its model change their rank
+            layout.remove(choice)
+            return None
         return choice
 
     def _part(self, seat: Seat, agents: Agents, pages: int, room: int, wants: bool) -> int:
@@ -169,7 +182,7 @@ class Search:
         looked = 0
         for agents in self._open[size]:
             looked += 1
-            if self._layout.room(agents) >= self._least_room(seat, agents) and agents not in seat.at:
+            if self._layout.room_for(seat, agents) >= self._least_room(seat, agents) and agents not in seat.at:
                 found.append(agents)
                 if len(found) == _FEW:
                     break
@@ -182,7 +195,7 @@ class Search:
         room, heat = self._layout.room, self._layout.heat
         groups = self._places[size]
         if seats and groups:
-            least = min(self._least_room(seat, groups[0]) for seat in seats)
+            least = min(self._least_room(seat, groups[0]) - max(seat.alone, default=0) for seat in seats)
             self._open[size] = sorted((agents for agents in groups if room(agents) >= least), key=heat)
         else:
             self._open[size] = []
@@ -273,7 +286,7 @@ class Search:
         kept = []
         by_worth = sorted(removed, key=lambda item: (-self._density(item.seat), item.agents))
         for item in by_worth:
-            used = min(item.seat.held.get(item.agents, 0), self._layout.room(item.agents))
+            used = min(item.seat.held.get(item.agents, 0), self._layout.room_for(item.seat, item.agents))
             if used > 0 and item.agents not in item.seat.at:
                 left = Item(item.seat, item.agents, item.pages, used)
                 self._layout.add(left)

@@ -10,12 +10,13 @@ from services.placer import lending
 from services.placer.board import Board
 from services.placer.groups import groups
 from services.placer.layout import Agents, Item, Layout, Seat
-from services.placer.search import Search
-from services.placer.snapshot import Agent, Replica, State
+from services.placer.search import SMALL, Search
+from services.placer.snapshot import Agent, Replica, Snapshot, State
 from services.placer.value import Stakes, serves
 
-_EFFORT = 5_000  # places to look at
-_EFFORT_PER_AGENT = 30
+_EFFORT = 3_000  # places to look at
+_EFFORT_SMALL = 20_000  # on so few agents that these are all looked at from many sides
+_EFFORT_PER_AGENT = 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
     for replica in board.all():
         if serves(replica):
             layout.serve(index[agent_id] for agent_id in replica.group if agent_id in index)
-    seats = {name: _seat(own, agents) for name, own in stakes.items()}
+    served = {agent_id for replica in board.all() if serves(replica) for agent_id in replica.group}
+    seats = {name: _seat(snapshot, own, agents, served) for name, own in stakes.items()}
     for model, group in snapshot.refused:
         if model in seats and all(agent_id in index for agent_id in group):
             seats[model].barred.add(tuple(index[agent_id] for agent_id in group))
@@ -68,7 +70,9 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
             )
             if not serves(replica):
                 _take(layout, there, replica.pages)
-    search = Search(layout, list(seats.values()), places, snapshot.rules, _EFFORT + _EFFORT_PER_AGENT * len(agents))
+    small = len(agents) <= SMALL
+    effort = _EFFORT_SMALL if small else _EFFORT + _EFFORT_PER_AGENT * len(agents)
+    search = Search(layout, list(seats.values()), places, snapshot.rules, effort)
     unpinned = {}
     for name, seat in seats.items():
         missing = seat.stakes.model.pinned - seat.serving
@@ -85,16 +89,23 @@ def _room(board: Board, agent: Agent, keeps: lending.Keeps) -> int:
     return agent.pages_total - serving - board.promised(agent.id) - lending.kept(board.snapshot, agent, there, keeps)
 
 
-def _seat(stakes: Stakes, agents: list[Agent]) -> Seat:
+def _seat(snapshot: Snapshot, stakes: Stakes, agents: list[Agent], served: set[str]) -> Seat:
     sizes = {agent.page_bytes for agent in agents}
     pages = {size: max(1, math.ceil(stakes.model.shard_bytes / size)) for size in sizes}
-    return Seat(
+    seat = Seat(
         stakes,
         stakes.serving,
         tuple(pages[agent.page_bytes] for agent in agents),
         tuple(agent.node for agent in agents),
         next(iter(pages.values())) if len(pages) == 1 else 0,
     )
+    alone = []
+    for agent, needed in zip(agents, seat.pages, strict=True):
+        reserve = max(agent.pages_kv, snapshot.kv_reserve(agent))
+        alone.append(0 if agent.id in served else reserve - max(agent.pages_kv, snapshot.kv_reserve(agent, needed)))
+    if any(alone):
+        seat.alone = tuple(alone)
+    return seat
 
 
 def _take(layout: Layout, agents: Agents, pages: int) -> None:

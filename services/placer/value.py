@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from services.placer.demand import Demand, demand, needed
@@ -33,6 +33,7 @@ from services.placer.snapshot import GroupIds, Model, Quantiles, Replica, Snapsh
 _LATER = 0.1  # what the need of a later window counts
 _WITHIN_TARGET = 0.1  # what a second within the target counts
 _LEAST_CHANCE = 0.005  # a need less likely counts as none
+CERTAIN = 1000  # the popularity of what is needed for certain
 _MOST_RANKS = 64  # of one model, whatever its forecast says
 
 
@@ -49,6 +50,11 @@ class Stakes:
     first_s: float  # cold load of the first replica
     further_s: float  # of any other
     _load_s: dict[tuple[bool, str], float] = field(default_factory=dict, repr=False)  # what was asked for already
+
+    @property
+    def popularity(self) -> int:
+        """How likely one more instance is needed, in thousandths."""
+        return round(CERTAIN * self.chance(self.serving))
 
     def chance(self, rank: int) -> float:
         """How likely the replica of that rank is woken."""
@@ -147,10 +153,11 @@ def expected_value(snapshot: Snapshot, replicas: Iterable[Replica]) -> float:
     """
     there = [replica for replica in replicas if replica.model in snapshot.models and usable(snapshot, replica)]
     known = stakes(snapshot, there)
+    popularity = {name: own.popularity for name, own in known.items()}
     valued: list[tuple[Replica, float, float]] = []  # with worth and chance
     for name, own in known.items():
         of_model = [replica for replica in there if replica.model == name]
-        for rank, replica in enumerate(sorted(of_model, key=lambda r: precedence(r, beside(r, there)))):
+        for rank, replica in enumerate(sorted(of_model, key=lambda r: precedence(r, crowd(r, there, popularity)))):
             node = snapshot.agents[replica.group[0]].node
             worth = 0.0 if serves(replica) else own.worth(rank, node, share(replica))
             certain = serves(replica) or replica.state is State.DRAINING
@@ -181,16 +188,18 @@ def share(replica: Replica) -> float:
     return replica.pages / replica.shard_pages if replica.shard_pages else 1.0
 
 
-def beside(replica: Replica, there: Iterable[Replica]) -> int:
-    """How many instances share an agent with a replica."""
+def crowd(replica: Replica, there: Iterable[Replica], popularity: Mapping[str, int]) -> int:
+    """How popular the models of those are that share an agent with a replica; `popularity` is by model."""
     return sum(
-        serves(other) and other is not replica and not set(other.group).isdisjoint(replica.group) for other in there
+        CERTAIN if serves(other) else popularity.get(other.model, 0)
+        for other in there
+        if other is not replica and not set(other.group).isdisjoint(replica.group)
     )
 
 
-def precedence(replica: Replica, instances: int) -> tuple[bool, float, int, GroupIds]:
-    """Orders the usable replicas of one model by rank: as they would be woken.
+def precedence(replica: Replica, crowd: int) -> tuple[bool, float, int, GroupIds]:
+    """Orders the usable replicas of one model by rank, as they had best be woken.
 
-    Instances come first, then the most resident, then those that share an agent with the fewest `instances`.
+    Instances come first, then the most resident, then those where the least is likely to be woken.
     """
-    return not serves(replica), -share(replica), instances, replica.group
+    return not serves(replica), -share(replica), crowd, replica.group

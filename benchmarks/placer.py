@@ -1,0 +1,415 @@
+"""How good plans are and how fast they are made: `python -m benchmarks.placer [--json FILE]`.
+
+Quality: random small clusters (at most 8 GPUs, 8 models, tensor parallelism 1 to 4), on which some instances serve and
+nothing is warm. Plans are made and carried out until there is nothing left to do; the expected value of what is warm
+then (`services.placer.value.expected_value`) is divided by the optimum that a mixed-integer program finds for the same
+objective (HiGHS; where it is not done in time, by the bound that it has proved). The published rule goes the same way.
+A second run begins with what an earlier forecast left warm: a plan then moves things only where that pays, and is held
+against the same free optimum.
+
+Speed: one plan of a cluster that has come to rest and now gets other forecasts, so that much is to be decided.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_matrix
+
+from benchmarks.report import Row, report
+from services.placer import lending
+from services.placer.decisions import Do, Plan
+from services.placer.groups import groups
+from services.placer.loading import load_s
+from services.placer.planner import plan, plan_by, wake
+from services.placer.published_rule import PublishedRule
+from services.placer.snapshot import (
+    Agent,
+    GroupIds,
+    Model,
+    Node,
+    Quantiles,
+    Replica,
+    Rules,
+    Snapshot,
+    State,
+    Tier,
+    WindowLoad,
+)
+from services.placer.value import Stakes, expected_value, stakes
+
+_PAGE = 1 << 30
+_PAGES = 76
+_NOW = 1_000_000.0
+_SECONDS_PER_MILP = 30.0
+_NOTHING = 1e-9  # expected seconds: nothing is to be gained
+
+
+def cluster(
+    seed: int, num_gpus: int, num_models: int, sizes: tuple[int, ...] = (1, 1, 2, 4), parts: bool = False
+) -> Snapshot:
+    """A random cluster of nodes of up to 8 GPUs, with power-law popularity; a few instances serve."""
+    rng = random.Random(seed)
+    per_node = min(num_gpus, 8)
+    agents = [
+        Agent(f"n{i // per_node}-g{i % per_node}", f"n{i // per_node}", i % per_node, _PAGE, _PAGES)
+        for i in range(num_gpus)
+    ]
+    nodes = sorted({agent.node for agent in agents})
+    models = [_model(rng, f"m{i:03}", i, num_gpus, num_models, sizes, nodes) for i in range(num_models)]
+    replicas: list[Replica] = []
+    free = {agent.id: _PAGES * 3 // 4 for agent in agents}
+    for model in models:
+        if rng.random() < 0.25:
+            fitting = [g for g in groups(agents, model.tp) if all(free[a] >= model.shard_bytes // _PAGE for a in g)]
+            if fitting:
+                _put(replicas, free, model, rng.choice(fitting), State.ACTIVE)
+    serving = {replica.model for replica in replicas}
+    models = [replace(model, running=2) if model.name in serving else model for model in models]
+    return Snapshot(
+        _NOW,
+        {agent.id: agent for agent in agents},
+        {model.name: model for model in models},
+        tuple(replicas),
+        rules=Rules(partial_loads=parts),
+        nodes={name: Node(name) for name in nodes},
+    )
+
+
+def _put(replicas: list[Replica], free: dict[str, int], model: Model, group: GroupIds, state: State) -> None:
+    pages = model.shard_bytes // _PAGE
+    running = 2 if state is State.ACTIVE else 0
+    replicas.append(
+        Replica(
+            model.name,
+            group,
+            state,
+            pages,
+            pages,
+            kv_pages=running,
+            running=running,
+            in_state_s=60,
+            idle_s=60,
+            slots=32,
+        )
+    )
+    for agent_id in group:
+        free[agent_id] -= pages
+
+
+def _model(
+    rng: random.Random, name: str, rank: int, num_gpus: int, num_models: int, sizes: tuple[int, ...], nodes: list[str]
+) -> Model:
+    tp = min(rng.choice(sizes), 1 << (min(num_gpus, 8).bit_length() - 1))
+    pages = rng.randint(4, 48)
+    host_s = pages / 50 + 0.01
+    load_s = {Tier.PEER: pages / 330 + 0.01, Tier.HOST: host_s, Tier.DISK: pages * tp / 1.67 + 0.5}
+    if rng.random() < 0.5:
+        del load_s[Tier.PEER]
+    popularity = 1 / (rank + 1) ** rng.uniform(0.5, 1.2)
+    return Model(
+        name,
+        pages * _PAGE,
+        tp=tp,
+        capacity=rng.choice([4, 8, 16, 32]),
+        priority=rng.choice([1, 1, 1, 3]),
+        max_replicas=rng.choice([0, 0, 0, 2]),
+        ttft_p95_s=rng.choice([0, 0, 0, 0.5]),
+        cold_load_s=host_s,
+        load_s=load_s,
+        images={node: rng.choice([Tier.HOST, Tier.HOST, Tier.DISK]) for node in nodes},
+        service_s=rng.uniform(2, 20),
+        kv_bytes_per_request=rng.uniform(0.1, 1) * _PAGE,
+        windows=_forecast(rng, popularity * 12 * num_gpus / max(1, num_models) ** 0.5),
+    )
+
+
+def _forecast(rng: random.Random, scale: float) -> tuple[WindowLoad, ...]:
+    windows = []
+    for i in range(4):
+        mean = rng.expovariate(1 / scale) if rng.random() < 0.8 else 0.0
+        spread = rng.uniform(0.1, 1.5)
+        p50, p90 = mean * rng.uniform(1, 2), mean * (1 + spread) * 2 + rng.choice([0, 0, 1])
+        peak = Quantiles(p50, max(p50, p90), max(p50, p90) * (1 + spread))
+        start = _NOW - 20 + 300 * i
+        windows.append(
+            WindowLoad(start, start + 300, Quantiles(mean, mean * (1 + spread), mean * (1 + 2 * spread)), peak)
+        )
+    return tuple(windows)
+
+
+def at_rest(snapshot: Snapshot, planner: Callable[[Snapshot], Plan]) -> Snapshot:
+    """The cluster once plans have been carried out until there is nothing left to do."""
+    for _ in range(200):
+        actions = planner(snapshot).actions
+        if not actions:
+            return snapshot
+        there = {replica.key: replica for replica in snapshot.replicas}
+        for action in actions:
+            key = action.model, action.group
+            pages = snapshot.models[action.model].shard_bytes // _PAGE
+            if action.do is Do.WARM:
+                there[key] = Replica(*key, State.WARM, pages, round(action.share * pages), in_state_s=60, idle_s=60)
+            elif action.do is Do.EVICT:
+                keep = round(action.keep * pages)
+                there[key] = replace(there[key], resident=keep)
+                if not keep:
+                    del there[key]
+            elif action.do is Do.DRAIN:
+                there[key] = replace(there[key], state=State.WARM, running=0, kv_pages=0, in_state_s=60, idle_s=60)
+        snapshot = replace(snapshot, replicas=tuple(there[key] for key in sorted(there)))
+    raise RuntimeError("plans do not come to rest")
+
+
+def plan_published(snapshot: Snapshot) -> Plan:
+    """By the published rule, but with as much KV kept as ours keeps: what is compared is the placement alone."""
+    keeps = lending.by_forecast(stakes(snapshot, snapshot.replicas))
+    return plan_by(snapshot, partial(PublishedRule, keeps=keeps))
+
+
+@dataclass
+class _Candidate:
+    model: str
+    rank: int
+    group: GroupIds
+    pages: int
+    worth: float  # of the whole
+    lines: list[tuple[float, float]]  # a and b of those a * share + b whose least is the worth of a share
+    chance: float
+
+
+def optimum(snapshot: Snapshot) -> tuple[float, bool]:
+    """No placement beside the instances that serve has a larger expected value; whether one has as large a one.
+
+    What is warm now counts for nothing: the program places everything anew. Of each possible replica (model, rank,
+    group) a binary variable says whether it is there and a continuous one, how much of it is resident, in parts of
+    pages. Where the rules do not allow to load parts, replicas are placed whole or not at all. Of two ranks of a model
+    the lower is placed first; each agent's pages suffice, and it holds a model once. The worth is concave in the share,
+    so some lines bound it exactly. A continuous variable is at least the sum of the chances of all others on a
+    replica's agents, or 1 (another binary one): that much is lost of the interference's share. The loss of a whole
+    replica is exact; of a part p it is at least lost + p - 1 instead of lost x p, which favours the program.
+    """
+    serving = [replica for replica in snapshot.replicas if replica.state is State.ACTIVE]
+    known = stakes(snapshot, serving)
+    keeps = lending.by_forecast(known)
+    rooms = {agent.id: _room(snapshot, agent, serving, keeps) for agent in snapshot.agents.values()}
+    candidates: list[_Candidate] = []
+    for name, own in known.items():
+        model = snapshot.models[name]
+        taken = {agent_id for replica in serving if replica.model == name for agent_id in replica.group}
+        usable = [group for group in groups(snapshot.agents.values(), model.tp) if taken.isdisjoint(group)]
+        for rank in range(own.serving, min(len(own.chances), own.serving + len(usable))):
+            for group in usable:
+                node = snapshot.agents[group[0]].node
+                worth = own.worth(rank, node)
+                if worth > 0:
+                    pages = snapshot.shard_pages(model, group[0])
+                    lines = _lines(own, rank, node)
+                    candidates.append(_Candidate(name, rank, group, pages, worth, lines, own.chance(rank)))
+    if not candidates:
+        return 0.0, True
+    return _solve(snapshot, serving, rooms, candidates)
+
+
+def _lines(own: Stakes, rank: int, node: str) -> list[tuple[float, float]]:
+    """The worth of a share: where its missing pages load beyond the target, and where they load within it."""
+    wait, whole_s, target = own.waits[rank], load_s(own.model, node, rank > 0), own.model.ttft_p95_s
+    cold = own.pain(own.cold_s(rank))
+    if not target:
+        return [(wait * whole_s, wait * (cold - whole_s))]
+    within = own.pain(target) / target * whole_s
+    return [
+        (wait * whole_s, wait * (cold - whole_s + target - own.pain(target))),
+        (wait * within, wait * (cold - within)),
+    ]
+
+
+def _solve(
+    snapshot: Snapshot, serving: list[Replica], rooms: Mapping[str, int], candidates: list[_Candidate]
+) -> tuple[float, bool]:
+    n = len(candidates)
+    there, part, worth, lost, loss, all_lost = (range(k * n, (k + 1) * n) for k in range(6))
+    rows: list[dict[int, float]] = []
+    most: list[float] = []
+
+    def at_most(row: dict[int, float], bound: float) -> None:
+        rows.append(row)
+        most.append(bound)
+
+    unit = max(one.worth for one in candidates)
+    placed: dict[tuple[str, int], list[int]] = {}
+    for i, one in enumerate(candidates):
+        placed.setdefault((one.model, one.rank), []).append(i)
+        at_most({part[i]: 1.0, there[i]: -1.0}, 0)
+        if not snapshot.rules.partial_loads:
+            at_most({part[i]: -1.0, there[i]: 1.0}, 0)
+        for slope, start in one.lines:
+            at_most({worth[i]: 1.0, part[i]: -slope / unit, there[i]: -start / unit}, 0)
+        at_most({part[i]: 1.0, lost[i]: 1.0, loss[i]: -1.0}, 1)
+    for (name, rank), those in placed.items():
+        at_most({there[i]: 1.0 for i in those}, 1)
+        if before := placed.get((name, rank - 1)):
+            at_most({there[i]: 1.0 for i in those} | {there[i]: -1.0 for i in before}, 0)
+    for agent in snapshot.agents.values():
+        here = [i for i, one in enumerate(candidates) if agent.id in one.group]
+        at_most({part[i]: float(candidates[i].pages) for i in here}, rooms[agent.id])
+        for name in {candidates[i].model for i in here}:
+            at_most({there[i]: 1.0 for i in here if candidates[i].model == name}, 1)
+    for i, one in enumerate(candidates):
+        instances = sum(not set(one.group).isdisjoint(replica.group) for replica in serving)
+        others = {
+            j: other.chance
+            for j, other in enumerate(candidates)
+            if other.model != one.model and other.chance and not set(one.group).isdisjoint(other.group)
+        }
+        hottest = instances + _hottest(candidates, others)
+        heat = {there[j]: chance for j, chance in others.items()}
+        at_most({**heat, there[i]: hottest, lost[i]: -1.0, all_lost[i]: -hottest}, hottest - instances)
+        at_most({all_lost[i]: 1.0, there[i]: 1.0, lost[i]: -1.0}, 1)
+    entries = [(r, c, value) for r, row in enumerate(rows) for c, value in row.items()]
+    matrix = coo_matrix(
+        ([e[2] for e in entries], ([e[0] for e in entries], [e[1] for e in entries])), shape=(len(rows), 6 * n)
+    )
+    goal, whole = np.zeros(6 * n), np.zeros(6 * n)
+    goal[worth] = -1
+    goal[loss] = [snapshot.rules.interference * one.worth / unit for one in candidates]
+    whole[there] = whole[all_lost] = 1
+    found = milp(
+        goal,
+        constraints=LinearConstraint(matrix.tocsr(), -np.inf, np.array(most)),
+        integrality=whole,
+        bounds=Bounds(np.where(np.isin(np.arange(6 * n), worth), -np.inf, 0), np.ones(6 * n)),
+        options={"time_limit": _SECONDS_PER_MILP, "mip_rel_gap": 1e-4},
+    )
+    if found.mip_dual_bound is None:
+        raise RuntimeError(f"the program was not solved: {found.message}")
+    return -float(found.mip_dual_bound) * unit, found.status == 0
+
+
+def _hottest(candidates: list[_Candidate], others: dict[int, float]) -> float:
+    """The most that these chances come to: of one model on one agent at most the highest."""
+    highest: dict[tuple[str, GroupIds], float] = {}
+    for j, chance in others.items():
+        key = candidates[j].model, candidates[j].group
+        highest[key] = max(highest.get(key, 0.0), chance)
+    return sum(highest.values())
+
+
+def _room(snapshot: Snapshot, agent: Agent, serving: list[Replica], keeps: lending.Keeps) -> int:
+    """Pages for warm replicas, by the planner's lending rule."""
+    here = [replica for replica in serving if agent.id in replica.group]
+    held = sum(replica.pages for replica in here)
+    return max(0, agent.pages_total - held - lending.kept(snapshot, agent, here, keeps))
+
+
+def quality(number: int, parts: bool, progress: bool) -> list[Row]:
+    """How the expected value of plans compares to the optimum, over so many random clusters."""
+    ours: list[float] = []
+    published: list[float] = []
+    worse = unproved = 0
+    for seed in range(number):
+        rng = random.Random(seed)
+        start = cluster(seed, rng.choice([1, 2, 3, 4, 6, 8]), rng.randint(2, 8), parts=parts)
+        best, proved = optimum(start)
+        if best <= _NOTHING:
+            continue
+        unproved += not proved
+        rest = at_rest(start, plan)
+        theirs = at_rest(start, plan_published)
+        # Parts that evictions left may be worth more than the program's whole replicas: no credit for that.
+        ours.append(min(1.0, expected_value(rest, rest.replicas) / best))
+        published.append(min(1.0, expected_value(theirs, theirs.replicas) / best))
+        worse += ours[-1] < published[-1] - 1e-9
+        if progress and seed % 25 == 24:
+            print(
+                f"{seed + 1} of {number} clusters, mean {statistics.mean(ours):.4f}, worst {min(ours):.4f}", flush=True
+            )
+    what = f"{len(ours)} clusters" + (", parts may be loaded" if parts else "")
+    source = "optimum by HiGHS" + (f", bound only for {unproved}" if unproved else "")
+    return [
+        Row(f"value missed, mean ({what})", 100 * (1 - statistics.mean(ours)), "%", target=3.0, limit_source=source),
+        Row(f"value missed, worst ({what})", 100 * (1 - min(ours)), "%", target=10.0, limit_source=source),
+        Row(f"clusters worse than by the published rule ({what})", worse, "clusters", target=0),
+        Row(f"value missed by the published rule, mean ({what})", 100 * (1 - statistics.mean(published)), "%"),
+    ]
+
+
+def quality_later(number: int) -> Row:
+    """The same after a change of forecasts: what is warm stays unless a move pays by the rules' margin."""
+    ratios = []
+    for seed in range(number):
+        rng = random.Random(seed)
+        gpus, models = rng.choice([1, 2, 3, 4, 6, 8]), rng.randint(2, 8)
+        rest = at_rest(cluster(seed, gpus, models), plan)
+        changed = with_forecasts(rest, seed + 1_000_000)
+        best, _ = optimum(changed)
+        if best > _NOTHING:
+            then = at_rest(changed, plan)
+            ratios.append(expected_value(then, then.replicas) / best)
+    what = f"value missed after other forecasts, mean ({len(ratios)} clusters, warm ones moved only where it pays)"
+    return Row(what, 100 * (1 - statistics.mean(ratios)), "%", limit_source="optimum that moves for nothing")
+
+
+def with_forecasts(snapshot: Snapshot, seed: int) -> Snapshot:
+    """The cluster with other forecasts."""
+    rng = random.Random(seed)
+    scale = 12 * len(snapshot.agents) / max(1, len(snapshot.models)) ** 0.5
+    models = {
+        name: replace(model, windows=_forecast(rng, scale / rng.randint(1, len(snapshot.models))))
+        for name, model in snapshot.models.items()
+    }
+    return replace(snapshot, models=models)
+
+
+def speed(num_gpus: int, num_models: int, target_ms: float, repeats: int = 5) -> list[Row]:
+    """Seconds of one core for a plan, and for the decision about one wake."""
+    rest = at_rest(cluster(1, num_gpus, num_models, (1, 1, 1, 2, 4)), plan)
+    times, wakes = [], []
+    for i in range(repeats):
+        changed = with_forecasts(rest, i)
+        began = time.process_time()
+        plan(changed)
+        times.append(time.process_time() - began)
+        name = _asleep(changed, i)
+        asked = replace(changed, models={**changed.models, name: replace(changed.models[name], waiting=1)})
+        began = time.process_time()
+        wake(asked, name)
+        wakes.append(time.process_time() - began)
+    size = f"{num_gpus:,} GPUs, {num_models} models, {len(rest.replicas)} replicas"
+    return [
+        Row(f"plan after other forecasts ({size})", 1e3 * statistics.median(times), "ms", target=target_ms),
+        Row(f"decision about one wake ({size})", 1e3 * statistics.median(wakes), "ms"),
+    ]
+
+
+def _asleep(snapshot: Snapshot, i: int) -> str:
+    """One of the models that do not serve."""
+    serving = {replica.model for replica in snapshot.replicas if replica.state is State.ACTIVE}
+    return [name for name in sorted(snapshot.models) if name not in serving][i]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.placer", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--clusters", type=int, default=500, help="random small clusters (500; about 15 minutes)")
+    parser.add_argument("--speed-only", action="store_true", help="leave out how good plans are")
+    options = parser.parse_args()
+    rows = [*speed(64, 60, 50.0), *speed(1000, 300, 1000.0)]
+    if not options.speed_only:
+        rows += quality(options.clusters, parts=False, progress=True)
+        rows += quality(options.clusters // 5, parts=True, progress=False)
+        rows.append(quality_later(options.clusters // 5))
+    report("placer", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
