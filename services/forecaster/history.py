@@ -70,8 +70,7 @@ class History:
                 ids = self._database.model_ids(list(values))
                 data = np.array(list(values.values()), np.float32)
                 self._write_recent(window, dict(zip(ids, data, strict=True)))
-                newest = db.execute("select max(window) from recent").fetchone()[0]
-                self._file_away(newest // BLOCK * BLOCK)
+                self._file_away(window // BLOCK * BLOCK)
 
     def forget_seen(self, before: int) -> None:
         """Forgets what was read of the counters of windows before a number, of which Redis has none any more."""
