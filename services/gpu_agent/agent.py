@@ -141,12 +141,11 @@ class Agent:
         """Begins to make a shard an instance. Raises NoRoomError, BusyError."""
         async with self._ordered(spec, group) as shard:
             if shard.state in (COLD, WARM):
-                if shard.weights is not None:
-                    shard.weights.withhold()  # before anybody counts its pages
+                shard.want(active=True)  # before anybody counts its pages
                 try:
                     self._wake(shard, reason)
                 except NoRoomError:
-                    shard.lend()
+                    shard.want(active=False)
                     raise
             elif shard.state == WARMING and not shard.wanted_active:
                 shard.want(active=True)
@@ -317,6 +316,7 @@ class Agent:
                 return
             if shard.abandoned.is_set():
                 await self._serving.retire(shard, f"{shard.name} is not to serve here any more")
+                shard.want(active=False)
             self._transitions.rest(shard, shard.reason, None)
             if shard.abandoned.is_set():
                 return  # even if it was woken before that: its pages are about to go
@@ -343,6 +343,7 @@ class Agent:
 
     async def _failed(self, shard: Shard, error: Exception) -> None:
         await self._serving.retire(shard, f"{shard.name} did not become ready: {error}")
+        shard.want(active=False)
         self._transitions.failed(shard, error)
 
     @contextmanager

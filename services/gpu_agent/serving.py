@@ -124,6 +124,7 @@ class Serving:
             self.open(shard)
         else:
             shard.server.start_pulling()
+        shard.want(active=False)  # for it does
         self.preparing.beside(shard)
         self._transitions.enter(shard, ACTIVE, reason, None)
         took_ms = lasted_ms + (time.monotonic() - began) * 1e3
@@ -186,11 +187,13 @@ class Serving:
         await server.flush(_FLUSH_S)
         await asyncio.wrap_future(self.engine.deactivate(server.instance_id))
         shard.retiring = False
+        shard.want(shard.rewoken.is_set())
         self._transitions.retired(shard, reason, cluster_pb2.EVENT_KIND_DRAINED)
         if shard.rewoken.is_set():
             try:
                 self.activate(shard, shard.wake_reason)
             except OutOfPages as error:
+                shard.want(active=False)
                 self._transitions.failed(shard, error)
         await server.close()  # last, for nobody waits for it
 

@@ -42,7 +42,7 @@ class Shard:
     unprepared: threading.Event = field(default_factory=threading.Event)  # that is to end, for the weights go
     grammars: GrammarCompiler | None = None  # made when it first serves
     tier: common_pb2.Tier.ValueType = common_pb2.TIER_REMOTE
-    wanted_active: bool = False  # what a load in progress leads to; set by `want`
+    wanted_active: bool = False  # it is to serve as soon as it can; set by `want`
     score: float = 0.0  # what the placer's last order to warm it says it is worth
     abandoned: threading.Event = field(default_factory=threading.Event)  # the load in progress is not wanted any more
     turn: CopyTurn | None = None  # of the load in progress
@@ -92,7 +92,7 @@ class Shard:
         return lasted
 
     def want(self, active: bool) -> None:
-        """Says what a load in progress leads to."""
+        """Says whether it is to serve as soon as it can; until it does, nobody takes its weights."""
         self.wanted_active = active
         self.lend()
 
@@ -100,7 +100,7 @@ class Shard:
         """Offers the weights to instances that need KV pages, unless they are computed with or about to be."""
         if self.weights is None:
             return
-        if self.server is not None or (self.state == WARMING and self.wanted_active):
+        if self.server is not None or self.wanted_active:
             self.weights.withhold()
         else:
             self.weights.offer((self.score, self.entered))

@@ -9,9 +9,11 @@ import grpc
 import pytest
 
 from launcher.backing import Backing
+from services.common.queues import RequestQueue
+from services.gpu_agent.arena.arena import WeightRange
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent, status_of
-from tests.gpu_agent.test_agent_service import PROMPT, expected
+from tests.gpu_agent.test_agent_service import PROMPT, Gate, expected
 from warmserve.cluster.keys import Keys
 from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2
 
@@ -82,6 +84,39 @@ async def test_a_forecast_keeps_pages_from_warming_but_not_from_a_wake(
         await agent.wake(specs[1])
         await agent.submit("b", "r0", PROMPT, 4)
         await agent.relay.finished("r0")
+
+
+async def test_the_weights_of_a_model_that_wakes_are_nobodys_to_take(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even its own instance's, which would then wait for them for ever."""
+    offers: list[str] = []
+    own = WeightRange.offer
+
+    def offer(weights: WeightRange, value: tuple[float, float]) -> None:
+        offers.append(weights.name)
+        own(weights, value)
+
+    monkeypatch.setattr(WeightRange, "offer", offer)
+    checkpoints.llama(tmp_path / "m")
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
+        spec = await agent.prepare("m", tmp_path / "m")
+        await agent.wake(spec)
+        assert offers == []
+        gate = Gate(monkeypatch, RequestQueue, "release")  # the drain does not get on before the wake
+        await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model="m", reason=REASON))
+        await gate.reached()
+        await agent.wake(spec)
+        gate.open()
+        await agent.submit("m", "r0", PROMPT, 4)
+        await agent.relay.finished("r0")
+        assert offers == []
+        await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model="m", reason=REASON))
+        await agent.until("m", common_pb2.REPLICA_STATE_WARM)
+        assert offers[0] == "m"
+        before = len(offers)
+        await agent.wake(spec)
+        assert len(offers) == before
 
 
 @pytest.mark.parametrize("woken", [False, True])
