@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -154,7 +155,7 @@ async def running(agents: int, models: int, resident: int) -> AsyncIterator[Clus
         stack.callback(etcd.child.stop, 5)
         redis = await asyncio.to_thread(start_redis, folder / "redis", folder / "redis.log")
         stack.callback(redis.child.stop, 5)
-        store, keys = Store([etcd.address]), Keys("bench")
+        store, keys = Store([etcd.address]), Keys(f"bench-{uuid.uuid4().hex}")
         stack.push_async_callback(store.close)
         arrivals: dict[str, float] = {}
 

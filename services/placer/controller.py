@@ -14,7 +14,7 @@ from services.common.telemetry import logger
 from services.placer import planner
 from services.placer import records as convert
 from services.placer.calls import AgentCalls
-from services.placer.decisions import Action, Plan
+from services.placer.decisions import Action, Do, Plan
 from services.placer.measured import Capacity
 from services.placer.memory import Memory
 from services.placer.mending import Mending
@@ -130,7 +130,9 @@ class Controller:
 
     def _coalesced(self) -> None:
         self._timer = None
-        waiting = [name for name, count in _at_least(self._counts, self._told).items() if count.waiting]
+        on_their_way = {action.model for action in self._orders.actions if action.do is Do.WAKE}
+        counts = _at_least(self._counts, self._told)
+        waiting = [name for name, count in counts.items() if count.waiting and name not in on_their_way]
         if waiting and self._mirrors.connected:  # one has drained, for example, and makes room for the next
             self._decide_wakes(waiting[0])
         self._kick.set()

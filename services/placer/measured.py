@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from services.placer import records as convert
 from services.placer.records import Records
 from services.placer.snapshot import Key, Tier, WindowLoad
 from warmserve.v1 import cluster_pb2, common_pb2
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 _ASSUMED_CAPACITY = 8
 _TIERS = {
@@ -42,6 +46,7 @@ class Traffic:
 class Measured:
     """Everything by model; forgotten when a model is undeployed, and kept while no instance of it runs."""
 
+    changes: int = 0  # how often something was learnt that was not known
     _slots: dict[str, dict[str, int]] = field(default_factory=dict)  # by kind of device, the newest instance's
     _devices: set[str] = field(default_factory=set)  # kinds that are registered
     _loads: dict[str, dict[Tier, float]] = field(default_factory=dict)  # seconds by tier
@@ -55,11 +60,14 @@ class Measured:
         for by_model in (self._slots, self._loads, self._last_load_s, self._images, self._traffic):
             for name in by_model.keys() - records.models.keys():
                 del by_model[name]
-        self._devices = {record.device_name for record in records.agents.values()}
+        devices = {record.device_name for record in records.agents.values()}
+        if devices != self._devices:
+            self._devices = devices
+            self.changes += 1
         for instance in records.instances.values():
             agent = next((records.agents[a] for a in instance.group.agent_ids if a in records.agents), None)
             if instance.slots and agent is not None and instance.model in records.models:
-                self._slots.setdefault(instance.model, {})[agent.device_name] = instance.slots
+                self._note(self._slots.setdefault(instance.model, {}), agent.device_name, instance.slots)
         for shard in records.shards:
             if shard.model in records.models:
                 self._learn_load(shard)
@@ -68,14 +76,19 @@ class Measured:
         key = (shard.model, tuple(shard.group.agent_ids))
         tier = _TIERS.get(shard.tier)
         if tier is not None and tier is not Tier.PEER:
-            self._images.setdefault(shard.model, {})[shard.group.node] = tier
+            self._note(self._images.setdefault(shard.model, {}), shard.group.node, tier)
         if shard.state == common_pb2.REPLICA_STATE_WARMING and tier is not None:
             self._loading_from[key] = max(self._loading_from.get(key, tier), tier, key=_SLOWEST_LAST.index)
         elif shard.cold_load_ms:
-            self._last_load_s[shard.model] = shard.cold_load_ms / 1e3
+            self._note(self._last_load_s, shard.model, shard.cold_load_ms / 1e3)
             loaded_from = self._loading_from.pop(key, None)
             if loaded_from is not None:
-                self._loads.setdefault(shard.model, {})[loaded_from] = shard.cold_load_ms / 1e3
+                self._note(self._loads.setdefault(shard.model, {}), loaded_from, shard.cold_load_ms / 1e3)
+
+    def _note(self, known: dict[K, V], key: K, value: V) -> None:
+        if known.get(key) != value:
+            known[key] = value
+            self.changes += 1
 
     def capacity(self, spec: cluster_pb2.ModelSpec) -> Capacity:
         """What one instance carries: what instances on the present devices say, within the spec's limit."""

@@ -19,6 +19,16 @@ _ASSUMED_BYTES_PER_S = 1e9
 _ASSUMED_START_S = 0.5
 
 
+@dataclass(frozen=True)
+class _Quiet:
+    """A model without requests, and what it was made from."""
+
+    spec: cluster_pb2.ModelSpec
+    forecast: cluster_pb2.Forecast | None
+    changes: int
+    model: Model
+
+
 @dataclass
 class Memory:
     """Since when things are as they are, what was measured, and what failed. `now` is monotonic, in seconds."""
@@ -28,6 +38,7 @@ class Memory:
     _busy_at: dict[Key, float] = field(default_factory=dict)  # when a replica last was loaded, woken or busy
     _waiting_since: dict[str, float] = field(default_factory=dict)
     _failures: Backoff[Key] = field(default_factory=Backoff)
+    _quiet: dict[str, _Quiet] = field(default_factory=dict)
 
     def snapshot(
         self,
@@ -85,8 +96,28 @@ class Memory:
         else:
             self._waiting_since.pop(spec.name, None)
             waited_s = 0.0
+        quiet = self._quiet_model(spec, records.forecasts.get(spec.name))
+        running = max(0, counts.taken - draining)
+        if not counts.waiting and not running and not waited_s:
+            return quiet
+        return replace(quiet, waiting=counts.waiting, running=running, waited_s=waited_s)
+
+    def _quiet_model(self, spec: cluster_pb2.ModelSpec, forecast: cluster_pb2.Forecast | None) -> Model:
+        """The model without requests, made anew only where something of it has changed: wakes wait for this."""
+        known = self._quiet.get(spec.name)
+        if (
+            known is None
+            or known.spec is not spec
+            or known.forecast is not forecast
+            or known.changes != self.measured.changes
+        ):
+            made = self._make_model(spec, forecast)
+            known = self._quiet[spec.name] = _Quiet(spec, forecast, self.measured.changes, made)
+        return known.model
+
+    def _make_model(self, spec: cluster_pb2.ModelSpec, forecast: cluster_pb2.Forecast | None) -> Model:
         loaded_s = self.measured.cold_load_s(spec.name)
-        traffic = self.measured.traffic(spec, records.forecasts.get(spec.name))
+        traffic = self.measured.traffic(spec, forecast)
         return Model(
             name=spec.name,
             shard_bytes=spec.facts.shard_bytes,
@@ -100,19 +131,17 @@ class Memory:
             tpot_s=spec.target.tpot_ms / 1e3,
             cold_load_s=loaded_s or _ASSUMED_START_S + spec.facts.shard_bytes / _ASSUMED_BYTES_PER_S,
             cold_load_measured=loaded_s is not None,
-            load_s=self.measured.load_s(spec.name),
-            images=self.measured.images(spec.name),
+            load_s=dict(self.measured.load_s(spec.name)),
+            images=dict(self.measured.images(spec.name)),
             service_s=traffic.service_s,
             kv_bytes_per_request=traffic.kv_bytes_per_request,
             windows=traffic.windows,
-            waiting=counts.waiting,
-            running=max(0, counts.taken - draining),
-            waited_s=waited_s,
         )
 
     def _forget_undeployed(self, records: Records) -> None:
-        for name in self._waiting_since.keys() - records.models.keys():
-            del self._waiting_since[name]
+        for by_model in (self._waiting_since, self._quiet):
+            for name in by_model.keys() - records.models.keys():
+                del by_model[name]
         self._failures.forget(lambda key: key[0] not in records.models)
 
     def _forget_replicas(self, present: set[Key]) -> None:
