@@ -74,14 +74,16 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
     keys: Keys
     arrived: Callable[[str], None]
     shards: dict[str, cluster_pb2.ResidentShard] = field(default_factory=dict)
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def report(self) -> None:
-        """Writes residency."""
-        held = sum(shard.pages_resident for shard in self.shards.values())
-        residency = cluster_pb2.AgentResidency(
-            agent_id=self.name, pages_free=PAGES - held, pages_weights=held, shards=self.shards.values()
-        )
-        await self.store.put(self.keys.residency(self.name), residency)
+        """Writes residency; one after another, so that the newest is what stays."""
+        async with self.writing:
+            held = sum(shard.pages_resident for shard in self.shards.values())
+            residency = cluster_pb2.AgentResidency(
+                agent_id=self.name, pages_free=PAGES - held, pages_weights=held, shards=self.shards.values()
+            )
+            await self.store.put(self.keys.residency(self.name), residency)
 
     def put(self, model: str, state: common_pb2.ReplicaState.ValueType) -> None:
         """Sets a replica's state."""
@@ -200,7 +202,8 @@ def start_placer(etcd: str, redis: str, prefix: str, log: Path) -> subprocess.Po
 
 async def serve(peer: Agent, index: int, store: Store, keys: Keys) -> grpc.aio.Server:
     """Serves one agent and registers it."""
-    server = grpc.aio.server(options=[("grpc.http2.min_ping_interval_without_data_ms", 5_000)])  # as agents have it
+    pings = [("grpc.keepalive_permit_without_calls", 1), ("grpc.http2.min_ping_interval_without_data_ms", 5_000)]
+    server = grpc.aio.server(options=pings)  # as agents have it
     agent_pb2_grpc.add_AgentServiceServicer_to_server(peer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
