@@ -147,7 +147,9 @@ class Agent:
                 except NoRoomError:
                     shard.want(active=False)
                     raise
+                self._count_wake(shard)
             elif shard.state == WARMING and not shard.wanted_active:
+                self._count_wake(shard)
                 shard.want(active=True)
                 shard.reason = reason
                 self._loader.hurry(shard)
@@ -235,6 +237,7 @@ class Agent:
             shard = self._shards.get(model)
             if shard is None:
                 continue
+            shard.prewarming.lost(pages * self._arena.page_bytes)
             by_model = names.get(owner, owner if owner in self._shards else "")
             what = "its weights" if owner == by_model else "its KV cache"
             reason = common_pb2.Reason(
@@ -262,6 +265,10 @@ class Agent:
             if shard.leaving or shard.spec.deployed_unix_ms != spec.deployed_unix_ms:
                 raise BusyError(f"an older model named {spec.name} is still being removed from {self._id}; try again")
             yield shard
+
+    def _count_wake(self, shard: Shard) -> None:
+        resident, page_bytes = shard.pages_resident, self._arena.page_bytes
+        shard.prewarming.woken(resident * page_bytes, (resident + self._pages_missing(shard)) * page_bytes)
 
     def _wake(self, shard: Shard, reason: common_pb2.Reason) -> None:
         if not shard.complete:
@@ -320,9 +327,11 @@ class Agent:
             self._transitions.rest(shard, shard.reason, None)
             if shard.abandoned.is_set():
                 return  # even if it was woken before that: its pages are about to go
+            copied = max(0, shard.pages_resident - resident) * self._arena.page_bytes
+            if not shard.wanted_active:
+                shard.prewarming.copied(copied)
             if not shard.complete:
                 return  # instances needed its pages, which is told by itself
-            copied = (shard.pages_resident - resident) * self._arena.page_bytes
             self._transitions.event(shard, cluster_pb2.EVENT_KIND_WARMED, took_ms, copied)
             if shard.wanted_active:
                 self._serving.activate(shard, shard.reason, lasted_ms=took_ms)
@@ -377,6 +386,7 @@ class Agent:
             with self._device_watched():
                 await asyncio.to_thread(shard.weights.shrink, kept)
             freed = before - shard.pages_resident
+            shard.prewarming.lost(freed * self._arena.page_bytes)
             took_ms = (time.monotonic() - began) * 1e3
             self._transitions.rest(shard, reason, None)
             self._transitions.event(shard, cluster_pb2.EVENT_KIND_EVICTED, took_ms, freed * self._arena.page_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from prometheus_client import Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from redis.exceptions import RedisError
 
 from services.common.session import Session
@@ -27,6 +27,7 @@ _TRANSITION_SECONDS = Histogram(
     ["event"],
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
 )
+_TRANSITION_BYTES = Counter("warmserve_gpu_agent_transition_bytes_total", "Bytes copied or given back", ["event"])
 _RESIDENT = Gauge(
     "warmserve_gpu_agent_residency", "Share of a model's weight pages that is resident", ["model", "state"]
 )
@@ -71,7 +72,9 @@ class Reports:
 
     def event(self, event: cluster_pb2.Event) -> None:
         """Something happened."""
-        _TRANSITION_SECONDS.labels(cluster_pb2.EventKind.Name(event.kind)).observe(event.duration_ms / 1e3)
+        kind = cluster_pb2.EventKind.Name(event.kind)
+        _TRANSITION_SECONDS.labels(kind).observe(event.duration_ms / 1e3)
+        _TRANSITION_BYTES.labels(kind).inc(event.bytes)
         self._news.put_nowait(event)
 
     async def close(self) -> None:

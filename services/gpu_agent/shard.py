@@ -13,6 +13,7 @@ from services.gpu_agent.engine.backend import Program
 from services.gpu_agent.engine.grammar import GrammarCompiler
 from services.gpu_agent.images import Blueprint
 from services.gpu_agent.instance_server import InstanceServer
+from services.gpu_agent.prewarming import Prewarming
 from warmserve.v1 import cluster_pb2, common_pb2
 
 COLD = common_pb2.REPLICA_STATE_COLD
@@ -54,8 +55,12 @@ class Shard:
     retiring: bool = False  # drained or failed: it will be warm before it can be active again
     leaving: bool = False  # undeployed: it takes no orders any more
     orders: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while an eviction is carried out
+    prewarming: Prewarming = field(init=False)
     bytes_per_s: float = 0.0
     cold_load_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.prewarming = Prewarming(self.spec.name)
 
     @property
     def name(self) -> str:

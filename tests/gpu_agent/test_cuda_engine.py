@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from services.gpu_agent.arena.arena import Arena, WeightRange
 from services.gpu_agent.engine.instance import Instance
@@ -18,7 +19,7 @@ from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sampling_params import SamplingParams
 from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
 from services.gpu_agent.weights.loader import load
-from tests.gpu_agent.checkpoints import FAMILIES
+from tests.gpu_agent.checkpoints import FAMILIES, save
 from tests.gpu_agent.serving import Files, greedy, prompt, run, serve_files, tokens_of
 
 pytestmark = pytest.mark.gpu
@@ -79,9 +80,11 @@ class World:
     models: dict[str, Model] = field(default_factory=dict)
 
     def model(self, family: str, dtype: torch.dtype = torch.float32) -> Model:
-        name = f"{family}-{dtype}"
+        return self.of(f"{family}-{dtype}", FAMILIES[family], dtype)
+
+    def of(self, name: str, make: Callable[..., PreTrainedModel], dtype: torch.dtype) -> Model:
         if name not in self.models:
-            files, weights, reference = serve_files(self.arena, FAMILIES[family], self.folder, name, dtype)
+            files, weights, reference = serve_files(self.arena, make, self.folder, name, dtype)
             program = self.backend.program(files.checkpoint.model_config, files.layout, weights, 8, 512)
             model = Model(self.arena, files, weights, program, reference.cuda())
             model.load()
@@ -146,6 +149,57 @@ def test_eviction_and_reload_capture_nothing_anew(world: World) -> None:
     assert tokens_of(run(again), "b") == before
     assert model.program.cuda.captures == captures
     again.close("")
+
+
+def test_a_prompt_is_computed_behind_the_copy_with_others_steps_between_its_layers(world: World) -> None:
+    """A layer that began too early would touch pages that are not mapped, which no later test would survive."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+    )
+    late = world.of("late", lambda folder, dtype: save(config, folder, dtype=dtype), torch.float32)
+    other = world.model("mistral")
+    torch.cuda.synchronize()
+    late.weights.shrink(0)
+    assert late.weights.num_pages > 8
+    waiting, going = late.instance(), other.instance()
+    waiting.add(greedy("late", prompt(90), 12))
+    going.add(greedy("other", prompt(50), 60))
+    assert waiting.launch()
+    assert waiting.is_behind
+    outputs = going.step()
+    staging = torch.empty(PAGE_BYTES, dtype=torch.uint8)
+
+    def fill(index: int, page: torch.Tensor) -> None:
+        late.files.image.read_page(index, staging)
+        page.copy_(staging)
+        torch.cuda.synchronize()
+
+    behind = 0
+    while not waiting.advance():
+        behind += 1
+        late.weights.append(fill)
+        outputs += going.step()
+    assert behind > 8
+    while not late.weights.complete:
+        late.weights.append(fill)
+    waiting.collect()
+    assert tokens_of(waiting.news() + run(waiting), "late") == late.generate(prompt(90), 12)
+    assert tokens_of(outputs + run(going), "other") == other.generate(prompt(50), 60)
+    # Given up half way, nothing computes any more and the pages can go.
+    late.weights.shrink(late.weights.num_pages // 2)
+    waiting.add(greedy("given up", prompt(90, 1), 12))
+    assert waiting.launch()
+    assert not waiting.advance()
+    waiting.close("")
+    late.weights.shrink(0)
+    going.close("")
+    late.load()
 
 
 def test_a_common_prefix_is_computed_once(world: World) -> None:
