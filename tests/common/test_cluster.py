@@ -49,6 +49,14 @@ async def test_values_are_json_that_people_can_read(store: Store, keys: Keys) ->
     assert b'"source": "/models/a"' in (change.value or b"")
 
 
+async def test_a_prefix_larger_than_a_message_of_grpc_is_read_whole(store: Store, keys: Keys) -> None:
+    large = cluster_pb2.ModelSpec(source="x" * 1_000_000)
+    for index in range(6):
+        await store.put(keys.model(f"m{index}"), large)
+    entries = await store.get_all(keys.models(), cluster_pb2.ModelSpec)
+    assert [entry.value.source for entry in entries] == [large.source] * 6
+
+
 async def test_store_moves_on_to_an_endpoint_that_answers(etcd, keys: Keys) -> None:
     store = Store([f"127.0.0.1:{free_port()}", etcd.address])
     await store.put(keys.model("a"), spec("a"))

@@ -28,6 +28,7 @@ _CHANNEL_OPTIONS = {
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 2_000,
+    "grpc.max_receive_message_length": -1,  # a prefix is read whole, and a thousand forecasts exceed grpc's 4 MiB
 }
 _LEASE_GONE = "lease not found"
 _CONNECTION_ERRORS = (aetcd.exceptions.ConnectionFailedError, aetcd.exceptions.ConnectionTimeoutError)
