@@ -118,13 +118,14 @@ class _Prewarmer:
             left = seat.at.get(agents)
             stays = min(left.used, replica.resident) if left is not None else 0
             if stays < replica.resident:
-                found.append((self._worth_of(replica), replica, agents, stays))
+                harms = left is None and seat.stakes.popularity > 0  # else some of it would have been left
+                found.append((self._worth_of(replica), replica, agents, stays, harms))
         evictions = []
-        for _, replica, agents, stays in sorted(found, key=lambda f: (f[0], f[1].key)):
+        for _, replica, agents, stays, harms in sorted(found, key=lambda f: (f[0], f[1].key)):
             needed = max((short[agent] for agent in agents if agent in short), default=0)
             if needed <= 0:
                 continue
-            keep = max(stays, replica.resident - needed)
+            keep = 0 if harms else max(stays, replica.resident - needed)
             evictions.append((replica, keep))
             for agent in agents:
                 if agent in short:

@@ -288,9 +288,12 @@ class Search:
         for item in by_worth:
             used = min(item.seat.held.get(item.agents, 0), self._layout.room_for(item.seat, item.agents))
             if used > 0 and item.agents not in item.seat.at:
-                left = Item(item.seat, item.agents, item.pages, used)
+                left, before = Item(item.seat, item.agents, item.pages, used), self._layout.value
                 self._layout.add(left)
-                kept.append(left)
+                if self._layout.value < before:  # it would be woken beside what is worth more
+                    self._layout.remove(left)
+                else:
+                    kept.append(left)
         return kept
 
     # Orders
