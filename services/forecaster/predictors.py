@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +47,16 @@ class Predictor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _Past:
+    """What all distances have in common. Each of shape (n, windows)."""
+
+    series: Floats
+    overall: Floats  # the mean of all windows up to each
+    phase: Floats  # the mean of the windows of its phase up to each
+    drift: Floats  # the weighted mean of the last residuals
+
+
 class PublishedPredictor:
     """The predictor of the WarmServe paper (arXiv 2512.09472).
 
@@ -70,7 +81,8 @@ class PublishedPredictor:
             rows = max(1, _VALUES // series.shape[1])
             for first in range(0, len(series), rows):
                 some = series[first : first + rows]
-                each = [self.at(some, last, step + 1)[:, 0] for step in range(horizon)]
+                past = self._look_back(some)
+                each = [self._at(past, last, step + 1)[:, 0] for step in range(horizon)]
                 result[first : first + rows] = np.stack(each, axis=1)
         return result
 
@@ -84,12 +96,16 @@ class PublishedPredictor:
 
         (n, windows) to the same shape.
         """
-        return self._past(self._seasonal(series, distance), self._drift(series), distance)
+        past = self._look_back(series)
+        return self._past(self._seasonal(past, distance), past.drift, distance)
 
     def at(self, series: Floats, origins: NDArray[np.int64], distance: int) -> Floats:
         """See Predictor."""
-        seasonal = self._seasonal(series, distance)  # one entry for each past window, and `distance` future ones
-        drift = self._drift(series)
+        return self._at(self._look_back(series), origins, distance)
+
+    def _at(self, past: _Past, origins: NDArray[np.int64], distance: int) -> Floats:
+        series, drift = past.series, past.drift
+        seasonal = self._seasonal(past, distance)  # one entry for each past window, and `distance` future ones
         errors = series - self._past(seasonal, drift, distance)
         result = np.empty((len(series), len(origins), len(LEVELS)))
         for index, origin in enumerate(origins):
@@ -112,38 +128,44 @@ class PublishedPredictor:
         past[:, distance:] = np.maximum(seasonal[:, distance:count] + drift[:, : max(count - distance, 0)], 0)
         return past
 
-    def _seasonal(self, series: Floats, distance: int) -> Floats:
+    def _look_back(self, series: Floats) -> _Past:
+        count, season = series.shape[1], self._season
+        filled, known = np.nan_to_num(series), (~np.isnan(series)).astype(float)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            overall = np.cumsum(filled, axis=1) / np.cumsum(known, axis=1)
+            for start in range(season, count, season):  # a running sum along each phase
+                stop = min(start + season, count)
+                filled[:, start:stop] += filled[:, start - season : stop - season]
+                known[:, start:stop] += known[:, start - season : stop - season]
+            past = _Past(series, overall, filled / known, np.empty(0))
+        residuals = series - self._seasonal(past, 1)[:, :count]
+        return replace(past, drift=_drift(residuals))
+
+    def _seasonal(self, past: _Past, distance: int) -> Floats:
         """For each window t < windows + distance: the mean of its phase over days before t - distance + 1.
 
         Where there is none yet, the mean of all windows up to then; NaN where there is none of those either.
         """
-        count, season = series.shape[1], self._season
-        filled, known = np.nan_to_num(series), (~np.isnan(series)).astype(float)
-        sums, counts = filled.copy(), known.copy()
-        for start in range(season, count, season):  # a running sum along each phase
-            stop = min(start + season, count)
-            sums[:, start:stop] += sums[:, start - season : stop - season]
-            counts[:, start:stop] += counts[:, start - season : stop - season]
-        lag = -(-distance // season) * season
-        result = np.full((len(series), count + distance), np.nan)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            result[:, distance:] = np.cumsum(filled, axis=1) / np.cumsum(known, axis=1)
-            source = np.arange(lag, min(count + lag, count + distance))
-            phase = sums[:, source - lag] / counts[:, source - lag]
+        count = past.series.shape[1]
+        lag = -(-distance // self._season) * self._season
+        result = np.full((len(past.series), count + distance), np.nan)
+        result[:, distance:] = past.overall
+        source = np.arange(lag, min(count + lag, count + distance))
+        phase = past.phase[:, source - lag]
         result[:, source] = np.where(np.isnan(phase), result[:, source], phase)
         return result
 
-    def _drift(self, series: Floats) -> Floats:
-        """For each window the weighted mean of the ten residuals up to it, gaps left out; 0 where there is none."""
-        residuals = series - self._seasonal(series, 1)[:, : series.shape[1]]
-        known = ~np.isnan(residuals)
-        filled = np.where(known, residuals, 0.0)
-        sums, totals = np.zeros_like(filled), np.zeros_like(filled)
-        for back in range(min(_RESIDUALS, series.shape[1])):
-            kept = slice(0, series.shape[1] - back)
-            sums[:, back:] += filled[:, kept] * 0.5**back
-            totals[:, back:] += known[:, kept] * 0.5**back
-        return np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
+
+def _drift(residuals: Floats) -> Floats:
+    """For each window the weighted mean of the ten residuals up to it, gaps left out; 0 where there is none."""
+    known = ~np.isnan(residuals)
+    filled = np.where(known, residuals, 0.0)
+    sums, totals = np.zeros_like(filled), np.zeros_like(filled)
+    for back in range(min(_RESIDUALS, residuals.shape[1])):
+        kept = slice(0, residuals.shape[1] - back)
+        sums[:, back:] += filled[:, kept] * 0.5**back
+        totals[:, back:] += known[:, kept] * 0.5**back
+    return np.divide(sums, totals, out=np.zeros_like(sums), where=totals > 0)
 
 
 def with_peaks_above_means(forecasts: Floats) -> Floats:
