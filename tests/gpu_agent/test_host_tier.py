@@ -79,6 +79,18 @@ def test_what_is_read_stays_and_what_is_removed_is_given_back(tmp_path: Path, ti
     mine.close()
 
 
+def test_the_last_agent_that_stops_gives_the_memory_back(tmp_path: Path, tier_folder: Path) -> None:
+    (image,) = images(tmp_path, 1)
+    one, other = HostTier(tier_folder, 1 << 30), HostTier(tier_folder, 1 << 30)
+    one.fill(image, 1.0)
+    one.close()
+    with other.reading(image) as host:
+        assert host is not None
+    other.close()
+    other.close()
+    assert list(tier_folder.glob("*.image*")) == []
+
+
 def test_registered_once_and_taken_back_at_the_end(tmp_path: Path, tier_folder: Path) -> None:
     (image,) = images(tmp_path, 1)
     pinned: list[int] = []

@@ -2,7 +2,8 @@
 
 One file per image, with the image's name and bytes; it appears when it is complete. Who reads it holds a shared lock on
 it, who writes one an exclusive lock on the unfinished file, and who makes room holds the folder's lock. So nothing that
-is being read is taken away, and what a killed agent left is found and removed. Beside a file lies what it is worth.
+is being read is taken away, and what a killed agent left is found and removed. Beside a file lies what it is worth. All
+goes with the last agent that stops; what killed ones leave is there when they come back.
 """
 
 from __future__ import annotations
@@ -115,8 +116,11 @@ class HostTier:
         self._pin = pin
         self._opened: dict[str, HostImage] = {}
         self._lock = threading.Lock()
+        self._present: int | None = None  # a file that every agent of the tier holds a shared lock on
         if budget_bytes:
             folder.mkdir(parents=True, exist_ok=True)
+            self._present = os.open(folder / ".agents", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._present, fcntl.LOCK_SH)
             if removed := remove_unfinished(folder):
                 _log.info("removed images that a killed agent had not finished", files=removed, folder=str(folder))
 
@@ -139,10 +143,18 @@ class HostTier:
                 self._opened.pop(name).close()
 
     def close(self) -> None:
-        """Ends its use by this agent."""
+        """Ends its use by this agent. The last one of the node gives the memory back."""
         with self._lock:
             while self._opened:
                 self._opened.popitem()[1].close()
+            present, self._present = self._present, None
+        if present is None:
+            return
+        with suppress(BlockingIOError):
+            fcntl.flock(present, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for image in self.kept():
+                self.discard(image.name)
+        os.close(present)
 
     def has(self, image: Image) -> bool:
         """Whether the image is in memory."""
