@@ -31,6 +31,7 @@ app = typer.Typer(
 
 _PIPE_WIDTH = 250  # lines for grep are not wrapped
 _WINDOW_S = 300.0  # the services' default
+_TICK_S = 30.0  # what waits is seen to at once; this is for warming ahead, of windows of minutes
 _DAY_WINDOWS = round(86_400 / _WINDOW_S)
 _EXAMPLES = """Examples:
 
@@ -110,7 +111,8 @@ def main(
 def _answer(trace: Path, models_file: Path, gpus: int, target_s: float | None, model: str | None, seed: int) -> WhatIf:
     models = with_target(read_models(models_file), target_s)
     check(cluster_of(gpus), models)  # before a long trace is read
-    settings = Settings(forecasting=Forecasting(PublishedPredictor(_DAY_WINDOWS), window_s=_WINDOW_S))
+    forecasting = Forecasting(PublishedPredictor(_DAY_WINDOWS), window_s=_WINDOW_S)
+    settings = Settings(tick_s=_TICK_S, forecasting=forecasting)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
