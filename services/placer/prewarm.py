@@ -201,16 +201,16 @@ class _Prewarmer:
 
     def _no_room(self, seat: Seat) -> str:
         model, snapshot = seat.stakes.model, self._board.snapshot
-        most = 0  # pages of the best group that weights may have
-        for group in groups(self._aim.agents, model.tp):
-            most = max(most, min(snapshot.agents[a].pages_total - 1 for a in group))
-            if all(snapshot.shard_pages(model, a) < snapshot.agents[a].pages_total for a in group):
-                score = seat.stakes.worth(seat.whole, "", 1.0)
-                return f"no room: everything resident is needed or worth more than its {score:.2f} s"
-        return (
-            f"no group of {count(model.tp, 'agent')} is large enough: it needs {max(seat.pages)} pages on each, "
-            f"and at most {most} hold weights"
-        )
+        possible, size = groups(self._aim.agents, model.tp), count(model.tp, "agent")
+        if not possible:
+            return f"no node has {size} side by side that take something new"
+        if all(any(snapshot.shard_pages(model, a) >= snapshot.agents[a].pages_total for a in g) for g in possible):
+            most = max(min(snapshot.agents[a].pages_total - 1 for a in group) for group in possible)
+            return (
+                f"no group of {size} is large enough: it needs {max(seat.pages)} pages on each, and {most} hold weights"
+            )
+        score = seat.stakes.worth(seat.whole, "", 1.0)
+        return f"no room: everything resident is needed or worth more than its {score:.2f} s"
 
     def _compete(self, winner: str, winners: float, loser: str, losers: float, agents: Agents) -> None:
         group = self._aim.ids(agents)
