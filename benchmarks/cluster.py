@@ -10,7 +10,7 @@ ours with parts taken away. simulator/scenarios.py tells the settings, simulator
 Published engine starts: a vLLM cold start of an 8B takes 59 s by its makers' figure (on a B200), of which weights are
 4, so 55 s; 2 and 10 s lie around its waking of sleeping larger models, 3 to 6 s. A rate is within target when 99 % of
 its requests have their first token within 10 times, and each further token within 4 times, what an idle instance takes.
-Traces are read from $WARMSERVE_TRACES or ../shared/traces. About twenty minutes on two quiet cores; --quick takes a
+Traces are read from $WARMSERVE_TRACES or ../shared/traces. About half an hour on two quiet cores; --quick takes a
 few, and shows that all of it runs, no more.
 """
 
@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw into this folder")
-    parser.add_argument("--quick", action="store_true", help="three rates and six minutes of fine-tunes: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="three rates, six minutes of fine-tunes")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time (all cores)")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
