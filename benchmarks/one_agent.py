@@ -6,8 +6,10 @@ import asyncio
 import itertools
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -120,6 +122,8 @@ async def running(arena: str, tier: str, folder: Path) -> AsyncIterator[Cluster]
         stack.callback(redis.child.stop, 5)
         keys = Keys("switch")
         common = {"ETCD_ENDPOINTS": etcd.address, "REDIS_URL": f"redis://{redis.address}/0", "PREFIX": "switch"}
+        tier_folder = tempfile.mkdtemp(prefix="warmserve-benchmark-", dir="/dev/shm")
+        stack.callback(shutil.rmtree, tier_folder)
         agent = {
             "ID": "g0",
             "NODE": "n0",
@@ -127,7 +131,7 @@ async def running(arena: str, tier: str, folder: Path) -> AsyncIterator[Cluster]
             "MODEL_ROOTS": str(folder.parent),
             "IMAGE_DIR": str(folder.parent / "images"),
             "HOST_TIER_BYTES": tier,
-            "HOST_TIER_DIR": f"/dev/shm/warmserve-switch-{os.getpid()}",
+            "HOST_TIER_DIR": tier_folder,
         }
         for service, settings in (("gpu_agent", agent), ("router", {"ID": "r0"})):
             process = _start(service, {**common, **settings}, folder / f"{service}.log")
