@@ -1,4 +1,4 @@
-"""Whole runs: nothing is lost or counted twice, pages are exact at every event, and queues are as long as theory says."""
+"""Whole runs: nothing is lost or counted twice, pages are exact at every event, queues are as long as theory says."""
 
 from __future__ import annotations
 
