@@ -28,6 +28,9 @@ _HELD_OUT_DAYS = 2
 _MAX_ROWS = 100_000  # rows that one model learns from; what goes beyond is thinned out
 _COMPANION_ORIGINS = 48  # moments of the days held out at which the other quantities are calibrated
 _THREADS = 2
+# Of a series of which n windows are known the published predictor's share is _PUBLISHED_SAY / max(n, _FIRST_WINDOWS).
+_FIRST_WINDOWS = 3
+_PUBLISHED_SAY = 2.25
 _HEAD = b"warmserve learned 1 "  # the number changes with the features, the anchors, or what is saved
 
 
@@ -143,7 +146,17 @@ class LearnedPredictor:
         unknown = np.isnan(seen[0].scale)
         if unknown.any():  # of late, and at this hour of all days
             result[unknown] = self._published.predict_many(series[unknown], horizon)
+        self._temper(series, result)
         return result
+
+    def _temper(self, series: Floats, result: Floats) -> None:
+        """Of series that began a moment ago the learnt predictor has seen few: the published one has a say."""
+        windows = (~np.isnan(series)).sum(axis=1)
+        new = windows < self._season
+        if new.any():
+            share = (_PUBLISHED_SAY / np.maximum(windows[new], _FIRST_WINDOWS))[:, None, None]
+            published = self._published.predict_many(series[new], result.shape[1])
+            result[new] = share * published + (1 - share) * result[new]
 
     def _answer(self, anchor: int, seen: Features) -> Floats:
         boosters, calibration = self._anchors[anchor]

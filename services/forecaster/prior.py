@@ -11,7 +11,7 @@ from services.forecaster.features import Floats
 from services.forecaster.predictors import LEVELS
 
 _BINS = 24  # of the first day
-_TRUST = 0.3  # what is left of the prior after each window with traffic
+_TRUST = 0.1  # what is left of the prior after each window with traffic
 
 
 @dataclass(frozen=True)
