@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import simulator.run
-from services.placer.snapshot import State
+from services.placer.decisions import Action, Do, Reason
+from services.placer.snapshot import Key, State
 from simulator.clock import Clock
 from simulator.cluster import Cluster
 from simulator.cost import H100
-from simulator.policies.base import Policy
+from simulator.engine import Engine
+from simulator.policies.base import Future, Policy
 from simulator.policies.oracle import Oracle
 from simulator.policies.ours import Ours
 from simulator.policies.serverless import Serverless
@@ -27,6 +29,7 @@ from simulator.results import Found, Results
 from simulator.run import simulate
 from simulator.spec import ClusterSpec, Delays, ImpossibleError, ModelSpec, Settings, llama2_7b
 from warmserve.traces import Request
+from warmserve.v1 import common_pb2
 
 PAGE = 32 << 20
 SMALL = ModelSpec("small", 300_000_000, 12, 64_000, max_batch=8, context_tokens=2000)
@@ -99,7 +102,7 @@ def conserved(results: Results, given_: list[Request]) -> None:
     assert (results.ttft_s[served] > 0).all()
     # Nothing is faster than alone on an idle instance.
     assert (results.ttft_s[served] >= results.unloaded_ttft_s[served] * (1 - 1e-6)).all()
-    assert (results.finished_s[served] >= (results.arrival_s + results.ttft_s)[served]).all()
+    assert (results.finished_s[served] >= (results.arrival_s + results.ttft_s)[served] - 1e-9).all()
     assert results.busy_gpu_s.sum() <= results.active_gpu_s.sum() * (1 + 1e-9)
 
 
@@ -202,10 +205,57 @@ def test_kv_that_runs_short_preempts_and_still_serves_all() -> None:
     model = ModelSpec("tight", 300_000_000, 12, 500_000, max_batch=16, context_tokens=1200)
     cluster = ClusterSpec(1, 1, arena_bytes=70 * PAGE, page_bytes=PAGE)  # 52 pages of KV, 67 tokens each
     given_ = [Request(0.01 * i, "tight", 100, 900) for i in range(16)]
-    with pages_checked():
+    anew: list[tuple[int, int]] = []
+    preempt = Engine._preempt
+
+    def noted(engine: Engine) -> None:
+        preempt(engine)
+        job = engine._waiting[0]
+        assert job.generated + job.left == job.output
+        anew.append((job.tokens, job.prompt + job.generated))
+
+    with pages_checked(), patch.object(Engine, "_preempt", noted):
         results = simulate(cluster, [model], given_, Dedicated(), settings=QUICK)
     assert results.served.all()
-    assert results.preemptions > 0
+    assert results.preemptions == len(anew) > 0
+    assert all(tokens == known > 100 for tokens, known in anew)
+
+
+class Scripted:
+    """A policy that gives orders at the ticks of a script."""
+
+    name = "scripted"
+    start_s = 0.0
+    lends = True
+
+    def __init__(self, *script: tuple[float, Do]) -> None:
+        self.kv_pages: dict[Key, int] = {}
+        self._script = list(script)
+
+    def begin(self, cluster: Cluster, future: Future) -> None:
+        """Nothing to prepare."""
+
+    def decide(self, cluster: Cluster, asked: Sequence[str]) -> list[Action]:
+        """What the script has for this moment."""
+        due = [do for at, do in self._script if at <= cluster.clock.now]
+        self._script = self._script[len(due) :]
+        return [Action(do, "one", ("n0g0",), Reason(common_pb2.CAUSE_OPERATOR, "scripted")) for do in due]
+
+
+@pytest.mark.parametrize(
+    ("script", "wasted"),
+    [
+        ([(-15.0, Do.WARM), (-10.0, Do.EVICT), (-5.0, Do.WAKE)], 1),
+        ([(-15.0, Do.WAKE), (-10.0, Do.DRAIN), (-9.0, Do.EVICT), (-5.0, Do.WAKE)], 0),
+    ],
+)
+def test_what_was_copied_and_evicted_without_serving_is_wasted(script: list[tuple[float, Do]], wasted: int) -> None:
+    model = llama2_7b("one")
+    requests_ = [Request(0.0, "one", 100, 10)]
+    results = simulate(ClusterSpec(1, 1), [model], requests_, Scripted(*script), settings=QUICK)
+    assert results.found[0] == Found.ACTIVE
+    assert results.copied_bytes["host"] == pytest.approx(2 * model.weight_bytes, rel=0.01)
+    assert results.wasted_bytes == pytest.approx(wasted * model.weight_bytes, rel=0.01)
 
 
 def test_a_request_that_no_kv_would_hold_fails_and_the_others_go_on() -> None:
