@@ -186,7 +186,8 @@ class PeerAgent:
     def _cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
         if request_id in self._sequences:
-            self._sequences[request_id].cancel()
+            # Not before it has begun: a task cancelled before its first step would end without a word.
+            asyncio.get_running_loop().call_soon(self._sequences[request_id].cancel)
 
     async def _sequence(self, item: Taken, instance_id: str) -> None:
         request = item.request
@@ -228,7 +229,8 @@ class PeerAgent:
             link.send(agent_pb2.SequenceUpdate(**head, finish_reason=inference_pb2.FINISH_REASON_CANCELLED))
             raise
         finally:
-            self._sequences.pop(request.request_id, None)
+            if self._sequences.get(request.request_id) is asyncio.current_task():  # and not a later attempt
+                del self._sequences[request.request_id]
             with contextlib.suppress(RedisError):
                 await self._queue.done(item.ticket)
 

@@ -27,7 +27,8 @@ async def test_what_is_imported_is_drawn_forecast_and_scored(
     file.write_text("\n".join(["model,window_start,load,peak", *rows]))
     published = Mirror(store, keys.forecasts(), cluster_pb2.Forecast)
     await published.start()
-    async with forecaster(etcd.address, redis_server.address, keys.prefix, tmp_path / "data"):
+    hourly = {"window_s": HOUR, "season_s": 24 * HOUR}
+    async with forecaster(etcd.address, redis_server.address, keys.prefix, tmp_path / "data", **hourly):
         await published.wait_for(lambda items: "qwen" in items)
         imported = await warmctl("forecast", "import", str(file), "--shift-to-now", "-o", "json")
         assert imported.status == 0, imported.err
