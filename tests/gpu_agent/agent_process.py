@@ -194,6 +194,7 @@ async def running_agent(
     if task.done():
         task.result()
     await registered
+    await asyncio.wait_for(residency.wait_for(lambda items: agent_id in items), 30)
     async with channel(agents.items[agent_id].address) as connection:
         yield RunningAgent(
             settings,
