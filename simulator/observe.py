@@ -74,7 +74,6 @@ class Observer:
             min_replicas=spec.min_replicas,
             max_replicas=spec.max_replicas,
             ttft_p95_s=spec.ttft_s,
-            tpot_s=spec.tpot_s,
             cold_load_s=load_s[Tier.HOST if any(in_host) else Tier.DISK],
             cold_load_measured=True,
             load_s=load_s,

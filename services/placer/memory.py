@@ -128,7 +128,6 @@ class Memory:
             max_replicas=spec.max_replicas,
             pinned=spec.pinned_replicas,
             ttft_p95_s=spec.target.ttft_p95_ms / 1e3,
-            tpot_s=spec.target.tpot_ms / 1e3,
             cold_load_s=loaded_s or _ASSUMED_START_S + spec.facts.shard_bytes / _ASSUMED_BYTES_PER_S,
             cold_load_measured=loaded_s is not None,
             load_s=dict(self.measured.load_s(spec.name)),

@@ -84,13 +84,12 @@ class Model:
     name: str
     shard_bytes: int
     tp: int = 1  # agents per replica: 1, 2, 4 or 8
-    capacity: int = 8  # requests one instance carries at a time within the model's targets, measured
+    capacity: int = 8  # requests one instance carries at a time, measured
     priority: float = 1.0  # weight of its seconds of waiting against other models'
     min_replicas: int = 0  # instances kept active
     max_replicas: int = 0  # most instances, and most replicas warmed; 0: no bound
     pinned: int = 0  # replicas kept wholly resident, warm or active, whatever the forecast
     ttft_p95_s: float = 0.0  # seconds to the first token that the operator finds good enough; 0: none said
-    tpot_s: float = 0.0  # likewise per further token; `capacity` heeds it
     cold_load_s: float = 1.0  # of a whole replica from where its image usually is; measured, or estimated from its size
     cold_load_measured: bool = False
     load_s: Mapping[Tier, float] = field(default_factory=dict)  # of a whole replica, per tier that is known

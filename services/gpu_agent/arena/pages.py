@@ -89,13 +89,6 @@ class Pages:
         self.drop_filling(model)
         del self._weights[model]
 
-    def grow_weights(self, model: str, count: int) -> list[int]:
-        """Takes `count` free pages for the model's next parts, in order. Raises OutOfPages before taking any."""
-        taken = self.begin_filling(model, count)
-        for _ in taken:
-            self.end_filling(model)
-        return taken
-
     def begin_filling(self, model: str, count: int) -> list[int]:
         """Takes `count` free pages to be written for a model's weights. Raises OutOfPages before taking any."""
         if model not in self._weights:
