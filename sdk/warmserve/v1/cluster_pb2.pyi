@@ -1046,7 +1046,7 @@ class Plan(_message.Message):
     made_unix_ms: _builtins.int
     """When it was made, in Unix milliseconds."""
     planner: _builtins.str
-    """The rule that made it, for example "published"."""
+    """The rule that made it, for example "expected value"."""
     placer_id: _builtins.str
     """The placer that made it."""
     advisory: _builtins.bool
