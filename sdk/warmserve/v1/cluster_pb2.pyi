@@ -108,6 +108,8 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     """An agent left, in order or not."""
     EVENT_KIND_REQUEST_RESUMED: _EventKind.ValueType  # 12
     """A running request was put back because its agent was lost."""
+    EVENT_KIND_CANCELLED: _EventKind.ValueType  # 13
+    """A transition in progress ended before it was done; the reason says what cut it short."""
 
 class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper):
     """What happened."""
@@ -138,6 +140,8 @@ EVENT_KIND_AGENT_LEFT: EventKind.ValueType  # 11
 """An agent left, in order or not."""
 EVENT_KIND_REQUEST_RESUMED: EventKind.ValueType  # 12
 """A running request was put back because its agent was lost."""
+EVENT_KIND_CANCELLED: EventKind.ValueType  # 13
+"""A transition in progress ended before it was done; the reason says what cut it short."""
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
 
 @_typing.final
@@ -389,6 +393,7 @@ class AgentResidency(_message.Message):
     PAGES_LENT_FIELD_NUMBER: _builtins.int
     PAGES_PROMISED_FIELD_NUMBER: _builtins.int
     HOST_TIER_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
     """The agent."""
     pages_free: _builtins.int
@@ -411,6 +416,10 @@ class AgentResidency(_message.Message):
     def host_tier(self) -> Global___HostTier:
         """The images in the memory of the agent's node, as this agent last saw them."""
 
+    @_builtins.property
+    def disk(self) -> Global___DiskTier:
+        """The images on the disk of the agent's node, as this agent last saw them."""
+
     def __init__(
         self,
         *,
@@ -423,10 +432,11 @@ class AgentResidency(_message.Message):
         pages_lent: _builtins.int = ...,
         pages_promised: _builtins.int = ...,
         host_tier: Global___HostTier | None = ...,
+        disk: Global___DiskTier | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["host_tier", b"host_tier"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disk", b"disk", "host_tier", b"host_tier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "host_tier", b"host_tier", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_lent", b"pages_lent", "pages_promised", b"pages_promised", "pages_weights", b"pages_weights", "shards", b"shards", "updated_unix_ms", b"updated_unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "disk", b"disk", "host_tier", b"host_tier", "pages_free", b"pages_free", "pages_kv", b"pages_kv", "pages_lent", b"pages_lent", "pages_promised", b"pages_promised", "pages_weights", b"pages_weights", "shards", b"shards", "updated_unix_ms", b"updated_unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -441,6 +451,7 @@ class HostTier(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     USED_BYTES_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    FILLING_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """Most bytes of images; 0 where there is no such tier."""
     used_bytes: _builtins.int
@@ -449,20 +460,117 @@ class HostTier(_message.Message):
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostImage]:
         """What is there, the least valuable first; that goes first when room is needed."""
 
+    @_builtins.property
+    def filling(self) -> Global___HostFill:
+        """The image that this agent takes in now; unset where it takes none in."""
+
     def __init__(
         self,
         *,
         budget_bytes: _builtins.int = ...,
         used_bytes: _builtins.int = ...,
         images: _abc.Iterable[Global___HostImage] | None = ...,
+        filling: Global___HostFill | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filling", b"filling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "images", b"images", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "filling", b"filling", "images", b"images", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HostTier: _TypeAlias = HostTier  # noqa: Y015
+
+@_typing.final
+class HostFill(_message.Message):
+    """An image on its way from a node's disk into its memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BYTES_DONE_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its file's name."""
+    bytes_done: _builtins.int
+    """Bytes read so far."""
+    bytes_total: _builtins.int
+    """Its size."""
+    bytes_per_s: _builtins.float
+    """Bytes per second so far, less the time in which filling made way for loads."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        bytes_done: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+        bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_per_s", b"bytes_per_s", "bytes_total", b"bytes_total", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostFill: _TypeAlias = HostFill  # noqa: Y015
+
+@_typing.final
+class DiskTier(_message.Message):
+    """Images on a node's disk, shared by its agents; what is deployed lies there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
+    capacity_bytes: _builtins.int
+    """Size of the file system."""
+    free_bytes: _builtins.int
+    """Bytes of it that are free. Not told anew for changes of less than one percent of its size."""
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiskImage]:
+        """What is there, in order of name."""
+
+    def __init__(
+        self,
+        *,
+        capacity_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
+        images: _abc.Iterable[Global___DiskImage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "free_bytes", b"free_bytes", "images", b"images"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskTier: _TypeAlias = DiskTier  # noqa: Y015
+
+@_typing.final
+class DiskImage(_message.Message):
+    """One image on a node's disk."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its file's name, which begins with the first 32 digits of the checkpoint's fingerprint."""
+    bytes: _builtins.int
+    """Its size."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskImage: _TypeAlias = DiskImage  # noqa: Y015
 
 @_typing.final
 class HostImage(_message.Message):
@@ -516,6 +624,7 @@ class ResidentShard(_message.Message):
     COLD_LOAD_MS_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
+    PAGES_LENT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model."""
     shard: _builtins.int
@@ -544,6 +653,8 @@ class ResidentShard(_message.Message):
     """Sequences in progress on its instance. Written when an instance becomes busy or idle, and with every other change."""
     score: _builtins.float
     """What the placer's last order to warm it said it is worth; where instances take lent pages back, the lowest goes first."""
+    pages_lent: _builtins.int
+    """Of pages_resident, those that are lent: KV that finds no free page may take them back now."""
     @_builtins.property
     def group(self) -> _common_pb2.Group:
         """The group its replica lies on."""
@@ -571,10 +682,11 @@ class ResidentShard(_message.Message):
         cold_load_ms: _builtins.float = ...,
         running: _builtins.int = ...,
         score: _builtins.float = ...,
+        pages_lent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "reason", b"reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "cold_load_ms", b"cold_load_ms", "group", b"group", "instance_id", b"instance_id", "model", b"model", "pages_kv", b"pages_kv", "pages_resident", b"pages_resident", "pages_total", b"pages_total", "reason", b"reason", "residency", b"residency", "running", b"running", "score", b"score", "shard", b"shard", "since_unix_ms", b"since_unix_ms", "state", b"state", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "cold_load_ms", b"cold_load_ms", "group", b"group", "instance_id", b"instance_id", "model", b"model", "pages_kv", b"pages_kv", "pages_lent", b"pages_lent", "pages_resident", b"pages_resident", "pages_total", b"pages_total", "reason", b"reason", "residency", b"residency", "running", b"running", "score", b"score", "shard", b"shard", "since_unix_ms", b"since_unix_ms", "state", b"state", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1179,6 +1291,10 @@ class Event(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     DURATION_MS_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    FROM_STATE_FIELD_NUMBER: _builtins.int
+    TO_STATE_FIELD_NUMBER: _builtins.int
+    COPY_MS_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     unix_ms: _builtins.int
     """When, in Unix milliseconds."""
     kind: Global___EventKind.ValueType
@@ -1188,7 +1304,15 @@ class Event(_message.Message):
     duration_ms: _builtins.float
     """How long the transition took, in milliseconds."""
     bytes: _builtins.int
-    """Bytes copied by it."""
+    """Bytes copied by it, or given back."""
+    from_state: _common_pb2.ReplicaState.ValueType
+    """The state before; unset where no replica is concerned."""
+    to_state: _common_pb2.ReplicaState.ValueType
+    """The state after; that before where the event changed none."""
+    copy_ms: _builtins.float
+    """Of duration_ms, the time in which weights were copied, in milliseconds; bytes / copy_ms is the copy's rate."""
+    tier: _common_pb2.Tier.ValueType
+    """Where the bytes were copied from; unset where none were."""
     @_builtins.property
     def agent_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The agents concerned."""
@@ -1207,10 +1331,14 @@ class Event(_message.Message):
         reason: _common_pb2.Reason | None = ...,
         duration_ms: _builtins.float = ...,
         bytes: _builtins.int = ...,
+        from_state: _common_pb2.ReplicaState.ValueType = ...,
+        to_state: _common_pb2.ReplicaState.ValueType = ...,
+        copy_ms: _builtins.float = ...,
+        tier: _common_pb2.Tier.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_ids", b"agent_ids", "bytes", b"bytes", "duration_ms", b"duration_ms", "kind", b"kind", "model", b"model", "reason", b"reason", "unix_ms", b"unix_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_ids", b"agent_ids", "bytes", b"bytes", "copy_ms", b"copy_ms", "duration_ms", b"duration_ms", "from_state", b"from_state", "kind", b"kind", "model", b"model", "reason", b"reason", "tier", b"tier", "to_state", b"to_state", "unix_ms", b"unix_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
