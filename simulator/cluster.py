@@ -1,4 +1,4 @@
-"""The cluster in virtual time: replicas change state by orders, as agents have it, and requests find instances."""
+"""The cluster in virtual time: replicas change state by orders, as agents have it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from dataclasses import dataclass
 from services.placer.decisions import Action, Do
 from services.placer.groups import groups
 from services.placer.snapshot import Agent, Key, State
+from simulator.arenas import Arenas
 from simulator.clock import Clock
-from simulator.engine import Engine, Job
+from simulator.engine import Engine
 from simulator.loads import NodeLoads
 from simulator.memory import Gpu
 from simulator.replica import ModelState, Replica
-from simulator.results import Found
+from simulator.requests import Listener, Requests
 from simulator.spec import ClusterSpec, Settings
 
-_FOUND = {
-    State.ACTIVE: Found.ACTIVE,
-    State.WAKING: Found.WAKING,
-    State.DRAINING: Found.WARM,
-}
 _RESERVE_SHARE = 16  # of an arena: an instance's first KV pages are one context, and at most this part
 
 
@@ -29,14 +25,13 @@ _RESERVE_SHARE = 16  # of an arena: an instance's first KV pages are one context
 class Counts:
     """What happened, all in all."""
 
-    wasted_bytes: float = 0.0
     drains: int = 0
     preemptions: int = 0
     refused: int = 0  # orders that could not be carried out, because pages were lacking
 
 
 class Cluster:
-    """GPUs, models, replicas and queues. Policies read it and give it orders (`carry_out`)."""
+    """GPUs, models and replicas. Policies read it and give it orders (`carry_out`)."""
 
     def __init__(
         self,
@@ -48,6 +43,7 @@ class Cluster:
         start_s: float,
         lends: bool,
         seed: int,
+        news: Listener,
     ) -> None:
         """`start_s`: what an engine takes to start beside its weights. `lends`: whether KV pages that an instance does
         not use may hold other models' weights; else it takes all that is free when it starts."""
@@ -56,14 +52,12 @@ class Cluster:
         self.settings = settings
         self.models = models
         self.by_name = {model.name: model for model in models}
-        self.gpus = {
-            gpu.id: gpu
-            for node in range(spec.nodes)
-            for gpu in (Gpu(f"n{node}g{i}", f"n{node}", i, spec.pages) for i in range(spec.gpus_per_node))
-        }
+        self.arenas = Arenas(clock, spec)
+        self.gpus = self.arenas.gpus
         self.counts = Counts()
         self.copied: dict[str, float] = {}
-        self.news: Listener = Listener()
+        self.requests = Requests(clock, news, self.resident, self._retire)
+        self._news = news
         self._start_s = start_s
         self._lends = lends
         self.kv_pages: Mapping[Key, int] = {}  # replicas whose KV is fixed
@@ -136,18 +130,18 @@ class Cluster:
         if replica is None:
             if any(model.name in gpu.replicas for gpu in group):
                 raise ValueError(f"{model.name} has a replica on a part of {'+'.join(gpu.id for gpu in group)} already")
-            if not self._make_room(group, model.shard_pages):
+            if not self.arenas.make_room(group, model.shard_pages):
                 self.counts.refused += 1
                 return
             replica = Replica(model, group, State.WARMING, self.clock.now, self.clock.now, accounted=self.clock.now)
             model.replicas[replica.group] = replica
             for gpu in group:
                 gpu.replicas[model.name] = replica
-            self._hold(replica, model.shard_pages)
+            self.arenas.hold(replica, model.shard_pages)
         elif replica.state is State.DRAINING and wake:
             self._enter(replica, State.ACTIVE)
             model.instances.append(replica)
-            self._feed(model)
+            self.requests.feed(model)
             return
         elif replica.state is State.WARMING and wake:
             self._count_wake(replica)
@@ -157,11 +151,11 @@ class Cluster:
             return
         elif replica.state is not State.WARM or (replica.whole and not wake):
             return
-        elif not self._make_room(group, model.shard_pages - replica.pages, replica):
+        elif not self.arenas.make_room(group, model.shard_pages - replica.pages, replica):
             self.counts.refused += 1
             return
         else:
-            self._hold(replica, model.shard_pages)
+            self.arenas.hold(replica, model.shard_pages)
         if wake:
             self._count_wake(replica)
         self._enter(replica, State.WAKING if wake else State.WARMING)
@@ -199,7 +193,7 @@ class Cluster:
             self._start(replica)
         elif replica.state is State.WARMING:
             self._enter(replica, State.WARM)
-            self.news.changed(replica)
+            self._news.changed(replica)
 
     def _start(self, replica: Replica) -> None:
         delay = self._start_s + self._random.uniform(*self.settings.delays.wake_s)
@@ -219,28 +213,28 @@ class Cluster:
             budgets=(self.settings.token_budget, self.settings.prefill_budget),
             layers=model.spec.layers,
             ahead_s=ahead_s,
-            memory=self,
-            news=self,
+            memory=self.arenas,
+            news=self.requests,
         )
         engine.replica = replica
         fixed = self.kv_pages.get(replica.key)
         if fixed is not None:
             engine.reserve = engine.most = fixed
-        if not self.resize(engine, engine.reserve):
+        if not self.arenas.resize(engine, engine.reserve):
             self.counts.refused += 1
             self._enter(replica, State.WARM)
-            self.news.changed(replica)
+            self._news.changed(replica)
             return
         if not self._lends and fixed is None:
             engine.reserve += min(gpu.free for gpu in replica.gpus)
-            self.resize(engine, engine.reserve)
+            self.arenas.resize(engine, engine.reserve)
         replica.engine = engine
         self._enter(replica, State.ACTIVE)
         model.instances.append(replica)
         model.waiting_since = None
-        self._feed(model)
+        self.requests.feed(model)
         engine.ahead_s = 0.0  # nobody waited
-        self.news.changed(replica)
+        self._news.changed(replica)
 
     def _drain(self, replica: Replica) -> None:
         if replica.state is State.WAKING:
@@ -265,7 +259,7 @@ class Cluster:
         replica.engine = None
         self._count(engine, replica)
         self._enter(replica, State.WARM)
-        self.news.changed(replica)
+        self._news.changed(replica)
 
     def _evict_to(self, replica: Replica, keep: int) -> None:
         """Leaves the first `keep` pages of a replica that does not serve."""
@@ -280,17 +274,7 @@ class Cluster:
             self._enter(replica, State.WARM)
         if replica.state is not State.WARM:
             return
-        keep = min(keep, replica.resident)
-        if replica.resident > keep:
-            wasted = replica.unused_bytes * (1 - keep / replica.resident)
-            self.counts.wasted_bytes += wasted
-            replica.unused_bytes -= wasted
-        replica.resident = keep
-        self._hold(replica, keep)
-        if not keep:
-            del replica.model.replicas[replica.group]
-            for gpu in replica.gpus:
-                del gpu.replicas[replica.model.name]
+        self.arenas.cut(replica, keep)
 
     def _enter(self, replica: Replica, state: State) -> None:
         now, before = self.clock.now, replica.state
@@ -301,158 +285,11 @@ class Cluster:
         replica.state = state
         replica.since = now
 
-    # Pages
-
-    def _hold(self, replica: Replica, pages: int) -> None:
-        """Sets the pages that a replica holds or was promised."""
-        self._account(replica)
-        for gpu in replica.gpus:
-            gpu.weights += pages - replica.pages
-        freed = pages < replica.pages
-        replica.pages = pages
-        if freed:
-            self._pages_freed(replica.gpus)
-
-    def _account(self, replica: Replica) -> None:
-        kv = replica.engine.kv_pages if replica.engine is not None else 0
-        share = (replica.pages + kv) / self.spec.pages * len(replica.gpus)
-        replica.model.resident_gpu_s += share * (self.clock.now - replica.accounted)
-        replica.accounted = self.clock.now
-
-    def _make_room(self, group: Sequence[Gpu], pages: int, but: Replica | None = None) -> bool:
-        """Evicts warm weights, those unused for longest first and from their ends, until so many pages are free.
-
-        False, with nothing done, where that does not suffice.
-        """
-        if any(gpu.free + self._evictable(gpu, but) < pages for gpu in group):
-            return False
-        for gpu in group:
-            warm = [replica for replica in gpu.replicas.values() if replica.state is State.WARM and replica is not but]
-            for replica in sorted(warm, key=lambda replica: (replica.used_at, replica.model.index)):
-                lacking = pages - gpu.free
-                if lacking <= 0:
-                    break
-                self._evict_to(replica, max(0, replica.pages - lacking))
-        return True
-
-    def resize(self, engine: Engine, pages: int) -> bool:
-        """See simulator.engine.Memory."""
-        more = pages - engine.kv_pages
-        if more == 0:
-            return True
-        if pages > engine.most:
-            return False
-        if more > 0 and any(gpu.free < more for gpu in engine.gpus) and not self._make_room(engine.gpus, more):
-            return False
-        if engine.replica is not None:
-            self._account(engine.replica)
-        for gpu in engine.gpus:
-            gpu.kv += more
-        engine.kv_pages = pages
-        if more < 0:
-            self._pages_freed(engine.gpus)
-        return True
-
-    def room(self, engine: Engine) -> int:
-        """See simulator.engine.Memory."""
-        return min(engine.most, engine.kv_pages + min(gpu.free + self._evictable(gpu) for gpu in engine.gpus))
-
-    def limit(self, engine: Engine) -> int:
-        """See simulator.engine.Memory."""
-        return min(engine.most, *(self._limit(engine, gpu) for gpu in engine.gpus))
-
-    def _limit(self, engine: Engine, gpu: Gpu) -> int:
-        others = (replica.engine for replica in gpu.replicas.values())
-        reserved = sum(other.reserve for other in others if other is not None and other is not engine)
-        return gpu.pages - gpu.weights + self._evictable(gpu) - reserved
-
-    def _evictable(self, gpu: Gpu, but: Replica | None = None) -> int:
-        return sum(r.pages for r in gpu.replicas.values() if r.state is State.WARM and r is not but)
-
-    def _pages_freed(self, group: Iterable[Gpu]) -> None:
-        for gpu in group:
-            for replica in gpu.replicas.values():
-                if replica.engine is not None and replica.engine.starved:
-                    self.clock.at(self.clock.now, replica.engine.look_again)
-
-    # Requests
-
-    def arrived(self, model: ModelState, job: Job) -> Found:
-        """A request is in the model's queue; an instance with a free slot takes it at once."""
-        found = self._found(model)
-        model.queue.append(job)
-        if model.instances:
-            self._feed(model)
-        elif model.waiting_since is None:
-            model.waiting_since = self.clock.now
-        return found
-
-    def _found(self, model: ModelState) -> Found:
-        if model.instances:
-            return Found.ACTIVE
-        best = Found.COLD
-        for replica in model.replicas.values():
-            state = _FOUND.get(replica.state)
-            if state is None:
-                if self.resident(replica) >= model.shard_pages:
-                    state = Found.WARM
-                else:
-                    state = Found.PARTIAL if self.resident(replica) else Found.COLD
-            best = max(best, state)
-        return best
-
-    def _feed(self, model: ModelState) -> None:
-        """Instances with free slots take what waits, in turn, as readers of one stream do."""
-        queue, instances = model.queue, model.instances
-        began: dict[Engine, None] = {}
-        full = 0
-        while queue and full < len(instances):
-            engine = instances[0].engine
-            instances.rotate(-1)
-            assert engine is not None
-            if engine.jobs < engine.slots:
-                full = 0
-                engine.take(queue.popleft())
-                began[engine] = None
-            else:
-                full += 1
-        for engine in began:
-            engine.go()
-
-    def first_token(self, job: Job) -> None:
-        """See simulator.engine.News."""
-        self.news.first_token(job)
-
-    def ended(self, engine: Engine, job: Job) -> None:
-        """See simulator.engine.News."""
-        self.news.finished(job)
-        self._freed_slot(engine)
-
-    def impossible(self, engine: Engine, job: Job) -> None:
-        """See simulator.engine.News."""
-        self.news.failed(job)
-        self._freed_slot(engine)
-
-    def _freed_slot(self, engine: Engine) -> None:
-        replica = engine.replica
-        assert replica is not None
-        replica.used_at = self.clock.now
-        if replica.state is State.ACTIVE:
-            if replica.model.queue:
-                self._feed(replica.model)
-        elif not engine.jobs:
-            # Not before the engine has left its own event.
-            self.clock.at(self.clock.now, lambda: self._drained(replica))
-
-    def _drained(self, replica: Replica) -> None:
-        if replica.state is State.DRAINING and replica.engine is not None and not replica.running:
-            self._retire(replica)
-
     def settle_accounts(self) -> None:
         """Adds up to now what is counted when states change."""
         for model in self.models:
             for replica in model.replicas.values():
-                self._account(replica)
+                self.arenas.account(replica)
                 if replica.state in (State.ACTIVE, State.DRAINING):
                     model.active_gpu_s += (self.clock.now - replica.since) * len(replica.gpus)
                     replica.since = self.clock.now
@@ -463,19 +300,3 @@ class Cluster:
         replica.model.busy_gpu_s += engine.device_seconds * len(replica.gpus)
         self.counts.preemptions += engine.preemptions
         engine.device_seconds, engine.preemptions = 0.0, 0
-
-
-class Listener:
-    """Whom the cluster tells what happens; by default nobody."""
-
-    def first_token(self, job: Job) -> None:
-        """A request has its first token."""
-
-    def finished(self, job: Job) -> None:
-        """A request has its last token."""
-
-    def failed(self, job: Job) -> None:
-        """A request needs more KV than any instance of its model on that group could have."""
-
-    def changed(self, replica: Replica) -> None:
-        """A replica has become warm or active, or has drained."""

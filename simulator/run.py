@@ -9,12 +9,13 @@ import numpy as np
 
 from simulator.capacity import carries
 from simulator.clock import Clock
-from simulator.cluster import Cluster, Listener
+from simulator.cluster import Cluster
 from simulator.control import Controller
 from simulator.engine import Job
 from simulator.forecasts import Forecasts
 from simulator.policies.base import Future, Policy
 from simulator.replica import ModelState, Replica
+from simulator.requests import Listener
 from simulator.results import Floats, Ints, Results, Wakes
 from simulator.spec import ClusterSpec, ModelSpec, Settings, check
 from warmserve.traces import Request
@@ -108,9 +109,15 @@ class _Run(Listener):
         self._clock = Clock(float(columns.time_s[0]) - settings.warmup_s)
         self._models = [self._deploy(cluster, spec, index) for index, spec in enumerate(models)]
         self._cluster = Cluster(
-            self._clock, cluster, self._models, settings, start_s=policy.start_s, lends=policy.lends, seed=seed
+            self._clock,
+            cluster,
+            self._models,
+            settings,
+            start_s=policy.start_s,
+            lends=policy.lends,
+            seed=seed,
+            news=self,
         )
-        self._cluster.news = self
         for model in self._models:
             nodes = self._cluster.nodes.values()
             model.load_s = min(
@@ -175,7 +182,7 @@ class _Run(Listener):
     def _arrive(self, job: Job) -> None:
         model = self._models[job.model]
         self._meters[job.model].arrived(job, self._clock.now)
-        self._found[job.index] = self._cluster.arrived(model, job)
+        self._found[job.index] = self._cluster.requests.arrived(model, job)
         if model.queue:
             if model.instances:
                 self._controller.crowded()
@@ -240,7 +247,7 @@ class _Run(Listener):
             wakes=Wakes(sum(w.warm for w in wakes), sum(w.partial for w in wakes), sum(w.cold for w in wakes)),
             wakes_by_model=wakes,
             copied_bytes=dict(self._cluster.copied),
-            wasted_bytes=self._cluster.counts.wasted_bytes,
+            wasted_bytes=self._cluster.arenas.wasted_bytes,
             preemptions=self._cluster.counts.preemptions,
             drains=self._cluster.counts.drains,
             plans=self._controller.plans,
