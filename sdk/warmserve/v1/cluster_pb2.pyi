@@ -523,6 +523,7 @@ class DiskTier(_message.Message):
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
+    PREPARING_FIELD_NUMBER: _builtins.int
     capacity_bytes: _builtins.int
     """Size of the file system."""
     free_bytes: _builtins.int
@@ -531,20 +532,55 @@ class DiskTier(_message.Message):
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiskImage]:
         """What is there, in order of name."""
 
+    @_builtins.property
+    def preparing(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiskFill]:
+        """The images that this agent writes there now."""
+
     def __init__(
         self,
         *,
         capacity_bytes: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
         images: _abc.Iterable[Global___DiskImage] | None = ...,
+        preparing: _abc.Iterable[Global___DiskFill] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "free_bytes", b"free_bytes", "images", b"images"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "free_bytes", b"free_bytes", "images", b"images", "preparing", b"preparing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DiskTier: _TypeAlias = DiskTier  # noqa: Y015
+
+@_typing.final
+class DiskFill(_message.Message):
+    """An image that is being made from its checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BYTES_DONE_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its file's name."""
+    bytes_done: _builtins.int
+    """Bytes of it that are written; those that an agent which was killed had written count."""
+    bytes_total: _builtins.int
+    """Its size."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        bytes_done: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiskFill: _TypeAlias = DiskFill  # noqa: Y015
 
 @_typing.final
 class DiskImage(_message.Message):
