@@ -6,9 +6,10 @@ import errno
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,10 @@ PAGES = 9
 
 
 @pytest.fixture
-def tier_folder(tmp_path: Path) -> Path:
-    return tmp_path / "tier"
+def tier_folder() -> Iterator[Path]:
+    """In memory, as a tier is: CUDA registers no file of a disk."""
+    with tempfile.TemporaryDirectory(prefix="warmserve-test-", dir="/dev/shm") as folder:
+        yield Path(folder) / "tier"
 
 
 def images(folder: Path, count: int, make: Callable[[int], Arena] = lambda _: arena(1)) -> list[Image]:
