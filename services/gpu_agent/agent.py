@@ -22,7 +22,7 @@ from services.gpu_agent.loading import Loader
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.serving import Serving
 from services.gpu_agent.shard import ACTIVE, COLD, DRAINING, WARM, WARMING, Shard
-from services.gpu_agent.transitions import Transitions
+from services.gpu_agent.transitions import Moved, Transitions
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt
 from warmserve.v1 import cluster_pb2, common_pb2
 
@@ -85,6 +85,7 @@ class Agent:
     def start(self) -> None:
         """Starts the engine."""
         self._serving.engine.start()
+        self._loader.keeper.start()
         for what in ("bound", "held", "grown"):
             _OUTSIDE.labels(what).set_function(lambda what=what: getattr(self._backend.outside, what))  # type: ignore[misc]
 
@@ -108,7 +109,8 @@ class Agent:
             pages_weights=usage.weights,
             pages_lent=usage.lent,
             pages_promised=usage.promised,
-            host_tier=self._loader.host_tier(),
+            host_tier=self._loader.keeper.host(),
+            disk=self._loader.keeper.disk,
             shards=[
                 shard.to_proto(usage) for shard in self._shards.values() if shard.state != COLD or shard.reason.text
             ],
@@ -141,6 +143,7 @@ class Agent:
         """Begins to make a shard an instance. Raises NoRoomError, BusyError."""
         async with self._ordered(spec, group) as shard:
             if shard.state in (COLD, WARM):
+                shard.woken = time.monotonic()
                 shard.want(active=True)  # before anybody counts its pages
                 try:
                     self._wake(shard, reason)
@@ -150,6 +153,7 @@ class Agent:
                 self._count_wake(shard)
             elif shard.state == WARMING and not shard.wanted_active:
                 self._count_wake(shard)
+                shard.woken = time.monotonic()
                 shard.want(active=True)
                 shard.reason = reason
                 self._loader.hurry(shard)
@@ -169,10 +173,9 @@ class Agent:
             shard.rewoken.clear()
         elif shard.state == WARMING and shard.wanted_active:
             shard.want(active=False)
-            shard.reason = reason
             if shard.server is not None:
                 shard.pausing = begin_task(shard.server.stop_pulling(), f"pause {shard.name}")
-            self._reports.changed()
+            self._transitions.redirected(shard, reason, cluster_pb2.EVENT_KIND_CANCELLED)
         return shard.state
 
     async def evict(
@@ -205,6 +208,7 @@ class Agent:
             self._reports.changed()
         if not image_needed():
             await asyncio.to_thread(self._images.discard, spec.facts.fingerprint)
+            self._loader.keeper.look()
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new requests, finishes running ones for up to `grace_s` seconds, and hands over the rest."""
@@ -213,7 +217,7 @@ class Agent:
         shards = list(self._shards.values())
         for shard in shards:
             self.drain(shard.name, reason)
-        await asyncio.gather(*(self._abandon_load(shard) for shard in shards))
+        await asyncio.gather(*(self._abandon_load(shard, reason) for shard in shards))
         await self._loader.close()
         drains = [shard.task for shard in shards if shard.task is not None]
         if drains:
@@ -226,6 +230,8 @@ class Agent:
     def _on_taken_back(self, model: str, pages: int, owner: str) -> None:
         """KV took pages of a warm model: one page at a time, so it is told for several at once."""
         _TAKEN_BACK.labels(model).inc(pages)
+        if model in self._shards:
+            self._shards[model].prewarming.lost(pages * self._arena.page_bytes)
         if not self._taken_back:
             asyncio.get_running_loop().call_later(_TELL_S, self._tell_taken_back)
         self._taken_back[model] = self._taken_back.get(model, (0, ""))[0] + pages, owner
@@ -237,7 +243,6 @@ class Agent:
             shard = self._shards.get(model)
             if shard is None:
                 continue
-            shard.prewarming.lost(pages * self._arena.page_bytes)
             by_model = names.get(owner, owner if owner in self._shards else "")
             what = "its weights" if owner == by_model else "its KV cache"
             reason = common_pb2.Reason(
@@ -246,9 +251,7 @@ class Agent:
                 by_model=by_model,
                 score=shard.score,
             )
-            if shard.state == WARM and not shard.pages_resident:
-                self._transitions.rest(shard, reason, None)
-            self._transitions.event(shard, cluster_pb2.EVENT_KIND_EVICTED, 0.0, pages * self._arena.page_bytes, reason)
+            self._transitions.lost_pages(shard, pages * self._arena.page_bytes, reason)
         self._reports.changed()
 
     # Loading
@@ -283,6 +286,7 @@ class Agent:
         self._check_room(shard, active)
         shard.want(active)
         shard.abandoned.clear()
+        shard.copied_bytes, shard.copy_s = 0, 0.0
         self._transitions.enter(shard, WARMING, reason, cluster_pb2.EVENT_KIND_WARMING)
         shard.task = begin_task(self._load(shard), f"load {shard.name}")
 
@@ -321,20 +325,18 @@ class Agent:
             if shard.retiring:
                 await self._failed(shard, RuntimeError("its instance failed"))
                 return
-            if shard.abandoned.is_set():
+            moved = Moved(shard.copied_bytes, shard.copy_s, shard.tier) if shard.copied_bytes else Moved()
+            if shard.abandoned.is_set():  # even if it was woken before that: its pages are about to go
                 await self._serving.retire(shard, f"{shard.name} is not to serve here any more")
                 shard.want(active=False)
-            self._transitions.rest(shard, shard.reason, None)
-            if shard.abandoned.is_set():
-                return  # even if it was woken before that: its pages are about to go
-            copied = max(0, shard.pages_resident - resident) * self._arena.page_bytes
-            if not shard.wanted_active:
-                shard.prewarming.copied(copied)
+                self._transitions.rest(shard, shard.abandoned_for, cluster_pb2.EVENT_KIND_CANCELLED, moved)
+                return
             if not shard.complete:
-                return  # instances needed its pages, which is told by itself
-            self._transitions.event(shard, cluster_pb2.EVENT_KIND_WARMED, took_ms, copied)
+                self._transitions.rest(shard, _overtaken(shard), cluster_pb2.EVENT_KIND_CANCELLED, moved)
+                return
+            self._transitions.rest(shard, shard.reason, cluster_pb2.EVENT_KIND_WARMED, moved)
             if shard.wanted_active:
-                self._serving.activate(shard, shard.reason, lasted_ms=took_ms)
+                self._serving.activate(shard, shard.reason)
             elif shard.server is not None:  # it is not wanted any more, but has begun
                 self._serving.drain(shard, shard.reason, cluster_pb2.EVENT_KIND_DRAINING)
         except (CheckpointError, ImageCorrupt, OutOfPages, OSError) as error:
@@ -365,9 +367,9 @@ class Agent:
                 self._lost.set_exception(error)
             raise
 
-    async def _abandon_load(self, shard: Shard) -> None:
+    async def _abandon_load(self, shard: Shard, reason: common_pb2.Reason) -> None:
         if shard.state == WARMING and shard.task is not None:
-            await self._loader.abandon(shard)
+            await self._loader.abandon(shard, reason)
             await asyncio.wait([shard.task])
 
     async def _evict(
@@ -376,18 +378,25 @@ class Agent:
         async with shard.orders:  # a wake meanwhile would compute with pages that go
             if shard.state in (ACTIVE, DRAINING):
                 raise BusyError(f"{shard.name} is serving on {self._id}; drain it first")
-            await self._abandon_load(shard)
+            await self._abandon_load(shard, reason)
             await self._serving.preparing.end(shard)
             before = shard.pages_resident
-            if shard.weights is None or not before:
+            if shard.weights is None or before <= (kept := math.ceil(keep * shard.weights.num_pages)):
                 return shard.state, 0
             began = time.monotonic()
-            kept = math.ceil(keep * shard.weights.num_pages)
             with self._device_watched():
                 await asyncio.to_thread(shard.weights.shrink, kept)
             freed = before - shard.pages_resident
             shard.prewarming.lost(freed * self._arena.page_bytes)
-            took_ms = (time.monotonic() - began) * 1e3
-            self._transitions.rest(shard, reason, None)
-            self._transitions.event(shard, cluster_pb2.EVENT_KIND_EVICTED, took_ms, freed * self._arena.page_bytes)
+            moved, took_ms = Moved(freed * self._arena.page_bytes), (time.monotonic() - began) * 1e3
+            self._transitions.rest(shard, reason, cluster_pb2.EVENT_KIND_EVICTED, moved, took_ms)
             return shard.state, freed
+
+
+def _overtaken(shard: Shard) -> common_pb2.Reason:
+    return common_pb2.Reason(
+        cause=common_pb2.CAUSE_MADE_ROOM,
+        text=f"warming ended with {shard.pages_resident} of {shard.pages_total} pages resident: running instances need "
+        "the memory for KV",
+        score=shard.score,
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +122,15 @@ class Images:
     def present(self, blueprint: Blueprint) -> bool:
         """Whether the image is on this node's disk."""
         return self.path(blueprint).exists()
+
+    def on_disk(self) -> cluster_pb2.DiskTier:
+        """All images of this node's disk, whoever uses them, and how full it is."""
+        images = []
+        for path in sorted(self._folder.glob("*.image")):
+            with suppress(FileNotFoundError):  # deleted in this moment
+                images.append(cluster_pb2.DiskImage(name=path.name, bytes=path.stat().st_size))
+        usage = shutil.disk_usage(self._folder)
+        return cluster_pb2.DiskTier(capacity_bytes=usage.total, free_bytes=usage.free, images=images)
 
     def discard(self, fingerprint: str) -> None:
         """Deletes a checkpoint's images, on the disk and in memory. Nothing happens where they are gone already."""

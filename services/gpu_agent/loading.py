@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 from services.common.telemetry import logger
@@ -17,7 +18,7 @@ from services.gpu_agent.weights.errors import ImageCorrupt
 from services.gpu_agent.weights.host_tier import HostImageCorrupt
 from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.loader import LoadProgress, load
-from warmserve.v1 import cluster_pb2, common_pb2
+from warmserve.v1 import common_pb2
 
 _log = logger(__name__)
 _NEAR_S = 1.0  # requests are taken this long before the last weights arrive: for longer, another may serve them sooner
@@ -44,7 +45,7 @@ class Loader:
         self._on_near = on_near
         self._lane = CopyLane()
         self._tier = images.tier
-        self._keeper = TierKeeper(images, on_progress)
+        self.keeper = TierKeeper(images, on_progress)
 
     async def load(self, shard: Shard) -> None:
         """Returns when the shard is complete, or soon after it was abandoned. Must not be cancelled: a thread copies.
@@ -92,23 +93,20 @@ class Loader:
 
     def keep(self, blueprint: Blueprint, value: float) -> None:
         """Has an image that is on the disk taken into the host tier, when nothing else is read, if it is worth it."""
-        self._keeper.keep(blueprint, value)
+        self.keeper.keep(blueprint, value)
 
     def appraise(self, shard: Shard) -> None:
         """Says what a shard's image in the host tier is worth."""
         if shard.blueprint is not None:
-            self._keeper.appraise(shard.blueprint, shard.score)
-
-    def host_tier(self) -> cluster_pb2.HostTier:
-        """What the host tier holds."""
-        return self._keeper.described
+            self.keeper.appraise(shard.blueprint, shard.score)
 
     async def close(self) -> None:
         """Ends the use of the host tier; no load may be in progress."""
-        await self._keeper.close()
+        await self.keeper.close()
 
-    async def abandon(self, shard: Shard) -> None:
+    async def abandon(self, shard: Shard, reason: common_pb2.Reason) -> None:
         """Cuts a load in progress short."""
+        shard.abandoned_for = reason
         shard.abandoned.set()
         if shard.turn is not None:
             await self._lane.withdraw(shard.turn)
@@ -155,6 +153,9 @@ class Loader:
         def progress(done: LoadProgress) -> None:
             nonlocal near
             shard.bytes_per_s = done.bytes_per_s
+            shard.copied_bytes += page_bytes
+            if not shard.wanted_active:
+                shard.prewarming.copied(page_bytes)
             self._on_pages()
             if not near and shard.wanted_active:
                 left = (done.pages_total - done.pages_done) * page_bytes
@@ -162,7 +163,7 @@ class Loader:
                     loop.call_soon_threadsafe(self._on_near, shard)
 
         def copy(weights: WeightRange) -> LoadProgress:
-            with self._tier.reading(image) as host, self._keeper.making_way(host is None):
+            with self._tier.reading(image) as host, self.keeper.making_way(host is None):
                 shard.tier = common_pb2.TIER_DISK if host is None else common_pb2.TIER_HOST
                 return load(
                     image,
@@ -174,9 +175,11 @@ class Loader:
                 )
 
         self._on_progress()
+        began = time.monotonic()
         try:
             return await asyncio.to_thread(copy, shard.weights)
         finally:
+            shard.copy_s += time.monotonic() - began
             self._on_progress()
 
     async def _rebuild(self, shard: Shard) -> Image:

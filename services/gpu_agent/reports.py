@@ -21,13 +21,20 @@ _CLOSE_S = 2.0
 _PAGES = Gauge(
     "warmserve_gpu_agent_pages", "Pages of the arena; those lent are of weights, those promised free", ["use"]
 )
+_TRANSITIONS = Counter("warmserve_gpu_agent_transitions_total", "Changes of replicas' states", ["event"])
 _TRANSITION_SECONDS = Histogram(
     "warmserve_gpu_agent_transition_seconds",
-    "Time a transition took",
+    "Time that what ended with the event took: warmed, woken, drained, evicted, cancelled, failed",
     ["event"],
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100),
 )
 _TRANSITION_BYTES = Counter("warmserve_gpu_agent_transition_bytes_total", "Bytes copied or given back", ["event"])
+_COPY_SPEED = Histogram(
+    "warmserve_gpu_agent_copy_bytes_per_second",
+    "Mean speed of each load's copy, by where it came from",
+    ["tier"],
+    buckets=(1e8, 3e8, 1e9, 2e9, 5e9, 1e10, 2e10, 3e10, 4e10, 5e10, 6e10, 1e11, 2e11, 4e11),
+)
 _RESIDENT = Gauge(
     "warmserve_gpu_agent_residency", "Share of a model's weight pages that is resident", ["model", "state"]
 )
@@ -72,9 +79,14 @@ class Reports:
 
     def event(self, event: cluster_pb2.Event) -> None:
         """Something happened."""
-        kind = cluster_pb2.EventKind.Name(event.kind)
-        _TRANSITION_SECONDS.labels(kind).observe(event.duration_ms / 1e3)
+        kind = cluster_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_").lower()
+        _TRANSITIONS.labels(kind).inc()
         _TRANSITION_BYTES.labels(kind).inc(event.bytes)
+        if event.duration_ms:  # what only begins has taken no time yet
+            _TRANSITION_SECONDS.labels(kind).observe(event.duration_ms / 1e3)
+        if event.copy_ms:
+            tier = common_pb2.Tier.Name(event.tier).removeprefix("TIER_").lower()
+            _COPY_SPEED.labels(tier).observe(event.bytes / event.copy_ms * 1e3)
         self._news.put_nowait(event)
 
     async def close(self) -> None:
@@ -94,15 +106,21 @@ class Reports:
                 async with asyncio.timeout(_LOOK_S):
                     await self._dirty.wait()
             except TimeoutError:
-                # KV pages come and go without a word.
-                if self._pages(self.describe()) == self._pages(self._written):
+                # KV pages come and go without a word, and so do pages that are copied in.
+                if self._moving(self.describe()) == self._moving(self._written):
                     continue
             self._dirty.clear()
             await self._write()
 
     @staticmethod
-    def _pages(residency: cluster_pb2.AgentResidency) -> tuple[int, ...]:
-        return residency.pages_free, residency.pages_kv, residency.pages_weights, residency.pages_promised
+    def _moving(residency: cluster_pb2.AgentResidency) -> tuple[int, ...]:
+        return (
+            residency.pages_free,
+            residency.pages_kv,
+            residency.pages_weights,
+            residency.pages_promised,
+            residency.host_tier.filling.bytes_done,
+        )
 
     async def _write(self) -> None:
         # Instances first: a router that sees one may send, and one that sees none wakes.

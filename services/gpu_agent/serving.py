@@ -117,18 +117,16 @@ class Serving:
         shard.server.start_pulling()
         self._transitions.instance(shard)
 
-    def activate(self, shard: Shard, reason: common_pb2.Reason, lasted_ms: float = 0.0) -> None:
-        """A warm shard, all of it resident, becomes active; what led to that took `lasted_ms`. Raises OutOfPages."""
-        began = time.monotonic()
+    def activate(self, shard: Shard, reason: common_pb2.Reason) -> None:
+        """A warm shard, all of it resident, becomes active, as it was ordered at `shard.woken`. Raises OutOfPages."""
         if shard.server is None:
             self.open(shard)
         else:
             shard.server.start_pulling()
         shard.want(active=False)  # for it does
         self.preparing.beside(shard)
-        self._transitions.enter(shard, ACTIVE, reason, None)
-        took_ms = lasted_ms + (time.monotonic() - began) * 1e3
-        self._transitions.event(shard, cluster_pb2.EVENT_KIND_WOKEN, took_ms, 0)
+        took_ms = (time.monotonic() - shard.woken) * 1e3
+        self._transitions.enter(shard, ACTIVE, reason, cluster_pb2.EVENT_KIND_WOKEN, took_ms=took_ms)
         self._transitions.instance(shard)
 
     async def retire(self, shard: Shard, error: str) -> None:
@@ -147,10 +145,13 @@ class Serving:
 
     def rewake(self, shard: Shard, reason: common_pb2.Reason) -> None:
         """A draining shard goes on serving; one that has drained already is activated anew as soon as it is warm."""
+        if shard.rewoken.is_set():
+            return  # as an earlier wake has it already
         shard.wake_reason = reason
+        shard.woken = time.monotonic()
         shard.rewoken.set()
         if not shard.retiring:
-            self._transitions.enter(shard, ACTIVE, reason, cluster_pb2.EVENT_KIND_WOKEN)
+            self._transitions.enter(shard, ACTIVE, reason, cluster_pb2.EVENT_KIND_WOKEN, took_ms=0.0)
             self._transitions.instance(shard)
 
     def drain(self, shard: Shard, reason: common_pb2.Reason, kind: cluster_pb2.EventKind.ValueType) -> None:

@@ -46,6 +46,7 @@ class Shard:
     wanted_active: bool = False  # it is to serve as soon as it can; set by `want`
     score: float = 0.0  # what the placer's last order to warm it says it is worth
     abandoned: threading.Event = field(default_factory=threading.Event)  # the load in progress is not wanted any more
+    abandoned_for: common_pb2.Reason = field(default_factory=common_pb2.Reason)  # why not
     turn: CopyTurn | None = None  # of the load in progress
     task: asyncio.Task[None] | None = None  # the transition in progress
     server: InstanceServer | None = None  # while active or draining, and just before, while the last weights come
@@ -57,6 +58,9 @@ class Shard:
     orders: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while an eviction is carried out
     prewarming: Prewarming = field(init=False)
     bytes_per_s: float = 0.0
+    copied_bytes: int = 0  # by the newest load
+    copy_s: float = 0.0  # seconds in which it did
+    woken: float = 0.0  # when the newest wake was ordered; time.monotonic()
     cold_load_ms: float = 0.0
 
     def __post_init__(self) -> None:
@@ -130,4 +134,5 @@ class Shard:
             cold_load_ms=self.cold_load_ms,
             running=self.server.running if self.server else 0,
             score=self.score,
+            pages_lent=self.pages_resident if self.weights and self.weights.is_lendable else 0,
         )

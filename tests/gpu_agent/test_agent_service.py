@@ -234,9 +234,10 @@ async def test_stopping_hands_running_requests_over(etcd, redis_server, keys, tm
     async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
         object.__setattr__(agent.settings, "grace_s", 0.0)
         spec = await agent.prepare("m", tmp_path / "m")
+        for name in ("r0", "r1"):  # both wait before it is woken, so that they run side by side
+            await agent.submit("m", name, PROMPT, 250)
         await agent.wake(spec)
         for name in ("r0", "r1"):
-            await agent.submit("m", name, PROMPT, 250)
             await agent.relay.some_tokens(name, 1)
         agent.node.stop.set()
         for name in ("r0", "r1"):

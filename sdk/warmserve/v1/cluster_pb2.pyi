@@ -493,11 +493,11 @@ class HostFill(_message.Message):
     name: _builtins.str
     """Its file's name."""
     bytes_done: _builtins.int
-    """Bytes read so far."""
+    """Bytes read so far, the pages being read included."""
     bytes_total: _builtins.int
     """Its size."""
     bytes_per_s: _builtins.float
-    """Bytes per second so far, less the time in which filling made way for loads."""
+    """Bytes per second since it began, the time in which filling made way for loads included."""
     def __init__(
         self,
         *,
