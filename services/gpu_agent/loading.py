@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 
 from services.common.telemetry import logger
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.copy_lane import CopyLane, CopyTurn
 from services.gpu_agent.engine.backend import Backend
 from services.gpu_agent.images import AbandonedError, Blueprint, Images

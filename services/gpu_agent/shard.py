@@ -7,7 +7,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from services.gpu_agent.arena.arena import ArenaUsage, WeightRange
+from services.gpu_agent.arena.arena import ArenaUsage
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.copy_lane import CopyTurn
 from services.gpu_agent.engine.backend import Program
 from services.gpu_agent.engine.grammar import GrammarCompiler

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.host import HostMemory
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.host_runner import HostRunner
 from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache

@@ -10,7 +10,7 @@ import pytest
 
 from launcher.backing import Backing
 from services.common.queues import RequestQueue
-from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.arena.weight_range import WeightRange
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent, status_of
 from tests.gpu_agent.test_agent_service import PROMPT, Gate, expected

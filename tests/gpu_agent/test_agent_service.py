@@ -17,7 +17,7 @@ import torch
 
 from launcher.backing import Backing, start_redis
 from services.common.queues import RequestQueue
-from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine import host
 from services.gpu_agent.engine.grammar import GrammarCompiler
 from services.gpu_agent.engine.loop import EngineLoop

@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.weight_range import WeightRange
 from tests.gpu_agent.arena_backends import CUDA
 
 pytestmark = pytest.mark.gpu

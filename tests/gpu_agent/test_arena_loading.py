@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.weights.errors import ImageCorrupt
 from services.gpu_agent.weights.image import Image, page_sum
 from services.gpu_agent.weights.layout import plan_layout

@@ -13,8 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from services.gpu_agent.arena.arena import Arena, ArenaClosed, WeightRange
-from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.pages import ArenaClosed, OutOfPages
+from services.gpu_agent.arena.weight_range import WeightRange
 from tests.gpu_agent.arena_backends import CUDA, EACH, HOST, Backend
 
 torch.set_num_threads(1)

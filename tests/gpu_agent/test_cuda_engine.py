@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.loop import EngineLoop

@@ -16,8 +16,9 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.weights.direct import DirectFile
 from services.gpu_agent.weights.errors import ImageCorrupt
 from services.gpu_agent.weights.host_tier import HostImageCorrupt, HostTier

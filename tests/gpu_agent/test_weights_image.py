@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.host import HostMemory
 from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
 from services.gpu_agent.weights.image import (

@@ -16,6 +16,10 @@ class OutOfPages(Exception):
         self.total = total
 
 
+class ArenaClosed(RuntimeError):
+    """The arena, or the weight range, has been closed and cannot be used any more."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightsOwner:
     """The page holds part `index` (counted in pages) of a model's weights."""

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.step import Pending, StepResult
 from services.gpu_agent.weights.layout import ImageLayout
 

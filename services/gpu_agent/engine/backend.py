@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.model import BoundModel
 from services.gpu_agent.engine.step import Runner

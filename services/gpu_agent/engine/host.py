@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.backend import OutsideArena, StepLimits
 from services.gpu_agent.engine.host_runner import HostRunner
 from services.gpu_agent.engine.kv_spec import KvSpec

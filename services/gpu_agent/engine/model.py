@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.arrival import Gate, enters_before_use, find_gates
 from services.gpu_agent.engine.attention import ATTENTION, LayerAttention, PagedStep, attending
 from services.gpu_agent.engine.kv_spec import KvSpec

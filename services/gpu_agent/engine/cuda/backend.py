@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.backend import OutsideArena, StepLimits
 from services.gpu_agent.engine.cuda.limits import step_limits
 from services.gpu_agent.engine.cuda.model import CudaModel

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.arrival import with_norms_behind
 from services.gpu_agent.engine.attention import attending
 from services.gpu_agent.engine.cuda import fused

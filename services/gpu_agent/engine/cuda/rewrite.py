@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from services.gpu_agent.arena.arena import WeightRange
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.cuda.fused import gate, rms_norm
 from services.gpu_agent.weights.layout import ImageLayout, fused
 
