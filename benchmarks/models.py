@@ -17,24 +17,31 @@ def llama_8b() -> LlamaConfig:
     return _llama(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
 
 
+def llama_3b() -> LlamaConfig:
+    """The shape of Llama 3.2 3B: 3.21 billion parameters, embeddings tied."""
+    return _llama(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, tie_word_embeddings=True
+    )
+
+
 def llama_1b() -> LlamaConfig:
     """The shape of Llama 3.2 1B: 1.24 billion parameters, embeddings tied."""
     return _llama(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True)
 
 
 def _llama(**shape: Any) -> LlamaConfig:
-    """What both have in common."""
-    return LlamaConfig(
-        vocab_size=128256,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        rms_norm_eps=1e-5,
-        bos_token_id=1,
-        eos_token_id=2,
-        **shape,
-    )
+    """What they have in common, unless `shape` says otherwise."""
+    common: dict[str, Any] = {
+        "vocab_size": 128256,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaConfig(**{**common, **shape})
 
 
 @dataclass(frozen=True)

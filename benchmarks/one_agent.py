@@ -70,7 +70,9 @@ class Cluster:
         """Gives the order; returns how long the answer took, in ms."""
         began = time.perf_counter()
         await self.agent.WakeReplica(agent_pb2.WakeReplicaRequest(spec=spec, group=self.group, reason=REASON))
-        return (time.perf_counter() - began) * 1e3
+        took_ms = (time.perf_counter() - began) * 1e3
+        await self.until(spec.name, common_pb2.REPLICA_STATE_ACTIVE)
+        return took_ms
 
     async def warm(self, spec: cluster_pb2.ModelSpec) -> None:
         """Makes a model warm."""

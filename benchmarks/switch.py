@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.models import llama_1b, llama_8b
+from benchmarks.models import llama_1b, llama_3b, llama_8b
 from benchmarks.one_agent import PROMPT, Cluster, running
 from benchmarks.random_checkpoint import VOCABULARY, write_checkpoint
 from benchmarks.report import Row, report
@@ -40,17 +40,18 @@ class Scale:
     """What is measured on this machine."""
 
     large: LlamaConfig
+    medium: LlamaConfig
     small: LlamaConfig
-    smalls: int  # how many small models take turns with two large ones
+    smalls: int  # how many small models take turns with the other two
     arena: str
     tier: str
     repeats: int
 
 
 def scale() -> Scale:
-    """8B and 1B on a GPU, else tiny ones."""
+    """8B, 3B and 1B on a GPU, else tiny ones."""
     if ON_GPU:
-        return Scale(llama_8b(), llama_1b(), 4, "56GiB", "24GiB", 7)
+        return Scale(llama_8b(), llama_3b(), llama_1b(), 4, "56GiB", "24GiB", 7)
 
     def tiny(layers: int, hidden: int) -> LlamaConfig:
         return LlamaConfig(
@@ -63,7 +64,7 @@ def scale() -> Scale:
             max_position_embeddings=2048,
         )
 
-    return Scale(tiny(16, 512), tiny(4, 256), 4, "512MiB", "128MiB", 5)
+    return Scale(tiny(16, 512), tiny(8, 384), tiny(4, 256), 4, "512MiB", "128MiB", 5)
 
 
 async def warm_switches(cluster: Cluster, specs: list[cluster_pb2.ModelSpec], switches: int) -> list[Row]:
@@ -231,19 +232,33 @@ def _read_time(path: Path) -> float:
 async def measure(switches: int, folder: Path) -> list[Row]:
     """All rows."""
     chosen = scale()
-    shapes = [("large0", chosen.large), ("large1", chosen.large)]
+    shapes = [("large", chosen.large), ("medium", chosen.medium)]
     shapes += [(f"small{n}", chosen.small) for n in range(chosen.smalls)]
     for seed, (name, config) in enumerate(shapes):
+        say(f"writing the checkpoint of {name}")
         write_checkpoint(folder / name, config, seed)
     async with running(chosen.arena, chosen.tier, folder / "main") as cluster:
-        specs = [await cluster.deploy(name, folder / name) for name, _ in shapes]
+        specs = []
+        for name, _ in shapes:
+            say(f"preparing {name}")
+            specs.append(await cluster.deploy(name, folder / name))
+        say("loads from the host tier")
         rows = await loads(cluster, specs[0], chosen)
+        say("wakes of warm models")
         for spec in specs:
             await cluster.warm(spec)
         rows = await warm_switches(cluster, specs, switches) + rows
+        say("tokens beside a model that is warmed")
         rows += await beside(cluster, specs, 400)
-    rows += await from_disk(chosen, folder, folder / "large0")
-    return rows + peers(folder / "large0")
+    say("loads from the disk")
+    rows += await from_disk(chosen, folder, folder / "large")
+    say("peers")
+    return rows + peers(folder / "large")
+
+
+def say(what: str) -> None:
+    """What is being done, for those who wait."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
 
 
 def main() -> None:

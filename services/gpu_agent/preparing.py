@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from prometheus_client import Counter
+
 from services.common.tasks import begin_task
 from services.common.telemetry import logger
 from services.gpu_agent.engine.loop import EngineLoop, EngineStopped
@@ -13,6 +15,12 @@ from services.gpu_agent.transitions import Transitions
 from warmserve.v1 import cluster_pb2, common_pb2
 
 _log = logger(__name__)
+
+_CAPTURES = Counter(
+    "warmserve_gpu_agent_graph_captures_total",
+    "CUDA graphs captured: once for each shape of step of a model, however often its weights come and go",
+    ["model"],
+)
 
 
 class Preparing:
@@ -65,6 +73,9 @@ class Preparing:
 
         def piece() -> bool:
             with weights.in_use():  # else an instance that needs pages might take them from under it
-                return go_on() and weights.complete and program.prepare()
+                prepared = go_on() and weights.complete and program.prepare()
+            if prepared:
+                _CAPTURES.labels(shard.name).inc()
+            return prepared
 
         await asyncio.wrap_future(self._engine.work(piece))

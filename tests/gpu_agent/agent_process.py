@@ -164,13 +164,11 @@ async def running_agent(
         **common,
         id=agent_id,
         node="n0",
-        backend="host",
         arena_bytes=arena,
-        page_bytes="64KiB",
         model_roots=[folder],
         image_dir=folder / "images",
         grace_s=5,
-        **options,
+        **{"backend": "host", "page_bytes": "64KiB", **options},
     )
     stop = asyncio.Event()
     node = make_node(settings, stop)

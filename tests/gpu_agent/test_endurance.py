@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from launcher.backing import Backing
 from services.gpu_agent import __main__ as agent_process
@@ -29,8 +32,24 @@ CYCLES = int(os.environ.get("WARMSERVE_ENDURANCE_CYCLES", "40"))
 SEED = int(os.environ.get("WARMSERVE_ENDURANCE_SEED", "1"))
 MODELS = 8
 TOKENS = 12
-PAGE = 65536
 OUT_OF_ANON_BYTES = 96 << 20  # what buffers, threads' heaps and caches may add; a leak of weights is far more
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the models are: eight of them need three times the arena."""
+
+    page: int  # bytes
+    arena_pages: int
+    tier: str  # room for one model or two
+    changes: dict[str, int]  # to the tiny models' configs
+
+    backend: str
+
+
+HOST = Scale(65536, 24, "1536KiB", {}, "host")
+# float32, in which a batch's other sequences do not change which token is the greatest
+CUDA = Scale(2 << 20, 64, "100MiB", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}, "cuda")
 
 
 @dataclass
@@ -162,6 +181,16 @@ class World:
         else:
             await asyncio.gather(*(self.serve(each, 2) for each in self.random.sample(self.models, 2)))
 
+    async def prepared(self) -> None:
+        """Returns when all graphs are captured that there will ever be: a model is warm once it has its own."""
+        for model in self.models:
+            await self.order("drain", model)
+            await self.settled(model)
+            await self.order("evict", model)
+            while not await self.order("warm", model):
+                await self.make_room(model)
+            await self.agent.until(model.spec.name, common_pb2.REPLICA_STATE_WARM)
+
     def check(self) -> None:
         """The accounting is exact, and no address range was left behind."""
         self.arena.check()
@@ -178,21 +207,55 @@ def anonymous_bytes() -> int:
     raise AssertionError("no RssAnon")
 
 
-async def deployed(agent: RunningAgent, folder: Path) -> list[Model]:
+def device_bytes(scale: Scale) -> int:
+    """What is taken of the GPU's memory, by anyone; 0 on the host."""
+    if scale.backend == "host":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def captures() -> float:
+    """CUDA graphs that were captured so far."""
+    return sum(
+        sample.value
+        for metric in REGISTRY.collect()
+        for sample in metric.samples
+        if sample.name == "warmserve_gpu_agent_graph_captures_total"
+    )
+
+
+async def deployed(agent: RunningAgent, folder: Path, scale: Scale) -> list[Model]:
     models = []
     for number in range(MODELS):
-        name = f"m{number}"
-        reference = checkpoints.checkpoint(
-            ("llama", "qwen3", "mistral", "gemma3")[number % 4], folder / name, seed=number
-        )
+        name, family = f"m{number}", ("llama", "qwen3", "mistral", "gemma3")[number % 4]
+        changes = dict(scale.changes)
+        if family == "gemma3":  # whose layers are of two kinds
+            changes.pop("num_hidden_layers", None)
+        reference = checkpoints.save(checkpoints.CONFIGS[family](**changes), folder / name, seed=number)
         prompts = [[3 + number, 7, *range(20, 20 + 30 * n)] for n in range(4)]
         answers = [expected(reference, prompt, TOKENS) for prompt in prompts]
         models.append(Model(await agent.prepare(name, folder / name), prompts, answers))
     return models
 
 
+@pytest.fixture
+def tier_folder() -> Iterator[Path]:
+    """In memory, as a tier is: CUDA registers no file of a disk."""
+    with tempfile.TemporaryDirectory(prefix="warmserve-test-", dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.timeout(60 + 3 * CYCLES)
+@pytest.mark.parametrize("scale", [pytest.param(HOST, id="host"), pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu)])
 async def test_models_take_turns_for_long(
-    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    etcd: Backing,
+    redis_server: Backing,
+    keys: Keys,
+    tmp_path: Path,
+    tier_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scale: Scale,
 ) -> None:
     torch.set_num_threads(1)
     arenas: list[Arena] = []
@@ -204,14 +267,18 @@ async def test_models_take_turns_for_long(
 
     monkeypatch.setattr(agent_process, "Arena", Seen)
     # A third of what the models need, and a host tier for some of them.
-    options = {"host_tier_bytes": "1536KiB", "host_tier_dir": tmp_path / "tier"}
-    async with running_agent(
-        etcd.address, redis_server.address, keys.prefix, tmp_path, arena=str(24 * PAGE), **options
-    ) as agent:
-        models = await deployed(agent, tmp_path)
+    options = {
+        "host_tier_bytes": scale.tier,
+        "host_tier_dir": tier_folder,
+        "backend": scale.backend,
+        "page_bytes": scale.page,
+    }
+    size = str(scale.arena_pages * scale.page)
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, arena=size, **options) as agent:
+        models = await deployed(agent, tmp_path, scale)
         (arena,) = arenas
         needed = sum(model.spec.facts.shard_bytes for model in models)
-        assert needed >= 3 * arena.num_pages * PAGE
+        assert needed >= 3 * arena.num_pages * scale.page
         world = World(agent, arena, models, random.Random(SEED))
         told = arena.on_taken_back
 
@@ -222,12 +289,15 @@ async def test_models_take_turns_for_long(
         arena.on_taken_back = on_taken_back
         for model in models:  # once each, so that nothing below is a first time
             await world.serve(model, 1)
-        before = anonymous_bytes()
+        await world.prepared()
+        before, device_before, captured = anonymous_bytes(), device_bytes(scale), captures()
         for _ in range(CYCLES):
             await world.cycle()
             world.check()
         grown = anonymous_bytes() - before
         assert grown < OUT_OF_ANON_BYTES, f"{grown >> 20} MiB more than before {CYCLES} cycles"
+        assert device_bytes(scale) == device_before
+        assert captures() == captured
         for model in models:
             await world.serve(model, 1)
         for model in models:
