@@ -214,6 +214,14 @@ def test_a_common_prefix_is_computed_once(world: World) -> None:
     answer = tokens_of(run(instance), "b")
     assert instance.stats.shared_tokens == 64
     assert answer == model.generate([*shared, 6], 8)
+    at_once = {"c": [*prompt(300), 5], "d": [*prompt(300), 5], "e": [*prompt(300), 6, 7]}  # in one step
+    for name, tokens in at_once.items():
+        instance.add(greedy(name, tokens, 8))
+    outputs = run(instance)
+    assert instance.stats.shared_tokens == 64 + 2 * 288
+    assert {name: tokens_of(outputs, name) for name in at_once} == {
+        name: model.generate(tokens, 8) for name, tokens in at_once.items()
+    }
     instance.close("")
 
 

@@ -314,6 +314,23 @@ def test_a_common_beginning_is_computed_once(case: Case, depth: int) -> None:
     instance.close("over")
 
 
+@pytest.mark.parametrize("token_budget", [512, 8])
+def test_a_prompt_that_comes_several_times_at_once_is_computed_once(case: Case, token_budget: int) -> None:
+    """As it does where somebody asks for several answers: no step must have ended before its blocks are shared."""
+    instance = case.instance(max_batch=4, token_budget=token_budget)
+    stem = prompt(22, seed=7)
+    asked = {"one": [*stem, 7, 8, 9], "same": [*stem, 7, 8, 9], "other": [*stem, 11], "apart": prompt(9, seed=8)}
+    for name, tokens in asked.items():
+        instance.add(greedy(name, tokens, 5))
+    outputs = run(instance)
+    for name, tokens in asked.items():
+        assert tokens_of(outputs, name) == generate(case.reference, tokens, 5)
+    assert instance.stats.shared_tokens == 24 + 20  # whole blocks of 4
+    decoded = 4 * (5 - 1)
+    assert instance.stats.computed_tokens == sum(map(len, asked.values())) - 44 + decoded
+    case.check_idle(instance)
+
+
 def test_closing_waits_for_steps_under_way(case: Case) -> None:
     instance = case.instance()
     instance.add(greedy("r21", PROMPTS["r21"], TOKENS["r21"]))

@@ -28,6 +28,9 @@ class Blocks:
     def share(self, digests: Iterable[bytes]) -> list[int]:
         return []
 
+    def remember(self, blocks: Iterable[int], digests: Iterable[bytes]) -> None:
+        pass
+
     def try_alloc(self, count: int) -> list[int] | None:
         return [self.unused.pop() for _ in range(count)] if count <= len(self.unused) else None
 

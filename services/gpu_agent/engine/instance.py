@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from services.gpu_agent.engine.arrival import Behind
 from services.gpu_agent.engine.grammar import GrammarError
 from services.gpu_agent.engine.kv import KvCache
-from services.gpu_agent.engine.prefix import extend_digests
 from services.gpu_agent.engine.sampling import Choice
 from services.gpu_agent.engine.sampling_batch import Row, TokenHistory
 from services.gpu_agent.engine.scheduler import Chunk, Scheduler
@@ -202,9 +201,6 @@ class Instance:
         self._computed_tokens += sum(chunk.length for chunk in schedule.chunks)
         self._kv.launched()
         self._flights.append(_Flight(self._runner.launch(parts, rows), chunks, sampling))
-        for sequence, _, computed in chunks:
-            # Whoever shares a prompt's blocks is computed behind this step. Done now, it costs no time of the device.
-            self._remember(sequence, min(computed, len(sequence.token_ids)))
         return True
 
     def advance(self) -> bool:
@@ -224,7 +220,7 @@ class Instance:
         # Blocks that chosen tokens fill, which are known only now; before any sequence ends and gives its blocks back.
         for sequence, blocks, computed in flight.chunks:
             if blocks is sequence.blocks:  # else it has ended or was preempted
-                self._remember(sequence, computed)
+                self._scheduler.remember(sequence, computed)
         for sequence, choice in zip(flight.sampling, result.choices, strict=True):
             sequence.in_flight -= 1
             if self._sequences.get((sequence.request_id, sequence.attempt)) is sequence:
@@ -305,17 +301,6 @@ class Instance:
             sequence.history = TokenHistory(sequence.token_ids[:prompt], sequence.token_ids[prompt:])
         if sampling.grammar is not None and sequence.matcher is None:
             raise ValueError("the request has a grammar that was not compiled")
-
-    def _remember(self, sequence: Sequence, computed: int) -> None:
-        """Has full blocks found by later prompts that begin like this sequence."""
-        block_tokens = self._kv.spec.block_tokens
-        full = computed // block_tokens
-        if full <= sequence.remembered:
-            return  # most steps fill no block, and must not look at all tokens again
-        extend_digests(sequence.digests, sequence.token_ids[: full * block_tokens], block_tokens)
-        new = range(sequence.remembered, full)
-        self._kv.remember([sequence.blocks[i] for i in new], [sequence.digests[i] for i in new])
-        sequence.remembered = full
 
     def _expire(self) -> None:
         deadline = self.next_deadline

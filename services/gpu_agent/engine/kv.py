@@ -112,7 +112,7 @@ class KvCache:
         return blocks
 
     def remember(self, blocks: Iterable[int], digests: Iterable[bytes]) -> None:
-        """Says what blocks that a sequence holds contain, once they are full."""
+        """Says what blocks that a sequence holds contain, or will before a later step reads them; full ones only."""
         for block, digest in zip(blocks, digests, strict=True):
             self._prefixes.add(block, digest)
 

@@ -23,6 +23,10 @@ class BlockPool(Protocol):
         """The blocks of the longest prefix that is there already, held from now on."""
         ...
 
+    def remember(self, blocks: Many[int], digests: Many[bytes]) -> None:
+        """Says what blocks that a sequence holds contain."""
+        ...
+
     def try_alloc(self, count: int) -> list[int] | None:
         """`count` blocks, or None with nothing taken."""
         ...
@@ -44,9 +48,37 @@ class Chunk:
     length: int
 
 
+class _Step:
+    """A step being decided: its chunks, and how much more it takes."""
+
+    def __init__(self, budget: int, prefills: int) -> None:
+        self.chunks: list[Chunk] = []
+        self._budget = budget
+        self._prefills = prefills
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a sequence that does not decode would get any tokens."""
+        return self._budget > 0 and self._prefills > 0
+
+    def decode(self, sequence: Sequence) -> None:
+        """Adds a sequence's one token, for which the budget was left out."""
+        self.chunks.append(Chunk(sequence, 1))
+
+    def prefill(self, sequence: Sequence) -> None:
+        """Adds as many of a sequence's tokens as there is room for, at least one."""
+        length = min(self._budget, sequence.pending_tokens)
+        self._budget -= length
+        self._prefills -= length > 1
+        self.chunks.append(Chunk(sequence, length))
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """What to compute in one step, oldest sequence first, and whom to fail."""
+    """What to compute in one step, oldest sequence first, and whom to fail.
+
+    A chunk may attend to blocks that chunks before it in the same step fill.
+    """
 
     chunks: list[Chunk]
     impossible: list[tuple[Sequence, str]]
@@ -59,7 +91,9 @@ class Scheduler:
     Every running sequence that decodes gets its token in every step. What is left of the step's token budget goes to
     prefills, in chunks. A sequence starts when there are blocks for all its tokens and one more, so that blocks run
     short only while sequences grow; then the newest one is preempted: it gives its blocks back, waits in front of all
-    others, and is computed anew from its tokens, but for the prefix whose blocks are still there.
+    others, and is computed anew from its tokens, but for the prefix whose blocks are still there. A prefix that one
+    sequence computes in a step is there for those that start in the same step: a prompt that comes several times
+    at once is computed once.
 
     Steps may be scheduled before the tokens of the one before are known (Sequence.in_flight).
     """
@@ -120,21 +154,27 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Decides one step. The caller computes the chunks and then raises each sequence's computed_tokens."""
         self._grow()
-        impossible = self._admit()
         active = self._active()
         decoding = sum(1 for s in active if s.pending_tokens == 1)
-        budget = self._token_budget - decoding if decoding else self._prefill_budget
-        prefills = self._max_prefills
-        chunks = []
+        step = _Step(self._token_budget - decoding if decoding else self._prefill_budget, self._max_prefills)
         for sequence in active:
             if sequence.pending_tokens == 1:
-                chunks.append(Chunk(sequence, 1))
-            elif budget > 0 and prefills > 0:
-                length = min(budget, sequence.pending_tokens)
-                budget -= length
-                prefills -= 1
-                chunks.append(Chunk(sequence, length))
-        return Schedule(chunks, impossible)
+                step.decode(sequence)
+            elif step.has_room:
+                step.prefill(sequence)
+        for chunk in step.chunks:
+            self._remember_chunk(chunk)
+        return Schedule(step.chunks, self._admit(step))
+
+    def remember(self, sequence: Sequence, computed: int) -> None:
+        """Has full blocks among the first `computed` tokens, all known, found by later prompts that begin alike."""
+        full = computed // self._block_tokens
+        if full <= sequence.remembered:
+            return  # most steps fill no block, and must not look at all tokens again
+        extend_digests(sequence.digests, sequence.token_ids[: full * self._block_tokens], self._block_tokens)
+        new = slice(sequence.remembered, full)
+        self._pool.remember(sequence.blocks[new], sequence.digests[new])
+        sequence.remembered = full
 
     def _active(self) -> list[Sequence]:
         """The running sequences but those that the steps under way bring to their length."""
@@ -154,10 +194,10 @@ class Scheduler:
                 else:
                     sequence.blocks.extend(blocks)
 
-    def _admit(self) -> list[tuple[Sequence, str]]:
+    def _admit(self, step: _Step) -> list[tuple[Sequence, str]]:
+        """Starts sequences that the step has room for."""
         impossible = []
-        prefilling = sum(s.pending_tokens for s in self._running if s.pending_tokens > 1)
-        while self._waiting and self._slots and prefilling < self._prefill_budget:
+        while self._waiting and self._slots and step.has_room:
             sequence = self._waiting[0]
             if sequence.in_flight:
                 break  # preempted a moment ago; it cannot be computed anew before all its tokens are known
@@ -183,7 +223,8 @@ class Scheduler:
             sequence.computed_tokens = len(shared) * self._block_tokens
             self.shared_tokens += sequence.computed_tokens
             self._running.append(sequence)
-            prefilling += sequence.pending_tokens
+            step.prefill(sequence)
+            self._remember_chunk(step.chunks[-1])
         return impossible
 
     def _share(self, sequence: Sequence) -> list[int]:
@@ -192,6 +233,11 @@ class Scheduler:
         extend_digests(sequence.digests, sequence.token_ids, self._block_tokens)
         # At least the last token is computed, for it tells the next one.
         return self._pool.share(sequence.digests[: (len(sequence.token_ids) - 1) // self._block_tokens])
+
+    def _remember_chunk(self, chunk: Chunk) -> None:
+        """Of a step that is about to be computed: whoever shares its blocks is computed with it, or behind it."""
+        sequence = chunk.sequence
+        self.remember(sequence, min(sequence.computed_tokens + chunk.length, len(sequence.token_ids)))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

@@ -59,6 +59,9 @@ class Runner(Protocol):
     def launch(self, parts: Many[Part], rows: Many[Row]) -> Pending:
         """Begins a step. `rows` says how to choose for each part that samples, in their order.
 
+        In each layer the keys and values of all parts are stored before any part attends: blocks that one part fills
+        may be among those of another behind it.
+
         Where not all weights are resident yet, what it returns is an arrival.Behind, and no step is begun after it
         before that one has ended.
         """
