@@ -18,7 +18,7 @@ from services.gpu_agent.images import Images
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.service import AgentServicer
 from services.gpu_agent.settings import GpuAgentSettings
-from services.gpu_agent.weights.image import remove_unfinished
+from services.gpu_agent.weights.building import remove_stale
 from warmserve.cluster.mirror import Mirror
 from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2
 
@@ -30,7 +30,7 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     device = open_device(settings)
     arena = Arena(device.memory)
     settings.image_dir.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(settings.image_dir)
+    remove_stale(settings.image_dir)
     backend = open_backend(device, arena, settings.max_batch)
     tier = open_host_tier(settings, device)
     images = Images(settings, arena, backend, tier)

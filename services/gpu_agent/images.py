@@ -16,10 +16,11 @@ from services.gpu_agent.engine.backend import Backend
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.model import UnsupportedArchitecture, inspect_model
 from services.gpu_agent.settings import GpuAgentSettings
+from services.gpu_agent.weights.building import prepare_image
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
 from services.gpu_agent.weights.host_tier import HostTier
-from services.gpu_agent.weights.image import Image, delete_image, image_path, open_image, prepare_image
+from services.gpu_agent.weights.image import Image, delete_image, image_path, open_image_of
 from services.gpu_agent.weights.layout import ImageLayout, check_fits, plan_layout
 from warmserve.v1 import cluster_pb2, common_pb2
 
@@ -109,15 +110,16 @@ class Images:
         try:
             return self.opened(blueprint)
         except (FileNotFoundError, ImageCorrupt):
-            return open_image(self.prepare(blueprint, progress))
+            self.prepare(blueprint, progress)
+            return self.opened(blueprint)
 
     def path(self, blueprint: Blueprint) -> Path:
         """Where the image is on this node's disk, or will be."""
         return image_path(self._folder, blueprint.checkpoint, blueprint.layout)
 
     def opened(self, blueprint: Blueprint) -> Image:
-        """The image as it is on the disk. FileNotFoundError, ImageCorrupt."""
-        return open_image(self.path(blueprint))
+        """The image as it is on the disk. FileNotFoundError; ImageCorrupt, also where it is another version's."""
+        return open_image_of(self.path(blueprint), blueprint.checkpoint.fingerprint, blueprint.layout)
 
     def present(self, blueprint: Blueprint) -> bool:
         """Whether the image is on this node's disk."""

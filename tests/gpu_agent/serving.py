@@ -22,8 +22,9 @@ from services.gpu_agent.engine.kv_tensors import KvTensors
 from services.gpu_agent.engine.model import BoundModel, build_model
 from services.gpu_agent.engine.sampling_params import SamplingParams
 from services.gpu_agent.engine.sequence import Sequence, SequenceOutput
+from services.gpu_agent.weights.building import prepare_image
 from services.gpu_agent.weights.checkpoint import Checkpoint
-from services.gpu_agent.weights.image import Image, open_image, prepare_image
+from services.gpu_agent.weights.image import Image, open_image
 from services.gpu_agent.weights.layout import ImageLayout, plan_layout
 from services.gpu_agent.weights.loader import load
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +12,12 @@ import torch
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.arena.weight_range import WeightRange
+from services.gpu_agent.weights.direct import DirectFile
 from services.gpu_agent.weights.errors import ImageCorrupt
-from services.gpu_agent.weights.image import Image, page_sum
+from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.layout import plan_layout
 from services.gpu_agent.weights.loader import LoadProgress, load
+from services.gpu_agent.weights.sums import host_sum
 from tests.gpu_agent.arena_backends import EACH, Backend
 
 torch.set_num_threads(1)
@@ -52,9 +52,8 @@ def image(backend: Backend, content: torch.Tensor, tmp_path: Path) -> Iterator[I
     path = tmp_path / "an.image"
     path.write_bytes(content.numpy().tobytes())
     layout = plan_layout({"w": (PAGES * backend.per_page,)}, {}, torch.float32, backend.page)
-    checksums = [zlib.crc32(page.numpy().tobytes()) for page in content]
-    sums = [int(page_sum(page)) for page in content]
-    with Image(path, "fingerprint", layout, checksums, sums, os.open(path, os.O_RDONLY)) as opened:
+    sums = [host_sum(page.numpy().data) for page in content]
+    with Image(path, "fingerprint", layout, sums, DirectFile(path)) as opened:
         yield opened
 
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from services.gpu_agent.engine.attention import LayerAttention, PagedStep, Span, _attention, _sees, attending
 from services.gpu_agent.engine.kv_tensors import KvTensors
 from services.gpu_agent.engine.model import UnsupportedArchitecture, build_model, inspect_attention, inspect_model
+from services.gpu_agent.weights.building import prepare_image
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.errors import CheckpointError
-from services.gpu_agent.weights.image import Image, open_image, prepare_image
+from services.gpu_agent.weights.image import Image, open_image
 from services.gpu_agent.weights.layout import fused, plan_layout
 from services.gpu_agent.weights.loader import load
 from tests.gpu_agent.checkpoints import CONFIGS, FAMILIES, HIDDEN, save

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import multiprocessing
 import os
 import signal
 import tempfile
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.weights.direct import DirectFile
 from services.gpu_agent.weights.errors import ImageCorrupt
 from services.gpu_agent.weights.host_tier import HostImageCorrupt, HostTier
-from services.gpu_agent.weights.image import Image, page_sum
+from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.layout import plan_layout
 from services.gpu_agent.weights.loader import load
+from services.gpu_agent.weights.sums import host_sum
 from tests.gpu_agent.arena_backends import EACH, Backend
 from tests.gpu_agent.checkpoints import llama
 from tests.gpu_agent.serving import PAGE_BYTES, arena, serve_files
@@ -201,8 +202,8 @@ def synthetic(backend: Backend, folder: Path) -> tuple[Arena, Image, WeightRange
     path = folder / "an.image"
     path.write_bytes(content.numpy().tobytes())
     layout = plan_layout({"w": (PAGES * backend.per_page,)}, {}, torch.float32, backend.page)
-    checksums, sums = [zlib.crc32(page.numpy().tobytes()) for page in content], [int(page_sum(p)) for p in content]
-    image = Image(path, "fingerprint", layout, checksums, sums, os.open(path, os.O_RDONLY))
+    sums = [host_sum(page.numpy().data) for page in content]
+    image = Image(path, "fingerprint", layout, sums, DirectFile(path))
     memory = Arena(backend.memory(PAGES + 4))
     return memory, image, memory.add_weights("m", PAGES * backend.page)
 
@@ -291,3 +292,18 @@ def test_reading_goes_on_through_the_page_cache_where_direct_reads_are_refused(
         with pytest.raises(OSError, match="ends at 12288"):
             file.read(2 * 4096, memoryview(into))
     assert bytes(into[:4096]) == path.read_bytes()[8192:]
+
+
+@pytest.mark.parametrize("cached", [0, 5 * 4096, 5 * 4096 + 77, 16 * 4096])
+def test_what_the_page_cache_has_comes_from_there_and_the_rest_from_the_disk(tmp_path: Path, cached: int) -> None:
+    path = tmp_path / "file"
+    content = os.urandom(16 * 4096)
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+        assert file.read(cached) == content[:cached]
+    with mmap.mmap(-1, 12 * 4096) as into, DirectFile(path) as direct:
+        direct.read(2 * 4096, memoryview(into))
+        assert into[:] == content[2 * 4096 : 14 * 4096]

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.host import HostMemory
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.arena.weight_range import WeightRange
+from services.gpu_agent.weights.building import prepare_image
 from services.gpu_agent.weights.checkpoint import Checkpoint
-from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
+from services.gpu_agent.weights.errors import ImageCorrupt
 from services.gpu_agent.weights.image import (
     Image,
-    build_image,
     delete_image,
+    describe,
     image_path,
     open_image,
-    prepare_image,
-    remove_unfinished,
+    open_image_of,
+    sidecar,
 )
 from services.gpu_agent.weights.layout import ImageLayout, plan_layout
 from services.gpu_agent.weights.loader import LoadProgress, load
@@ -122,18 +120,6 @@ def test_a_loaded_image_is_the_checkpoint_in_the_serving_dtype(
     arena.close()
 
 
-def test_an_image_is_made_once_and_progress_reaches_the_end(prepared: Prepared) -> None:
-    seen: list[tuple[int, int]] = []
-    before = prepared.path.stat()
-    again = prepare_image(prepared.checkpoint, prepared.layout, prepared.images, lambda d, t: seen.append((d, t)))
-    assert (again, prepared.path.stat().st_mtime_ns, seen) == (prepared.path, before.st_mtime_ns, [])
-    build_image(prepared.checkpoint, prepared.layout, prepared.path, lambda d, t: seen.append((d, t)))
-    assert seen == sorted(seen)
-    assert seen[-1] == (prepared.layout.total_bytes, prepared.layout.total_bytes)
-    assert prepared.path.stat().st_size == prepared.layout.total_bytes
-    assert sorted(os.listdir(prepared.images)) == [prepared.path.name, prepared.path.name + ".json"]
-
-
 def test_versions_dtypes_and_page_sizes_have_images_of_their_own(prepared: Prepared, tmp_path: Path) -> None:
     llama(tmp_path / "models" / "other", seed=9)
     other = opened(tmp_path / "models" / "other")
@@ -145,104 +131,6 @@ def test_versions_dtypes_and_page_sizes_have_images_of_their_own(prepared: Prepa
         image_path(prepared.images, prepared.checkpoint, smaller),
     }
     assert len(paths) == 4
-
-
-# What goes wrong while an image is made
-
-
-@contextmanager
-def largest_file(nbytes: int) -> Iterator[None]:
-    """Any file that would grow beyond this meets an error, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("room", [0, 100, 5 * PAGE])
-def test_a_full_disk_leaves_nothing_behind_and_says_what_to_do(prepared: Prepared, tmp_path: Path, room: int) -> None:
-    target = tmp_path / "full" / "an.image"
-    with (
-        largest_file(room),
-        pytest.raises(CheckpointError, match=r"needs .* MiB in .*full.*disk is full.*free space there") as caught,
-    ):
-        build_image(prepared.checkpoint, prepared.layout, target, no_progress)
-    assert caught.value.kind is Problem.TOO_LARGE
-    assert os.listdir(target.parent) == []
-
-
-def test_a_build_that_is_given_up_leaves_the_old_image_as_it_was(prepared: Prepared) -> None:
-    before = prepared.path.read_bytes()
-
-    class GivenUp(Exception):
-        pass
-
-    def give_up(done: int, _total: int) -> None:
-        if done > 3 * PAGE:
-            raise GivenUp
-
-    with pytest.raises(GivenUp):
-        build_image(prepared.checkpoint, prepared.layout, prepared.path, give_up)
-    assert prepared.path.read_bytes() == before
-    assert sorted(os.listdir(prepared.images)) == [prepared.path.name, prepared.path.name + ".json"]
-
-
-def test_a_checkpoint_cut_short_after_it_was_checked(prepared: Prepared, tmp_path: Path) -> None:
-    os.truncate(prepared.checkpoint.folder / "model.safetensors", 100_000)
-    with pytest.raises(CheckpointError, match="was cut short while it was read"):
-        build_image(prepared.checkpoint, prepared.layout, tmp_path / "new" / "an.image", no_progress)
-    assert os.listdir(tmp_path / "new") == []
-
-
-@pytest.mark.parametrize(
-    ("value", "dtype", "message"),
-    [
-        (float("nan"), torch.float32, r"model\.norm\.weight has values that are not finite"),
-        (float("inf"), torch.bfloat16, r"model\.norm\.weight has values that are not finite"),
-        (1e6, torch.float16, r"model\.norm\.weight has values beyond the range of torch\.float16; serve in bfloat16"),
-    ],
-)
-def test_weights_that_would_not_compute_are_refused(
-    tmp_path: Path, value: float, dtype: torch.dtype, message: str
-) -> None:
-    llama(tmp_path / "m")
-    file = tmp_path / "m" / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.norm.weight"][5] = value
-    save_file(tensors, file)
-    checkpoint = opened(tmp_path / "m")
-    with pytest.raises(CheckpointError, match=message) as caught:
-        prepare_image(checkpoint, planned(checkpoint, dtype), tmp_path / "images", no_progress)
-    assert caught.value.kind is Problem.INVALID
-    assert os.listdir(tmp_path / "images") == []
-
-
-def test_what_killed_builds_left_is_removed_and_running_builds_are_spared(prepared: Prepared) -> None:
-    (prepared.images / "dead.image.x1.unfinished").write_bytes(b"half")
-    spared: list[int] = []
-
-    def sweep(_done: int, _total: int) -> None:
-        spared.append(remove_unfinished(prepared.images))
-
-    build_image(prepared.checkpoint, prepared.layout, prepared.images / "new.image", sweep)
-    assert (spared[0], sum(spared)) == (1, 1)
-    open_image(prepared.images / "new.image").close()
-
-
-def test_two_builds_of_one_image_at_once_leave_one_good_image(prepared: Prepared, tmp_path: Path) -> None:
-    target = tmp_path / "both" / "an.image"
-    threads = [
-        threading.Thread(target=build_image, args=(prepared.checkpoint, prepared.layout, target, no_progress))
-        for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert target.read_bytes() == prepared.path.read_bytes()
-    assert sorted(os.listdir(target.parent)) == ["an.image", "an.image.json"]
 
 
 # What goes wrong with an image on the disk
@@ -281,43 +169,50 @@ def test_an_image_cut_short(image: Image, prepared: Prepared, weights: WeightRan
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"\xff\xfe"])
-def test_a_damaged_sidecar(prepared: Prepared, content: bytes | None) -> None:
-    sidecar = prepared.path.with_name(prepared.path.name + ".json")
+def test_a_damaged_json(prepared: Prepared, content: bytes | None) -> None:
     if content is None:  # still JSON, with one checksum changed
-        body = json.loads(sidecar.read_text())
-        body["page_crc32"][0] ^= 1
+        body = json.loads(sidecar(prepared.path).read_text())
+        body["page_sums"][0] ^= 1
         content = json.dumps(body).encode()
-    sidecar.write_bytes(content)
+    sidecar(prepared.path).write_bytes(content)
     with pytest.raises(ImageCorrupt, match="is damaged"):
         open_image(prepared.path)
 
 
 def test_an_image_of_another_format_is_not_read(prepared: Prepared) -> None:
     """It would be laid out otherwise; preparing again replaces it."""
-    sidecar = prepared.path.with_name(prepared.path.name + ".json")
-    body = {name: value for name, value in json.loads(sidecar.read_text()).items() if name != "crc32"}
+    body = {name: value for name, value in json.loads(sidecar(prepared.path).read_text()).items() if name != "crc32"}
     body["format"] -= 1
     checksum = zlib.crc32(json.dumps(body, sort_keys=True).encode())
-    sidecar.write_text(json.dumps({**body, "crc32": checksum}))
+    sidecar(prepared.path).write_text(json.dumps({**body, "crc32": checksum}))
     with pytest.raises(ImageCorrupt, match="of another version"):
         open_image(prepared.path)
     prepare_image(prepared.checkpoint, prepared.layout, prepared.images, no_progress)
     open_image(prepared.path).close()
 
 
+def test_an_image_of_another_version_of_the_checkpoint_is_found_and_replaced(prepared: Prepared) -> None:
+    good = sidecar(prepared.path).read_bytes()
+    sidecar(prepared.path).write_bytes(describe("f" * 64, prepared.layout, range(prepared.layout.num_pages)))
+    with pytest.raises(ImageCorrupt, match="another version of the checkpoint"):
+        open_image_of(prepared.path, prepared.checkpoint.fingerprint, prepared.layout)
+    prepare_image(prepared.checkpoint, prepared.layout, prepared.images, no_progress)
+    assert sidecar(prepared.path).read_bytes() == good
+    open_image_of(prepared.path, prepared.checkpoint.fingerprint, prepared.layout).close()
+
+
 @pytest.mark.parametrize("broken", ["image", "sidecar", "no image", "no sidecar"])
 def test_preparing_again_mends_a_broken_image(prepared: Prepared, broken: str) -> None:
     good = prepared.path.read_bytes()
-    sidecar = prepared.path.with_name(prepared.path.name + ".json")
     match broken:
         case "image":
             os.truncate(prepared.path, PAGE)
         case "sidecar":
-            sidecar.write_text("{")
+            sidecar(prepared.path).write_text("{")
         case "no image":
             prepared.path.unlink()
         case "no sidecar":
-            sidecar.unlink()
+            sidecar(prepared.path).unlink()
     assert prepare_image(prepared.checkpoint, prepared.layout, prepared.images, no_progress) == prepared.path
     assert prepared.path.read_bytes() == good
     open_image(prepared.path).close()

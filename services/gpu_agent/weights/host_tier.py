@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 
 from services.common.telemetry import logger
-from services.gpu_agent.weights.direct import DirectFile
 from services.gpu_agent.weights.errors import ImageCorrupt
-from services.gpu_agent.weights.image import UNFINISHED, Image, remove_unfinished
+from services.gpu_agent.weights.image import Image
+from services.gpu_agent.weights.sums import host_sum
 
 _log = logger(__name__)
 _READERS = 4
+_UNFINISHED = ".unfinished"
 _FULL = {errno.ENOSPC, errno.ENOMEM, errno.EDQUOT}
 
 Pin = Callable[[int, int], Callable[[], None]]
@@ -121,7 +122,7 @@ class HostTier:
             folder.mkdir(parents=True, exist_ok=True)
             self._present = os.open(folder / ".agents", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._present, fcntl.LOCK_SH)
-            if removed := remove_unfinished(folder):
+            if removed := _remove_unfinished(folder):
                 _log.info("removed images that a killed agent had not finished", files=removed, folder=str(folder))
 
     @contextmanager
@@ -174,7 +175,7 @@ class HostTier:
         path, nbytes = self._folder / image.path.name, image.layout.total_bytes
         if not self.budget_bytes or path.exists():
             return path.exists()
-        unfinished = path.with_name(f"{path.name}{UNFINISHED}")
+        unfinished = path.with_name(f"{path.name}{_UNFINISHED}")
         with self._locked():
             fd = self._reserve(unfinished, nbytes, value)
         if fd is None:
@@ -219,11 +220,11 @@ class HostTier:
 
     def _reserve(self, unfinished: Path, nbytes: int, value: float) -> int | None:
         """Makes an unfinished file of that size, locked and with memory behind it; None where there is no place."""
-        remove_unfinished(self._folder)
+        _remove_unfinished(self._folder)
         if unfinished.exists():
             return None  # another agent is at it
         kept = self.kept()
-        used = sum(image.nbytes for image in kept) + sum(_sizes(self._folder.glob(f"*{UNFINISHED}")))
+        used = sum(image.nbytes for image in kept) + sum(_sizes(self._folder.glob(f"*{_UNFINISHED}")))
         short = used + nbytes - self.budget_bytes
         going: list[tuple[Kept, int]] = []
         try:
@@ -263,7 +264,7 @@ class HostTier:
             "host_tier_bytes"
             if small
             else "no place in the host tier; the image is loaded from the disk",
-            image=unfinished.name.removesuffix(UNFINISHED),
+            image=unfinished.name.removesuffix(_UNFINISHED),
             image_mib=round(nbytes / 2**20, 1),
             budget_mib=round(self.budget_bytes / 2**20, 1),
             short_mib=round(short / 2**20, 1),
@@ -283,7 +284,7 @@ class HostTier:
         return fd
 
     def _copy(self, image: Image, fd: int, go_on: Callable[[], bool]) -> bool:
-        with mmap.mmap(fd, image.layout.total_bytes) as memory, DirectFile(image.path) as file:
+        with mmap.mmap(fd, image.layout.total_bytes) as memory:
             view = memoryview(memory)
             size = image.layout.page_bytes
 
@@ -291,8 +292,8 @@ class HostTier:
                 if not go_on():
                     return False
                 with view[index * size : (index + 1) * size] as page:
-                    file.read(index * size, page)
-                    image.verify(index, page)
+                    image.fetch_page(index, page)
+                    image.check(index, host_sum(page))
                 return True
 
             try:
@@ -309,6 +310,20 @@ class HostTier:
             yield
         finally:
             os.close(fd)
+
+
+def _remove_unfinished(folder: Path) -> int:
+    """Deletes what killed agents left, and returns how many files; what is being written is spared."""
+    removed = 0
+    for path in folder.glob(f"*{_UNFINISHED}"):
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            path.unlink()
+            removed += 1
+    return removed
 
 
 def _worth(path: Path) -> Path:

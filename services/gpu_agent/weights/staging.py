@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Protocol
+from mmap import mmap
+from typing import Any, Protocol
 
 import torch
 
 from services.gpu_agent.weights.host_tier import HostImage, HostImageCorrupt
-from services.gpu_agent.weights.image import Image, page_sum
+from services.gpu_agent.weights.image import Image
+from services.gpu_agent.weights.sums import device_sum, host_sum
 
-# Pinned pages: one is copied while the others are read. Reading and summing a page takes a core longer than copying it.
-_STAGING_PAGES = 4
+# Pinned memory between the disk and a GPU: one page of it is copied while the others are read. One read of a large page
+# keeps a disk busy; of small ones it takes more.
+_STAGING_BYTES = 128 << 20
+_FEWEST_STAGED, _MOST_STAGED = 4, 16
 # Copies from pinned memory under way: while one is waited for, the bus has the next ones.
 _COPIES_AHEAD = 4
 
@@ -43,26 +47,23 @@ def page_source(image: Image, host: HostImage | None, first: int, device: torch.
 
     When the block ends, nothing writes to a page any more.
     """
-    on_host = device.type == "cpu"
-    if host is not None:
-        copies = _HostCopies(image, host) if on_host else _DeviceCopies(image, host, device)
+    if device.type == "cpu":
+        yield _Reads(image) if host is None else _HostCopies(image, host)
+        return
+    with torch.cuda.device(device):  # of this thread, which may be a new one
+        copies = _DeviceCopies(image.layout.page_bytes, device)
         try:
-            yield copies
+            if host is not None:
+                yield _FromHostTier(image, host, copies)
+            else:
+                with _staged_pages(image, first, copies) as staged:
+                    yield staged
         finally:
             copies.settle()
-    elif on_host:
-        yield _Reads(image)
-    else:
-        with ThreadPoolExecutor(_STAGING_PAGES - 1, "read-image") as readers:
-            staged = _StagedPages(image, first, device, readers)
-            try:
-                yield staged
-            finally:
-                staged.abandon()
 
 
 class _Reads:
-    """From the disk to host memory."""
+    """From the disk to host memory, by way of the page cache: it is the tier of a machine without a GPU."""
 
     ahead = 1
 
@@ -90,39 +91,70 @@ class _HostCopies:
         page.copy_(self._host.page(index))
 
     def end(self, index: int) -> None:
-        _check(self._image, index, int(page_sum(self._page)))
-
-    def settle(self) -> None:
-        """Nothing is under way."""
+        _check_host(self._image, index, host_sum(self._page.numpy().data))
 
 
 class _DeviceCopies:
-    """From the host tier to a GPU: several copies under way, each summed up where it arrives."""
+    """Copies from pinned memory to a GPU, several under way; what has arrived is summed up there beside the next."""
+
+    def __init__(self, page_bytes: int, device: torch.device) -> None:
+        self._streams = _streams(page_bytes, device)
+        self._sums = torch.empty(_COPIES_AHEAD, dtype=torch.int64, pin_memory=True)
+        self._copied = [torch.cuda.Event() for _ in range(_COPIES_AHEAD)]  # type: ignore[no-untyped-call]
+        # Who waits for it sleeps rather than spins, for the engine needs the core.
+        self._summed = [torch.cuda.Event(blocking=True) for _ in range(_COPIES_AHEAD)]  # type: ignore[no-untyped-call]
+
+    def begin(self, index: int, page: torch.Tensor, source: torch.Tensor) -> None:
+        """Begins to copy a page; of the last _COPIES_AHEAD before it, the first must have ended."""
+        place, (copying, summing) = index % _COPIES_AHEAD, self._streams
+        with torch.cuda.stream(copying):
+            page.copy_(source, non_blocking=True)
+            self._copied[place].record()
+        with torch.cuda.stream(summing):
+            summing.wait_event(self._copied[place])
+            self._sums[place].copy_(device_sum(page), non_blocking=True)
+            self._summed[place].record()
+
+    def end(self, index: int) -> int:
+        """The sum of what has arrived, when it has."""
+        place = index % _COPIES_AHEAD
+        self._summed[place].synchronize()
+        return int(self._sums[place])
+
+    def settle(self) -> None:
+        """Returns when nothing is under way."""
+        for stream in self._streams:
+            stream.synchronize()
+
+
+class _FromHostTier:
+    """From the host tier to a GPU."""
 
     ahead = _COPIES_AHEAD
 
-    def __init__(self, image: Image, host: HostImage, device: torch.device) -> None:
+    def __init__(self, image: Image, host: HostImage, copies: _DeviceCopies) -> None:
         self._image = image
         self._host = host
-        self._stream = _copy_stream(device)
-        self._sums = torch.empty(_COPIES_AHEAD, dtype=torch.int64, pin_memory=True)
-        # They sleep rather than spin, for the engine needs the core.
-        self._copied = [torch.cuda.Event(blocking=True) for _ in range(_COPIES_AHEAD)]  # type: ignore[no-untyped-call]
+        self._copies = copies
 
     def begin(self, index: int, page: torch.Tensor) -> None:
-        place = index % _COPIES_AHEAD
-        with torch.cuda.stream(self._stream):
-            page.copy_(self._host.page(index), non_blocking=True)
-            self._sums[place].copy_(page_sum(page), non_blocking=True)
-            self._copied[place].record()
+        self._copies.begin(index, page, self._host.page(index))
 
     def end(self, index: int) -> None:
-        place = index % _COPIES_AHEAD
-        self._copied[place].synchronize()
-        _check(self._image, index, int(self._sums[place]))
+        _check_host(self._image, index, self._copies.end(index))
 
-    def settle(self) -> None:
-        self._stream.synchronize()
+
+@contextmanager
+def _staged_pages(image: Image, first: int, copies: _DeviceCopies) -> Iterator[_StagedPages]:
+    page_bytes = image.layout.page_bytes
+    count = min(max(_FEWEST_STAGED, _STAGING_BYTES // page_bytes), _MOST_STAGED)
+    staged = _StagedPages(image, first, copies, ThreadPoolExecutor(count - 1, "read-image"))
+    try:
+        for _ in range(min(count, image.layout.num_pages - first)):
+            staged.add(_Pinned(page_bytes))  # while one is made ready, those before it are filled
+        yield staged
+    finally:
+        staged.close()
 
 
 class _StagedPages:
@@ -130,17 +162,18 @@ class _StagedPages:
 
     ahead = 1
 
-    def __init__(self, image: Image, first: int, device: torch.device, readers: ThreadPoolExecutor) -> None:
+    def __init__(self, image: Image, first: int, copies: _DeviceCopies, readers: ThreadPoolExecutor) -> None:
         self._image = image
+        self._copies = copies
         self._readers = readers
         self._next = first
-        self._stream = _copy_stream(device)
-        # It sleeps rather than spins, for the engine needs the core.
-        self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._pinned: list[_Pinned] = []
         self._reading: deque[tuple[int, torch.Tensor, Future[None]]] = deque()
-        for _ in range(_STAGING_PAGES):
-            # torch keeps pinned memory for the next load, so only the first one pays for it.
-            self._read_next(torch.empty(image.layout.page_bytes, dtype=torch.uint8, pin_memory=True))
+
+    def add(self, pinned: _Pinned) -> None:
+        """Has one more page of pinned memory used, from now on."""
+        self._pinned.append(pinned)
+        self._read_next(pinned.page)
 
     def begin(self, index: int, page: torch.Tensor) -> None:
         self._page = page
@@ -151,37 +184,56 @@ class _StagedPages:
             raise ValueError(f"page {index} was asked for, but page {expected} is next")
         read.result()
         self._reading.popleft()
-        with torch.cuda.stream(self._stream):
-            self._page.copy_(staging, non_blocking=True)
-            self._copied.record()
-        self._copied.synchronize()
+        self._copies.begin(index, self._page, staging)
+        self._image.check(index, self._copies.end(index))
         self._read_next(staging)
 
-    def abandon(self) -> None:
-        """Has reads that nobody waits for any more not begin."""
-        for _, _, read in self._reading:
-            read.cancel()
+    def close(self) -> None:
+        """Gives the pinned memory back, when nothing reads or copies any more."""
+        self._readers.shutdown(cancel_futures=True)
+        self._copies.settle()
+        for pinned in self._pinned:
+            pinned.close()
 
     def _read_next(self, staging: torch.Tensor) -> None:
         index = self._next
         if index < self._image.layout.num_pages:
             self._next += 1
-            self._reading.append((index, staging, self._readers.submit(self._image.read_page, index, staging)))
+            read = self._readers.submit(self._image.fetch_page, index, staging.numpy().data)
+            self._reading.append((index, staging, read))
 
 
-def _check(image: Image, index: int, found: int) -> None:
-    if found != image.sums[index]:
+class _Pinned:
+    """A page of host memory that a disk writes to directly and a GPU reads from directly.
+
+    It is memory of the process that is registered, and not torch's, which direct reads might refuse.
+    """
+
+    def __init__(self, page_bytes: int) -> None:
+        self.page = torch.frombuffer(mmap(-1, page_bytes), dtype=torch.uint8)
+        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        torch.cuda.check_error(cudart.cudaHostRegister(self.page.data_ptr(), page_bytes, 0))
+
+    def close(self) -> None:
+        """Ends its registration; nothing may read it any more."""
+        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        torch.cuda.check_error(cudart.cudaHostUnregister(self.page.data_ptr()))
+
+
+def _check_host(image: Image, index: int, found: int) -> None:
+    if not image.is_page(index, found):
         raise HostImageCorrupt(f"page {index} of {image.path.name} has another sum in the host tier")
 
 
 @cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all loads.
+def _streams(page_bytes: int, device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """One to copy and one to sum up, for all loads.
 
-    torch has 32 streams and hands them out in turn: with a new one for each load, some load would get the engine's,
+    torch has 32 streams and hands them out in turn: with new ones for each load, some load would get the engine's,
     wait for its steps, and be recorded rather than done while a graph is captured there.
     """
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        page_sum(torch.zeros(1 << 20, dtype=torch.uint8, device=device))  # what summing needs is taken now, not later
-    return stream
+    streams = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(streams[1]):
+        device_sum(torch.zeros(page_bytes, dtype=torch.uint8, device=device))  # what it needs is taken now, not later
+    streams[1].synchronize()
+    return streams
