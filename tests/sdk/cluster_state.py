@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from redis.asyncio import Redis
 
 from warmserve.admin.units import now_ms
@@ -22,6 +24,14 @@ def reason(cause: str, text: str, by_model: str = "", score: float = 0) -> commo
     return common_pb2.Reason(cause=common_pb2.Cause.Value(f"CAUSE_{cause}"), text=text, by_model=by_model, score=score)
 
 
+def fingerprint(model: str) -> str:
+    return hashlib.sha256(model.encode()).hexdigest()
+
+
+def image(model: str) -> str:
+    return f"{fingerprint(model)[:32]}-bfloat16-{PAGE}.image"
+
+
 def spec(name: str, tp: int = 1) -> cluster_pb2.ModelSpec:
     return cluster_pb2.ModelSpec(
         name=name,
@@ -34,7 +44,7 @@ def spec(name: str, tp: int = 1) -> cluster_pb2.ModelSpec:
             shard_bytes=10 * PAGE,
             kv_bytes_per_token=131_072,
             context_tokens=8192,
-            fingerprint="f00d",
+            fingerprint=fingerprint(name),
             layers=32,
         ),
     )
@@ -66,6 +76,47 @@ def agent(agent_id: str, index: int) -> cluster_pb2.AgentRecord:
         pages_total=100,
         version="0.1.0",
         started_unix_ms=now_ms() - 3_600_000,
+    )
+
+
+async def write_busy_agent(store: Store, keys: Keys) -> None:
+    """On a0 llama serves, sharded lends what it has, and qwen is copied in; images lie in memory and on the disk."""
+    peak, waiting = reason("BURST", "peak"), reason("WAITING_REQUESTS", "2 requests wait")
+    serving = shard("org/llama", "ACTIVE", 10, group("a0"), instance_id="i-1", pages_kv=25, running=3, reason=waiting)
+    arriving = shard("qwen", "WARMING", 4, group("a0"), bytes_per_s=PAGE * 2, pages_lent=4, score=3.5)
+    await store.put(
+        keys.residency("a0"),
+        cluster_pb2.AgentResidency(
+            agent_id="a0",
+            pages_free=40,
+            pages_promised=8,
+            pages_kv=25,
+            pages_weights=35,
+            pages_lent=9,
+            shards=[
+                shard("sharded", "WARM", 5, group("a0", "a1"), pages_lent=5, score=0.25, reason=peak),
+                serving,
+                arriving,
+            ],
+            host_tier=cluster_pb2.HostTier(
+                budget_bytes=100 * PAGE,
+                used_bytes=10 * PAGE,
+                images=[cluster_pb2.HostImage(name=image("qwen"), bytes=10 * PAGE, score=3.5)],
+                filling=cluster_pb2.HostFill(
+                    name=image("org/llama"), bytes_done=5 * PAGE, bytes_total=10 * PAGE, bytes_per_s=1e9
+                ),
+            ),
+            disk=cluster_pb2.DiskTier(
+                capacity_bytes=1000 * PAGE,
+                free_bytes=250 * PAGE,
+                images=[
+                    cluster_pb2.DiskImage(name=name, bytes=10 * PAGE)
+                    for name in (image("org/llama"), image("qwen"), "0123-float32-4096.image")
+                ],
+                preparing=[cluster_pb2.DiskFill(name=image("sharded"), bytes_done=PAGE, bytes_total=4 * PAGE)],
+            ),
+            updated_unix_ms=now_ms() - 1500,
+        ),
     )
 
 
@@ -171,8 +222,20 @@ async def write_events(redis: Redis, keys: Keys) -> EventStream:
             )
         )
 
-    await add("WARMED", "qwen", reason("BURST", "its peak needs 1"), duration_ms=1250, bytes=10 * PAGE)
+    cold, warming, warm = common_pb2.REPLICA_STATE_COLD, common_pb2.REPLICA_STATE_WARMING, common_pb2.REPLICA_STATE_WARM
+    await add(
+        "WARMED",
+        "qwen",
+        reason("BURST", "its peak needs 1"),
+        duration_ms=1250,
+        bytes=10 * PAGE,
+        copy_ms=1000,
+        tier=common_pb2.TIER_HOST,
+        from_state=warming,
+        to_state=warm,
+    )
     for _ in range(30):
         await add("WOKEN", "org/llama", reason("WAITING_REQUESTS", "2 requests wait"), duration_ms=12)
-    await add("EVICTED", "qwen", reason("MADE_ROOM", "its pages are worth more elsewhere", by_model="sharded"))
+    made_room = reason("MADE_ROOM", "its pages are worth more elsewhere", by_model="sharded")
+    await add("EVICTED", "qwen", made_room, from_state=warm, to_state=cold)
     return stream

@@ -8,15 +8,19 @@ import os
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import warmserve
 from launcher.backing import Backing
 from tests.sdk.cluster_state import write_cluster
 from tests.sdk.inference_server import unused_address
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
+
+_SDK = str(Path(warmserve.__file__).parents[1])  # alone, for warmctl needs nothing of the services
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Warmctl:
             "-m",
             "warmserve.admin.cli",
             *arguments,
-            env={**os.environ, "PYTHONPATH": "", **self.environment},
+            env={**os.environ, "PYTHONPATH": _SDK, **self.environment},
             **{"stdin": asyncio.subprocess.DEVNULL, "stdout": -1, "stderr": -1, **more},
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.sdk.cluster_state import agent, group, shard, spec
-from warmserve.admin import render, units, views
+from warmserve.admin import arena_map, render, units, views
 from warmserve.admin.plain import plain
 from warmserve.admin.state import ClusterState, parse_state
 from warmserve.admin.target import console
@@ -118,9 +119,29 @@ def test_text_from_the_cluster_is_not_markup(capsys: pytest.CaptureFixture[str])
     model = spec("m")
     model.source = "/models/[bold]m[/bold]"
     state = ClusterState(models={"m": model})
-    console().print(render.model(views.describe(state, "m"), units.now_ms()))
+    console().print(render.model(views.describe(state, "m", None), units.now_ms()))
     assert "/models/[bold]m[/bold]" in capsys.readouterr().out
     unknown = ClusterState(plan=cluster_pb2.Plan(outlooks=[{"model": "m", "reason": {"text": "[red]why[/red]"}}]))
     unknown.models["m"] = model
     console().print(render.explanation(views.explain(unknown, "m", None, 0), 0))
     assert "m is cold: [red]why[/red]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_s", "said"),
+    [(0, "0 B/s"), (999, "999 B/s"), (1_500, "1.50 kB/s"), (33_554_432, "33.6 MB/s"), (54.3e9, "54.3 GB/s")],
+)
+def test_speeds_are_in_powers_of_ten(bytes_per_s: float, said: str) -> None:
+    assert units.speed(bytes_per_s) == said
+
+
+@given(pages=st.lists(st.integers(0, 1000), min_size=1, max_size=40))
+def test_an_arena_is_drawn_to_scale_and_leaves_nobody_out(pages: list[int]) -> None:
+    drawn = arena_map.cells(pages, 64)
+    total = sum(pages)
+    assert sum(drawn) == (64 if total else 0)
+    for count, cells in zip(pages, drawn, strict=True):
+        assert (cells > 0) == (count > 0)
+    for one, other in itertools.combinations(zip(pages, drawn, strict=True), 2):
+        if one[0] > other[0]:
+            assert one[1] >= other[1] - 1

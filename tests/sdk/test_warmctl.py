@@ -15,7 +15,7 @@ import grpc
 import pytest
 from redis.asyncio import Redis
 
-from tests.sdk.cluster_state import agent, group, reason, spec, write_events
+from tests.sdk.cluster_state import PAGE, agent, group, reason, spec, write_busy_agent, write_events
 from tests.sdk.conftest import Warmctl, words
 from tests.sdk.inference_server import unused_address
 from warmserve.admin.units import now_ms
@@ -23,6 +23,12 @@ from warmserve.cluster.keys import Keys
 from warmserve.cluster.mirror import Mirror
 from warmserve.cluster.store import Store
 from warmserve.v1 import cluster_pb2, common_pb2, placement_pb2, placement_pb2_grpc
+
+
+def ageless(text: str) -> str:
+    """The words of a text, whatever the time is: "3 min 4 s ago" becomes AGO."""
+    return re.sub(r"([\d.]+ (ms|s|min|h|d) )+ago", "AGO", words(text))
+
 
 # ---- models
 
@@ -55,10 +61,30 @@ async def test_models_describe_shows_the_spec_and_where_replicas_are(warmctl: Wa
     assert described["spec"]["limits"] is None
     [replica] = described["replicas"]
     assert (replica["agents"], replica["state"], replica["residency"]) == (["a0", "a1"], "warm", 0.75)
+    assert (described["instances"], described["transitions"]) == ([], [])
     text = words((await warmctl("models", "describe", "sharded")).out)
     assert "/models/sharded" in text
     assert "a0 + a1 warm" in text
     assert "75 %" in text
+    assert "No events about it." in text
+
+
+async def test_models_describe_shows_instances_and_the_last_transitions(
+    warmctl: Warmctl, cluster: None, store: Store, redis: Redis, keys: Keys
+) -> None:
+    await write_busy_agent(store, keys)
+    await write_events(redis, keys)
+    llama = words((await warmctl("models", "describe", "org/llama")).out)
+    assert "i-1 a0 active 3 of 8 400 MiB" in llama
+    assert llama.count("2 requests wait") == 1 + 10  # of the replica, and of the last transitions
+    qwen = ageless((await warmctl("models", "describe", "qwen")).out)
+    assert "a0 warming AGO 40 % (33.6 MB/s) 64.0 MiB" in qwen
+    assert "warmed warming → warm a1 1.2 s 160 MiB at 168 MB/s from host its peak needs 1" in qwen
+    assert "evicted warm → cold a1 its pages are worth more elsewhere (for sharded)" in qwen
+    warmctl.environment["WARMSERVE_REDIS_URL"] = f"redis://{unused_address()}/0"
+    done = await warmctl("models", "describe", "qwen", "-o", "json")
+    assert (done.status, done.json["transitions"]) == (0, None)
+    assert "events are left out" in done.err
 
 
 async def test_an_unknown_model_is_answered_with_the_nearest_names(warmctl: Warmctl, cluster: None) -> None:
@@ -255,6 +281,70 @@ async def test_agents_list_shows_what_memory_holds(warmctl: Warmctl, cluster: No
     assert re.search(r"gone +- +- +not registered, drained", table)
 
 
+async def test_agents_describe_draws_the_arena_and_the_tiers(
+    warmctl: Warmctl, cluster: None, store: Store, keys: Keys
+) -> None:
+    await write_busy_agent(store, keys)
+    done = await warmctl("agents", "describe", "a0")
+    assert (done.status, done.err) == (0, "")
+    lines = [line.rstrip() for line in done.out.splitlines()]
+    [drawn] = [index for index, line in enumerate(lines) if line.startswith("  ██")]
+    bar, below = lines[drawn][2:], lines[drawn + 1][2:]
+    # 64 cells for 100 pages: llama's weights and KV; what sharded and qwen lend; what is being copied in; what is free.
+    assert re.fullmatch(r"█+▓+▄+▁+·+░+", bar)
+    assert [bar.count(glyph) for glyph in "█▓▄▁·░"] == [6, 16, 6, 10, 5, 21]
+    assert [(letter, bar[place]) for place, letter in enumerate(below) if letter != " "] == [
+        ("a", "█"),
+        ("b", "▄"),
+        ("c", "▄"),
+    ]
+    text = ageless(done.out)
+    for piece in (
+        "a org/llama active AGO 100 % 160 MiB - 400 MiB 3 - 2 requests wait",
+        "b sharded warm AGO 50 % 80.0 MiB 80.0 MiB - - 0.25 s peak",
+        "qwen host → gpu ██████░░░░░░░░░░ 40 % 160 MiB 33.6 MB/s 3.0 s",
+        "org/llama disk → host ████████░░░░░░░░ 50 % 160 MiB 1.00 GB/s 84 ms",
+        "sharded remote → disk ████░░░░░░░░░░░░ 25 % 64.0 MiB - -",
+        "gpu 960 MiB ██████████░░░░░░ 60 % 1.56 GiB 640 MiB free, of which 128 MiB promised to KV, 144 MiB of weights",
+        "host 160 MiB ██░░░░░░░░░░░░░░ 10 % 1.56 GiB 1 image(s) in memory",
+        "disk 11.7 GiB ████████████░░░░ 75 % 15.6 GiB 3 image(s) of 480 MiB; 3.91 GiB free",
+        "org/llama 160 MiB - - yes",
+        "qwen 160 MiB yes 3.5 s yes",
+        "no deployed model (0123-float32-4096.image) 160 MiB - - yes",
+    ):
+        assert piece in text
+    described = (await warmctl("agents", "describe", "a0", "-o", "json")).json
+    assert [(s["model"], s["weight_pages"], s["lent_pages"], s["kv_pages"]) for s in described["shares"]] == [
+        ("org/llama", 10, 0, 25),
+        ("sharded", 5, 5, 0),
+        ("qwen", 4, 4, 0),
+    ]
+    assert described["pages_arriving"] == 35 - 19
+    assert [(c["models"], c["target"], c["bytes_done"], c["remaining_ms"]) for c in described["copies"]] == [
+        (["qwen"], "gpu", 4 * PAGE, 3000),
+        (["org/llama"], "host", 5 * PAGE, pytest.approx(5 * PAGE / 1e6)),
+        (["sharded"], "disk", PAGE, None),
+    ]
+
+
+async def test_agents_describe_of_one_that_has_little_to_say(
+    warmctl: Warmctl, cluster: None, store: Store, keys: Keys
+) -> None:
+    done = await warmctl("agents", "describe", "a00")
+    assert (done.status, done.err) == (1, "Error: no agent 'a00': did you mean a0?\n")
+    await store.put(keys.control("gone"), cluster_pb2.AgentControl(drained=True))
+    assert "not registered, drained" in (await warmctl("agents", "describe", "gone")).out
+    await store.put(keys.agent("a2"), agent("a2", 2))
+    assert "has not told yet" in (await warmctl("agents", "describe", "a2")).out
+    await store.put(
+        keys.residency("a2"), cluster_pb2.AgentResidency(agent_id="a2", pages_free=100, updated_unix_ms=now_ms())
+    )
+    empty = words((await warmctl("agents", "describe", "a2")).out)
+    assert "░" * 64 in empty
+    assert "No model is resident." in empty
+    assert "no images are kept in memory (host_tier_bytes is 0)" in empty
+
+
 async def test_agents_drain_and_undo(warmctl: Warmctl, cluster: None, store: Store, keys: Keys) -> None:
     before = now_ms()
     done = await warmctl("agents", "drain", "a0")
@@ -331,8 +421,8 @@ async def test_explain_gives_the_plans_reason(warmctl: Warmctl, cluster: None, r
         "0 for the mean load, 1 for its peak",
         "mean 0.25 (p90 0.75), peak 1.50 (p90 4.00) requests in progress",
         "evict a1 its pages are worth more elsewhere (for sharded)",
-        "warmed a1 1.2 s its peak needs 1",
-        "evicted a1 its pages are worth more elsewhere (for sharded)",
+        "warmed warming → warm a1 1.2 s 160 MiB at 168 MB/s from host its peak needs 1",
+        "evicted warm → cold a1 its pages are worth more elsewhere (for sharded)",
         "nothing of it is resident",
     ):
         assert piece in text
@@ -450,7 +540,10 @@ async def test_servers_that_do_not_answer(warmctl: Warmctl) -> None:
     assert "not a Redis URL" in done.err
 
 
-COMMANDS = ["models deploy", "models list", "models describe", "models undeploy", "agents list", "agents drain"]
+COMMANDS = [
+    *("models deploy", "models list", "models describe", "models undeploy"),
+    *("agents list", "agents describe", "agents drain"),
+]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS, "status", "explain", "events"])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from warmserve.admin import render, units, views
+from warmserve.admin import agent_render, agent_views, units, views
 from warmserve.admin.arguments import AgentId, OutputOption, target_of
 from warmserve.admin.state import ClusterState, read_state
 from warmserve.admin.target import CommandError, Output, run, show
@@ -28,8 +28,29 @@ def list_command(ctx: typer.Context, output: OutputOption = None) -> None:
       warmctl -o json agents list
     """
     target = target_of(ctx, output)
-    found = views.agent_summaries(run(target, lambda store: read_state(store, target.keys)))
-    show(target, found, lambda: render.agents(found, units.now_ms()))
+    found = agent_views.agent_summaries(run(target, lambda store: read_state(store, target.keys)))
+    show(target, found, lambda: agent_render.agents(found, units.now_ms()))
+
+
+@app.command("describe")
+def describe_command(ctx: typer.Context, agent: AgentId, output: OutputOption = None) -> None:
+    """Describe an agent: draw what its arena holds, the tiers beside it, and what is copied now.
+
+    Examples:
+
+      warmctl agents describe node1-gpu0
+
+      watch -c warmctl agents describe node1-gpu0
+    """
+    target = target_of(ctx, output)
+
+    async def action(store: Store) -> agent_views.AgentDescription:
+        state = await read_state(store, target.keys)
+        _check_known(state, agent)
+        return agent_views.describe_agent(state, agent)
+
+    description = run(target, action)
+    show(target, description, lambda: agent_render.agent(description, units.now_ms()))
 
 
 @app.command("drain")
@@ -104,25 +125,29 @@ def _control(
     """Does something about the operator's wish at a key, and says how the agent stands then."""
     target = target_of(ctx, output)
 
-    async def act(store: Store) -> views.AgentSummary:
+    async def act(store: Store) -> agent_views.AgentSummary:
         state = await read_state(store, target.keys)
-        if not any(summary.id == agent for summary in views.agent_summaries(state)):
-            raise CommandError(f"no agent {agent!r}: {views.nearest(agent, state.agents)}")
+        _check_known(state, agent)
         await action(store, state, target.keys.control(agent))
         state = await read_state(store, target.keys)
         # An agent that is not registered is forgotten with the wish about it.
-        known = {summary.id: summary for summary in views.agent_summaries(state)}
-        return known.get(agent) or views.agent_summary(state, cluster_pb2.AgentRecord(id=agent))
+        known = {summary.id: summary for summary in agent_views.agent_summaries(state)}
+        return known.get(agent) or agent_views.agent_summary(state, cluster_pb2.AgentRecord(id=agent))
 
     summary = run(target, act)
     show(target, summary, lambda: _sentence(summary))
+
+
+def _check_known(state: ClusterState, agent: str) -> None:
+    if not any(summary.id == agent for summary in agent_views.agent_summaries(state)):
+        raise CommandError(f"no agent {agent!r}: {views.nearest(agent, state.agents)}")
 
 
 def _drained(state: ClusterState, agent: str) -> bool:
     return agent in state.controls and state.controls[agent].drained
 
 
-def _sentence(summary: views.AgentSummary) -> str:
+def _sentence(summary: agent_views.AgentSummary) -> str:
     if not summary.control:
         return f"{summary.id} takes replicas again."
     if summary.control == "cordoned":

@@ -7,7 +7,6 @@ import re
 from typing import Annotated
 
 import typer
-from redis.exceptions import RedisError
 
 from warmserve.admin import (
     agents_commands,
@@ -23,11 +22,10 @@ from warmserve.admin.arguments import ModelName, OutputOption, complete_model, t
 from warmserve.admin.plain import plain
 from warmserve.admin.simulate_command import CONTEXT, simulate
 from warmserve.admin.state import read_state
-from warmserve.admin.target import CommandError, Output, Target, console, run, show, warn
-from warmserve.admin.timeline import Item, newest, open_events
+from warmserve.admin.target import CommandError, Output, Target, console, run, show
+from warmserve.admin.timeline import Item, latest_about, newest, open_events
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
-from warmserve.v1 import cluster_pb2
 
 app = typer.Typer(
     name="warmctl",
@@ -113,13 +111,7 @@ def explain(ctx: typer.Context, model: ModelName, output: OutputOption = None) -
         state = await read_state(store, target.keys)
         if model not in state.models:
             raise CommandError(views.not_deployed(model, state))
-        events: list[cluster_pb2.Event] | None = None
-        try:
-            async with open_events(target) as stream:
-                items, _ = await newest(stream, _EXPLAIN_EVENTS, model)
-            events = [event for _, event in items]
-        except RedisError as error:
-            warn(f"events are left out, as Redis at {target.redis_url} does not answer: {error}")
+        events = await latest_about(target, model, _EXPLAIN_EVENTS)
         return views.explain(state, model, events, units.now_ms())
 
     view = run(target, action)

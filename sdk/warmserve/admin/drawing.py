@@ -10,6 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from warmserve.admin.plain import Plain
+
+_STYLES = {"active": "green", "warm": "cyan", "draining": "yellow", "warming": "yellow", "cold": "dim"}
+
 
 def make_table(*columns: str) -> Table:
     """An empty table with these headings."""
@@ -32,3 +36,21 @@ def fact_list(rows: Iterable[tuple[str, str | Text]]) -> RenderableType:
 def note_lines(notes: Iterable[str]) -> list[Text]:
     """What an operator should not overlook."""
     return [Text(f"! {note}", style="yellow") for note in notes]
+
+
+def state_text(state: str) -> Text:
+    """A replica's state, in its colour."""
+    return Text(state, style=_STYLES.get(state, ""))
+
+
+def because(reason: Plain) -> str:
+    """A reason's sentence, or its cause, and whom it serves."""
+    text = str(reason.get("text") or cause(reason))
+    return f"{text} (for {reason['by_model']})" if reason.get("by_model") and reason["by_model"] not in text else text
+
+
+def cause(reason: Plain) -> str:
+    """A reason's cause in words, and its score."""
+    cause = str(reason.get("cause", "unspecified"))
+    words = "" if cause == "unspecified" else cause.replace("_", " ")
+    return f"{words}, score {reason['score']:.3g}" if words and reason.get("score") else words

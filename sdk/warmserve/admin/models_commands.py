@@ -18,6 +18,7 @@ from warmserve.admin.edit import edit
 from warmserve.admin.plain import plain
 from warmserve.admin.state import read_state
 from warmserve.admin.target import CommandError, Output, console, run, show
+from warmserve.admin.timeline import latest_about
 from warmserve.cluster.keys import check_model_name
 from warmserve.cluster.specs import check_wishes
 from warmserve.cluster.store import Store
@@ -26,6 +27,9 @@ from warmserve.v1 import cluster_pb2, common_pb2
 app = typer.Typer(
     help="Deploy models, look at them, say what is wanted of them, and take them away.", no_args_is_help=True
 )
+
+
+_TRANSITIONS = 10
 
 
 class DType(StrEnum):
@@ -170,7 +174,7 @@ def list_command(ctx: typer.Context, output: OutputOption = None) -> None:
 
 @app.command("describe")
 def describe_command(ctx: typer.Context, model: ModelName, output: OutputOption = None) -> None:
-    """Describe a model: its checkpoint, limits and targets, and where its replicas are.
+    """Describe a model: its checkpoint, limits and targets, its replicas and instances, and their last transitions.
 
     Examples:
 
@@ -182,7 +186,7 @@ def describe_command(ctx: typer.Context, model: ModelName, output: OutputOption 
         state = await read_state(store, target.keys)
         if model not in state.models:
             raise CommandError(views.not_deployed(model, state))
-        return views.describe(state, model)
+        return views.describe(state, model, await latest_about(target, model, _TRANSITIONS))
 
     description = run(target, action)
     show(target, description, lambda: render.model(description, units.now_ms()))

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from warmserve.admin import render, units, views
 from warmserve.admin.arguments import OutputOption, complete_model, target_of
-from warmserve.admin.drawing import make_table, note_lines
+from warmserve.admin.drawing import because, make_table, note_lines
 from warmserve.admin.plan_views import PlanDiff, PlanView, plan_diff, plan_view
 from warmserve.admin.state import ClusterState, read_state
 from warmserve.admin.target import CommandError, run, show
@@ -150,7 +150,7 @@ def _plan(view: PlanView, now_ms: int) -> RenderableType:
                 action["model"],
                 " + ".join((action["group"] or {}).get("agent_ids", [])),
                 f"{reason['score']:.3g}" if reason.get("score") else "-",
-                render.because(reason),
+                because(reason),
             )
         parts.append(table)
     else:
@@ -163,7 +163,7 @@ def _plan(view: PlanView, now_ms: int) -> RenderableType:
             str(outlook["active_replicas"]),
             str(outlook["warm_replicas"]),
             str(outlook["capacity"] or "-"),
-            render.because(outlook["reason"] or {}),
+            because(outlook["reason"] or {}),
         )
     return Group(*parts, "", outlooks)
 
@@ -181,7 +181,7 @@ def _explained(found: list[views.Explanation], view: PlanView, now_ms: int) -> R
             parts.append(f"  {'won' if other['won'] else 'lost'} {render.competitor(other)}")
         for action in explanation.actions:
             where = " + ".join((action["group"] or {}).get("agent_ids", []))
-            parts.append(f"  {action['kind']} on {where}: {render.because(action['reason'] or {})}")
+            parts.append(f"  {action['kind']} on {where}: {because(action['reason'] or {})}")
     return Group(*parts)
 
 

@@ -10,18 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from warmserve.admin import units
-from warmserve.admin.drawing import fact_list, make_table, note_lines
+from warmserve.admin.agent_render import agent_state, arena_bar
+from warmserve.admin.drawing import because, cause, fact_list, make_table, note_lines, state_text
 from warmserve.admin.plain import Plain
 from warmserve.admin.views import (
-    AgentSummary,
     Explanation,
+    Instance,
     ModelDescription,
     ModelSummary,
     Replica,
     Status,
 )
-
-_STYLES = {"active": "green", "warm": "cyan", "draining": "yellow", "warming": "yellow", "cold": "dim"}
 
 
 def models(found: Sequence[ModelSummary], now_ms: int) -> RenderableType:
@@ -33,7 +32,7 @@ def models(found: Sequence[ModelSummary], now_ms: int) -> RenderableType:
         counts = ", ".join(f"{count} {state}" for state, count in model.replicas.items() if count)
         table.add_row(
             model.name,
-            _state(model.state),
+            state_text(model.state),
             counts or "-",
             model.architecture,
             units.quantity(model.parameters),
@@ -49,7 +48,7 @@ def model(description: ModelDescription, now_ms: int) -> RenderableType:
     spec = description.spec
     facts, limits, target = spec["facts"] or {}, spec["limits"] or {}, spec["target"] or {}
     rows = [
-        ("state", _state(description.state)),
+        ("state", state_text(description.state)),
         ("source", spec["source"]),
         ("deployed", f"{units.clock(spec['deployed_unix_ms'])} ({units.age(spec['deployed_unix_ms'], now_ms)})"),
         ("architecture", facts.get("architecture", "-")),
@@ -68,27 +67,16 @@ def model(description: ModelDescription, now_ms: int) -> RenderableType:
         ("time per token target", units.duration(target["tpot_ms"]) if target.get("tpot_ms") else "none"),
         ("fingerprint", facts.get("fingerprint", "-")),
     ]
-    return Group(Text(description.name, style="bold"), fact_list(rows), "", _replicas(description.replicas, now_ms))
+    return Group(Text(description.name, style="bold"), fact_list(rows), "", *_served(description, now_ms))
 
 
-def agents(found: Sequence[AgentSummary], now_ms: int) -> RenderableType:
-    """`agents list`."""
-    if not found:
-        return "No agent is registered."
-    table = make_table("ID", "NODE", "DEVICE", "STATE", "ARENA", "WEIGHTS █  KV ▓  FREE ░", "MODELS", "INSTANCES", "UP")
-    for agent in found:
-        table.add_row(
-            agent.id,
-            agent.node or "-",
-            f"{agent.device_index} {agent.device_name} ({agent.backend})" if agent.registered else "-",
-            _agent_state(agent),
-            units.size(agent.pages_total * agent.page_bytes) if agent.registered else "-",
-            _arena(agent),
-            str(len(agent.models)),
-            str(agent.instances),
-            units.age(agent.started_unix_ms, now_ms).removesuffix(" ago"),
-        )
-    return table
+def _served(description: ModelDescription, now_ms: int) -> list[RenderableType]:
+    parts: list[RenderableType] = [_replicas(description.replicas, now_ms)]
+    if description.instances:
+        parts += ["", _instances(description.instances, now_ms)]
+    if description.transitions is not None:
+        parts += ["", _events(description.transitions, now_ms) if description.transitions else "No events about it."]
+    return parts
 
 
 def status(view: Status, now_ms: int) -> RenderableType:
@@ -121,15 +109,15 @@ def status(view: Status, now_ms: int) -> RenderableType:
             table.add_row(
                 agent.id,
                 agent.node or "-",
-                _agent_state(agent),
-                _arena(agent),
+                agent_state(agent),
+                arena_bar(agent),
                 *(units.size(pages * agent.page_bytes) if agent.registered else "-" for pages in sizes),
             )
         parts += [table, ""]
     models_table = make_table("MODELS", "", "")
     for state, names in view.models.items():
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        models_table.add_row(_state(state), str(len(names)), shown)
+        models_table.add_row(state_text(state), str(len(names)), shown)
     parts.append(models_table if view.models else "No model is deployed.")
     return Group(*parts, *note_lines(view.notes))
 
@@ -137,7 +125,7 @@ def status(view: Status, now_ms: int) -> RenderableType:
 def explanation(view: Explanation, now_ms: int) -> RenderableType:
     """`explain`."""
     parts: list[RenderableType] = [
-        Text.assemble((view.model, "bold"), " is ", _state(view.state), f": {view.why}"),
+        Text.assemble((view.model, "bold"), " is ", state_text(view.state), f": {view.why}"),
         *note_lines(view.notes),
         "",
     ]
@@ -149,7 +137,7 @@ def explanation(view: Explanation, now_ms: int) -> RenderableType:
             ("plan", f"made {units.age(view.plan_made_unix_ms, now_ms)} by the {view.planner} rule"),
             ("needed", f"{outlook['foundation_replicas']} for the mean load, {outlook['burst_replicas']} for its peak"),
             ("had", f"{outlook['active_replicas']} active; {outlook['warm_replicas']} warm once the plan is done"),
-            ("reason", _cause(reason)),
+            ("reason", cause(reason)),
         ]
         if outlook["capacity"]:
             carried = f"{outlook['capacity']} requests each ({outlook['capacity_source']})"
@@ -192,7 +180,7 @@ def event_line(event: Plain) -> RenderableType:
     parts += [f" {event['model']}"] if event["model"] else []
     parts += [f" on {' + '.join(event['agent_ids'])}"] if event["agent_ids"] else []
     parts += [f" in {units.duration(event['duration_ms'])}"] if event["duration_ms"] else []
-    parts += [f" ({units.size(event['bytes'])})"] if event["bytes"] else []
+    parts += [f" ({_moved(event)})"] if event["bytes"] else []
     why = because(event["reason"] or {})
     return Text.assemble(*parts, f": {why}" if why else "")
 
@@ -202,10 +190,10 @@ def _replicas(found: Sequence[Replica], now_ms: int) -> RenderableType:
         return "No replica: nothing of it is resident on any agent."
     table = make_table("REPLICA ON", "STATE", "SINCE", "RESIDENT", "WEIGHTS", "KV", "REST FROM", "WHY")
     for replica in found:
-        copying = f" ({units.size(replica.bytes_per_s)}/s)" if replica.bytes_per_s else ""
+        copying = f" ({units.speed(replica.bytes_per_s)})" if replica.bytes_per_s else ""
         table.add_row(
             " + ".join(replica.agents),
-            _state(replica.state),
+            state_text(replica.state),
             units.age(replica.since_unix_ms, now_ms),
             units.share(replica.residency) + copying,
             units.size(replica.weight_bytes),
@@ -216,48 +204,50 @@ def _replicas(found: Sequence[Replica], now_ms: int) -> RenderableType:
     return table
 
 
+def _instances(found: Sequence[Instance], now_ms: int) -> Table:
+    table = make_table("INSTANCE", "ON", "STATE", "RUNNING", "KV", "SINCE")
+    for instance in found:
+        table.add_row(
+            instance.id,
+            " + ".join(instance.agents),
+            state_text(instance.state),
+            f"{instance.running} of {instance.slots}",
+            units.size(instance.kv_bytes),
+            units.age(instance.started_unix_ms, now_ms),
+        )
+    return table
+
+
 def _events(found: Iterable[Plain], now_ms: int) -> Table:
-    table = make_table("WHEN", "EVENT", "ON", "TOOK", "WHY")
+    table = make_table("WHEN", "EVENT", "FROM → TO", "ON", "TOOK", "BYTES", "WHY")
     for event in found:
         table.add_row(
             units.age(event["unix_ms"], now_ms),
             event["kind"],
+            _change(event),
             " + ".join(event["agent_ids"]),
             units.duration(event["duration_ms"]) if event["duration_ms"] else "",
+            _moved(event),
             because(event["reason"] or {}),
         )
     return table
 
 
-def _state(state: str) -> Text:
-    return Text(state, style=_STYLES.get(state, ""))
+def _change(event: Plain) -> Text:
+    """ "warm → active"; nothing where the event is not about a replica's state."""
+    before, after = event["from_state"], event["to_state"]
+    if after == "unspecified":
+        return Text("")
+    return state_text(after) if before == after else Text.assemble(state_text(before), " → ", state_text(after))
 
 
-def _agent_state(agent: AgentSummary) -> str:
-    words = [] if agent.registered else ["not registered"]
-    words += ["stopping"] if agent.stopping else []
-    words += [agent.control] if agent.control else []
-    return ", ".join(words) or "ready"
-
-
-def _arena(agent: AgentSummary) -> str:
-    if not agent.registered:
-        return "-"
-    used = agent.pages_weights + agent.pages_kv
-    drawn = units.bar([(agent.pages_weights, "█"), (agent.pages_kv, "▓")], agent.pages_total)
-    return f"{drawn} {units.share(used / agent.pages_total if agent.pages_total else 0)}"
-
-
-def because(reason: Plain) -> str:
-    """A reason's sentence, or its cause, and whom it serves."""
-    text = str(reason.get("text") or _cause(reason))
-    return f"{text} (for {reason['by_model']})" if reason.get("by_model") and reason["by_model"] not in text else text
-
-
-def _cause(reason: Plain) -> str:
-    cause = str(reason.get("cause", "unspecified"))
-    words = "" if cause == "unspecified" else cause.replace("_", " ")
-    return f"{words}, score {reason['score']:.3g}" if words and reason.get("score") else words
+def _moved(event: Plain) -> str:
+    """ "16.1 GiB at 54.0 GB/s from host"."""
+    if not event["bytes"]:
+        return ""
+    speed = f" at {units.speed(event['bytes'] / event['copy_ms'] * 1e3)}" if event["copy_ms"] else ""
+    source = f" from {event['tier']}" if event["tier"] != "unspecified" else ""
+    return f"{units.size(event['bytes'])}{speed}{source}"
 
 
 def _or(value: int | None, otherwise: str) -> str:

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
-from warmserve.admin.target import CommandError, Target
+from warmserve.admin.target import CommandError, Target, warn
 from warmserve.cluster.events import EventStream
 from warmserve.v1 import cluster_pb2
 
@@ -43,3 +44,14 @@ async def newest(events: EventStream, count: int, model: str | None) -> tuple[li
             break
         page = await events.newest(_PAGE, f"({page[0][0]}")
     return found[len(found) - count :] if len(found) > count else found, last
+
+
+async def latest_about(target: Target, model: str, count: int) -> list[cluster_pb2.Event] | None:
+    """The newest events about a model, oldest first; where Redis does not answer it says so, and there are None."""
+    try:
+        async with open_events(target) as stream:
+            items, _ = await newest(stream, count, model)
+    except RedisError as error:
+        warn(f"events are left out, as Redis at {target.redis_url} does not answer: {error}")
+        return None
+    return [event for _, event in items]

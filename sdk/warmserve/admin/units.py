@@ -1,4 +1,4 @@
-"""Numbers for people: sizes, times, ages, shares, bars."""
+"""Numbers for people: sizes, speeds, times, ages, shares, bars."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{_digits(count)} {unit}"
         count /= 1024
     return f"{_digits(count)} TiB"
+
+
+def speed(bytes_per_s: float) -> str:
+    """Bytes per second, in the units in which buses and disks are sold: 54.3 GB/s."""
+    for unit in ("B", "kB", "MB"):
+        if bytes_per_s < 999.5:
+            return f"{bytes_per_s:.0f} B/s" if unit == "B" else f"{_digits(bytes_per_s)} {unit}/s"
+        bytes_per_s /= 1000
+    return f"{_digits(bytes_per_s)} GB/s"
 
 
 def quantity(count: float) -> str:

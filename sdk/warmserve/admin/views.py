@@ -1,4 +1,4 @@
-"""What the cluster's state means to an operator: models, replicas, agents, and why a model is warm or cold. Pure."""
+"""What the cluster's state means to an operator: models, replicas, and why a model is warm or cold. Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from warmserve._enums import enum_word
+from warmserve.admin.agent_views import AgentSummary, agent_summaries
 from warmserve.admin.plain import Plain, plain
 from warmserve.admin.state import ClusterState
 from warmserve.v1 import cluster_pb2, common_pb2
@@ -64,29 +65,17 @@ class ModelSummary:
 
 
 @dataclass(frozen=True)
-class AgentSummary:
-    """One agent in a list. What an agent that is not registered would say is empty."""
+class Instance:
+    """One replica that serves."""
 
     id: str
-    registered: bool
-    control: str
-    """"", cordoned, draining or drained: what an operator asked for, and how far it is."""
-    stopping: bool
-    node: str
-    device_index: int
-    device_name: str
-    backend: str
-    address: str
-    version: str
-    page_bytes: int
-    pages_total: int
-    pages_weights: int
-    pages_kv: int
-    pages_free: int
-    models: list[str]
-    """Models with a shard here."""
-    instances: int
-    """Active or draining replicas with a shard here."""
+    agents: list[str]
+    state: str
+    running: int
+    """Sequences in progress."""
+    slots: int
+    """Sequences it can run at a time."""
+    kv_bytes: int
     started_unix_ms: int
 
 
@@ -98,6 +87,9 @@ class ModelDescription:
     state: str
     spec: Plain
     replicas: list[Replica]
+    instances: list[Instance]
+    transitions: list[Plain] | None
+    """The newest events about it, oldest first; None where Redis was not asked or did not answer."""
 
 
 @dataclass(frozen=True)
@@ -222,49 +214,36 @@ def _summary(spec: cluster_pb2.ModelSpec, own: list[Replica]) -> ModelSummary:
     )
 
 
-def describe(state: ClusterState, model: str) -> ModelDescription:
-    """All about a model. Raises KeyError where it is not deployed."""
+def describe(state: ClusterState, model: str, events: list[cluster_pb2.Event] | None) -> ModelDescription:
+    """All about a model; `events` are the newest about it, oldest first. Raises KeyError where it is not deployed."""
     spec = state.models[model]
     own = [replica for replica in replicas(state) if replica.model == model]
-    return ModelDescription(model, best_state(own), plain(spec), own)
-
-
-def agent_summaries(state: ClusterState) -> list[AgentSummary]:
-    """Registered agents in order of node and device, then those that only an operator's wish remembers."""
-    ordered = sorted(state.agents.values(), key=lambda agent: (agent.node, agent.device_index, agent.id))
-    absent = [
-        cluster_pb2.AgentRecord(id=agent_id)
-        for agent_id in {**state.controls, **state.residency}
-        if agent_id not in state.agents
-    ]
-    return [agent_summary(state, record) for record in ordered + absent]
-
-
-def agent_summary(state: ClusterState, record: cluster_pb2.AgentRecord) -> AgentSummary:
-    """One agent; `record` has nothing but the id where it is not registered."""
-    residency = state.residency.get(record.id, cluster_pb2.AgentResidency())
-    serving = [shard for shard in residency.shards if shard.instance_id]
-    control = state.controls.get(record.id, cluster_pb2.AgentControl())
-    wish = ("draining" if residency.shards else "drained") if control.drained else "cordoned"
-    return AgentSummary(
-        id=record.id,
-        registered=record.id in state.agents,
-        control=wish if control.drained or control.cordoned else "",
-        stopping=record.stopping,
-        node=record.node,
-        device_index=record.device_index,
-        device_name=record.device_name,
-        backend=enum_word(common_pb2.Backend.DESCRIPTOR, record.backend),
-        address=record.address,
-        version=record.version,
-        page_bytes=record.page_bytes,
-        pages_total=record.pages_total,
-        pages_weights=residency.pages_weights,
-        pages_kv=residency.pages_kv,
-        pages_free=residency.pages_free,
-        models=sorted({shard.model for shard in residency.shards}),
-        instances=len(serving),
-        started_unix_ms=record.started_unix_ms,
+    kv_bytes = {replica.instance_id: replica.kv_bytes for replica in own}
+    running = {
+        shard.instance_id: shard.running
+        for residency in state.residency.values()
+        for shard in residency.shards
+        if shard.instance_id
+    }
+    return ModelDescription(
+        name=model,
+        state=best_state(own),
+        spec=plain(spec),
+        replicas=own,
+        instances=[
+            Instance(
+                id=record.id,
+                agents=list(record.group.agent_ids),
+                state=enum_word(common_pb2.ReplicaState.DESCRIPTOR, record.state),
+                running=running.get(record.id, 0),
+                slots=record.slots,
+                kv_bytes=kv_bytes.get(record.id, 0),
+                started_unix_ms=record.started_unix_ms,
+            )
+            for record in state.instances.values()
+            if record.model == model
+        ],
+        transitions=None if events is None else [plain(event) for event in events],
     )
 
 
