@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from services.gpu_agent.arena.arena import Arena, WeightRange
+from services.gpu_agent.arena.arena import Arena
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.weights.layout import ImageLayout, plan_layout
 
 

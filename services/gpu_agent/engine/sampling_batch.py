@@ -35,11 +35,12 @@ class TokenHistory:
 
     def __init__(self, prompt: Iterable[int], answer: Iterable[int] = ()) -> None:
         """`answer` is what has been generated already, in order; both are token ids."""
-        unique = np.unique(np.fromiter(prompt, np.int32))
+        # No sort: a long prompt would hold up the engine's thread.
+        unique = dict.fromkeys(prompt)
+        self._slots = dict(zip(unique, range(len(unique)), strict=True))
         self._tokens = np.empty(len(unique) + 256, np.int32)
-        self._tokens[: len(unique)] = unique
+        self._tokens[: len(unique)] = np.fromiter(unique, np.int32, len(unique))
         self._counts = np.zeros(len(self._tokens), np.int32)
-        self._slots = {token: slot for slot, token in enumerate(unique.tolist())}
         for token in answer:
             self.append(token)
 
