@@ -69,7 +69,7 @@ class Agent:
         self._stopping = False
         self._shards: dict[str, Shard] = {}
         self._transitions = Transitions(agent_id, reports)
-        self._serving = Serving(agent_id, arena, queue, reports, self._transitions, self._shards)
+        self._serving = Serving(agent_id, arena, queue, reports, self._transitions, self._shards, self._wake_again)
         look = self._serving.engine.look
         self._loader = Loader(arena, backend, images, reports.changed, on_pages=look, on_near=self._serve_early)
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # fails when the device is lost
@@ -281,6 +281,13 @@ class Agent:
             self._serving.activate(shard, reason)
         except OutOfPages as error:
             raise NoRoomError(f"{shard.name} is warm on {self._id}, but has no room to serve: {error}") from error
+
+    def _wake_again(self, shard: Shard, reason: common_pb2.Reason) -> None:
+        try:
+            self._wake(shard, reason)
+        except NoRoomError as error:
+            shard.want(active=False)
+            self._transitions.failed(shard, error)
 
     def _begin_load(self, shard: Shard, reason: common_pb2.Reason, active: bool) -> None:
         self._check_room(shard, active)

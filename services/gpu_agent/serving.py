@@ -13,12 +13,12 @@ from functools import partial
 from services.common.queues import RequestQueue
 from services.common.tasks import begin_task
 from services.gpu_agent.arena.arena import Arena
-from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.device import is_fatal
 from services.gpu_agent.engine.grammar import GrammarCompiler
 from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.loop import EngineLoop, EngineStopped
+from services.gpu_agent.engine.sampling import NonFiniteLogits
 from services.gpu_agent.engine.sequence import SequenceOutput
 from services.gpu_agent.instance_server import InstanceServer
 from services.gpu_agent.preparing import Preparing
@@ -43,14 +43,19 @@ class Serving:
         reports: Reports,
         transitions: Transitions,
         shards: Mapping[str, Shard],
+        wake: Callable[[Shard, common_pb2.Reason], None],
     ) -> None:
-        """`shards` are all of the agent's, by name, and change under it."""
+        """`shards` are all of the agent's, by name, and change under it.
+
+        `wake(shard, reason)` has a shard serve that was to end, but has been asked for again meanwhile.
+        """
         self._id = agent_id
         self._arena = arena
         self._queue = queue
         self._reports = reports
         self._transitions = transitions
         self._shards = shards
+        self._wake = wake
         self._expected: dict[str, float] = {}  # sequences that the forecast has an instance run at once, by model
         self._loop = asyncio.get_running_loop()
         self.engine = EngineLoop(
@@ -138,6 +143,7 @@ class Serving:
         server.fail_all(error)
         await server.flush(_FLUSH_S)
         await asyncio.wrap_future(self.engine.deactivate(server.instance_id))
+        await self._give_up_damaged(shard)
         self._reports.instance_gone(shard.name, server.instance_id)
         shard.server = None
         shard.retiring = False
@@ -187,16 +193,20 @@ class Serving:
         server.fail_all(f"instance {server.instance_id} failed")  # what the engine did not have, if anything
         await server.flush(_FLUSH_S)
         await asyncio.wrap_future(self.engine.deactivate(server.instance_id))
+        await self._give_up_damaged(shard)
         shard.retiring = False
         shard.want(shard.rewoken.is_set())
         self._transitions.retired(shard, reason, cluster_pb2.EVENT_KIND_DRAINED)
         if shard.rewoken.is_set():
-            try:
-                self.activate(shard, shard.wake_reason)
-            except OutOfPages as error:
-                shard.want(active=False)
-                self._transitions.failed(shard, error)
+            self._wake(shard, shard.wake_reason)
         await server.close()  # last, for nobody waits for it
+
+    async def _give_up_damaged(self, shard: Shard) -> None:
+        """Weights that computed nonsense go, so that the next wake copies them anew, from what has checksums."""
+        if shard.damaged and shard.weights is not None:
+            await self.preparing.end(shard)
+            await asyncio.to_thread(shard.weights.shrink, 0)
+        shard.damaged = False
 
     # News from the engine's thread and from routers
 
@@ -216,7 +226,8 @@ class Serving:
             if shard.server is not None and shard.server.instance_id == instance_id:
                 reason = common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=f"the instance failed: {error}")
                 shard.retiring = True
-                if shard.state == ACTIVE:  # a draining one goes on to warm, for nothing runs on it any more
+                shard.damaged = isinstance(error, NonFiniteLogits)
+                if shard.state == ACTIVE:  # a draining one ends, for nothing runs on it any more
                     self.drain(shard, reason, cluster_pb2.EVENT_KIND_FAILED)
 
     def _on_cancel(self, request_ids: Iterable[str]) -> None:

@@ -55,6 +55,7 @@ class Shard:
     rewoken: asyncio.Event = field(default_factory=asyncio.Event)  # a wake came after the last drain
     wake_reason: common_pb2.Reason = field(default_factory=common_pb2.Reason)  # of that wake
     retiring: bool = False  # drained or failed: it will be warm before it can be active again
+    damaged: bool = False  # it computed what is no number: its weights are not to be computed with again
     leaving: bool = False  # undeployed: it takes no orders any more
     orders: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while an eviction is carried out
     prewarming: Prewarming = field(init=False)

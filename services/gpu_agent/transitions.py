@@ -98,11 +98,11 @@ class Transitions:
         )
 
     def retired(self, shard: Shard, reason: common_pb2.Reason, kind: cluster_pb2.EventKind.ValueType) -> None:
-        """Active or draining became warm, for the engine has let go."""
+        """Active or draining became warm, or cold where its weights were given up, for the engine has let go."""
         assert shard.server is not None
         self._reports.instance_gone(shard.name, shard.server.instance_id)
         shard.server = None
-        self.enter(shard, WARM, reason, kind)
+        self.rest(shard, reason, kind)
 
     def _report(
         self,

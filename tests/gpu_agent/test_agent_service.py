@@ -17,6 +17,7 @@ import torch
 
 from launcher.backing import Backing, start_redis
 from services.common.queues import RequestQueue
+from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine import host
 from services.gpu_agent.engine.grammar import GrammarCompiler
@@ -465,6 +466,45 @@ async def test_without_its_engine_the_agent_hands_over_and_ends(
             assert end.finish_reason == inference_pb2.FINISH_REASON_ERROR
             await asyncio.wait({agent.task}, timeout=20)
             assert agent.task.done()
+
+
+@pytest.mark.parametrize("asked_for_meanwhile", [False, True])
+async def test_weights_that_compute_nonsense_are_copied_anew(
+    etcd, redis_server, keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_for_meanwhile: bool
+) -> None:
+    """Their instance hands its requests over, others do not notice, and the model can serve again at once."""
+    arenas: list[Arena] = []
+    make = Arena.__init__
+    monkeypatch.setattr(Arena, "__init__", lambda arena, memory: (arenas.append(arena), make(arena, memory))[1])
+    models = {name: checkpoints.FAMILIES[kind](tmp_path / name) for name, kind in (("m", "llama"), ("n", "mistral"))}
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
+        specs = {name: await agent.prepare(name, tmp_path / name) for name in models}
+        for spec in specs.values():
+            await agent.wake(spec)
+        weights = arenas[0]._ranges["m"]
+        giving_up = Gate(monkeypatch, WeightRange, "shrink")
+        weights.page_view(weights.num_pages - 1).fill_(0xFF)  # as floats: NaN
+        await agent.submit("n", "r1", PROMPT, 120)
+        await agent.relay.some_tokens("r1", 1)
+        await agent.submit("m", "r0", PROMPT, 250)
+        end = await agent.relay.finished("r0")
+        assert end.finish_reason == inference_pb2.FINISH_REASON_ERROR
+        assert "NaN" in end.error
+        await giving_up.reached()
+        if asked_for_meanwhile:
+            await agent.stub.WakeReplica(_wake(agent, specs["m"]))
+            giving_up.open()
+            await agent.until("m", common_pb2.REPLICA_STATE_ACTIVE)
+        else:
+            giving_up.open()
+            shard = await agent.until("m", common_pb2.REPLICA_STATE_COLD)
+            assert "NaN" in shard.reason.text
+            await agent.wake(specs["m"])
+        await agent.submit("m", "r2", PROMPT, 6)
+        for name, model, count in (("r2", "m", 6), ("r1", "n", 120)):
+            assert (await agent.relay.finished(name)).finish_reason == inference_pb2.FINISH_REASON_LENGTH
+            assert agent.relay.tokens(name) == expected(models[model], PROMPT, count)
+        arenas[0].check()
 
 
 async def test_an_eviction_that_finds_the_device_lost_ends_the_agent(
