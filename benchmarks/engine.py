@@ -13,7 +13,6 @@ import gc
 import random
 import threading
 import time
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from benchmarks.gpu_limits import DEVICE, Limits, floor_rows, gpu_time, measure_limits
 from benchmarks.models import ArenaModel, llama_1b, llama_8b, place
 from benchmarks.report import Row, report
 from services.gpu_agent.arena.arena import Arena
@@ -33,7 +33,6 @@ from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sampling_params import SamplingParams
 from services.gpu_agent.engine.sequence import Sequence, SequenceOutput
-from services.gpu_agent.weights.layout import fused
 
 PAGE_BYTES = 32 << 20
 ARENA_BYTES = 44 << 30  # leaves room for transformers' own copy of the model
@@ -42,15 +41,6 @@ CONTEXT = 8192
 VOCABULARY = 100_000  # prompts are drawn from these
 DECODES = ((1, 512), (32, 512), (64, 1024))  # sequences, tokens of context
 PREFILLS = (128, 1024, 4096)
-DEVICE = torch.device("cuda", 0)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the device does at best, measured."""
-
-    bytes_per_s: float
-    flops_per_s: float
 
 
 @dataclass
@@ -129,12 +119,12 @@ def main() -> None:
     burst = throughput(large)
     rows += [*burst, Row("8B: graphs captured once for all batches", large.capture_s, "s")]
     rows += memory_rows(backend)
-    rows += floor_rows(large, limits)
+    rows += floor_rows(large.placed, large.name, limits, PREFILLS)
     large.placed.weights.remove()
     small = [serve(arena, backend, f"1B-{i}", llama_1b()) for i in range(4)]
     rows += step_rows(small[0], limits, like=steps)
     rows += prefill_rows(small[0], limits, like=prefills)
-    rows += floor_rows(small[0], limits)
+    rows += floor_rows(small[0].placed, small[0].name, limits, PREFILLS)
     rows += together(small)
     arena.close()
     del small, large, backend, arena
@@ -143,39 +133,6 @@ def main() -> None:
     torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
     rows += transformers_rows(burst[0])
     report("engine", rows, arguments.json)
-
-
-def measure_limits() -> Limits:
-    """Bandwidth of a large device copy, counting reads and writes; rate of a large bf16 matrix product."""
-    rate = product_rate()  # first, for cuBLAS keeps a workspace, which would hold a part of the copy's memory
-    torch.cuda.empty_cache()
-    return Limits(copy_bandwidth(), rate)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second."""
-    source, target = (torch.empty(2 << 30, dtype=torch.uint8, device=DEVICE) for _ in range(2))
-    return 2 * source.nbytes / gpu_time(lambda: target.copy_(source))
-
-
-def product_rate() -> float:
-    """Operations per second of a bf16 matrix product."""
-    left, right = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / gpu_time(lambda: left @ right)
-
-
-def gpu_time(work: Callable[[], object], repeats: int = 15) -> float:
-    """Median seconds of work on the GPU."""
-    work()
-    times: list[float] = []
-    for _ in range(repeats):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        began.record()
-        work()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) / 1e3)
-    return median(times)
 
 
 def serve(arena: Arena, backend: CudaBackend, name: str, config: Any) -> Served:
@@ -250,41 +207,6 @@ def decode_step(served: Served, batch: int, context: int, steps: int = 60, **sam
     busy = (instance.device_seconds - device) / steps
     instance.close("measured")
     return wall, busy
-
-
-def floor_rows(served: Served, limits: Limits) -> list[Row]:
-    """What no kernel of ours is in: the matrix products of a decode step alone, as one graph."""
-    layout, weights, config = served.placed.layout, served.placed.weights, served.placed.config
-    matrices = []
-    for layer in range(config.num_hidden_layers):
-        for names in (
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.o_proj",),
-            ("mlp.gate_proj", "mlp.up_proj"),
-            ("mlp.down_proj",),
-        ):
-            over = fused([layout.place(f"model.layers.{layer}.{name}.weight") for name in names])
-            assert over is not None
-            matrices.append(weights.tensor(over.dtype, over.shape, over.offset))
-    head = layout.place("lm_head.weight")
-    matrices.append(weights.tensor(head.dtype, head.shape, head.offset))
-    rows = []
-    for batch in (1, 32, 64):
-        inputs = {
-            width: torch.randn(batch, width, device=DEVICE, dtype=torch.bfloat16)
-            for width in {matrix.shape[1] for matrix in matrices}
-        }
-        with torch.inference_mode():
-            graph = torch.cuda.CUDAGraph()
-            for matrix in matrices:  # cuBLAS sets itself up
-                torch.nn.functional.linear(inputs[matrix.shape[1]], matrix)
-            with torch.cuda.graph(graph):
-                for matrix in matrices:
-                    torch.nn.functional.linear(inputs[matrix.shape[1]], matrix)
-        limit = served.placed.step_bytes / limits.bytes_per_s * 1e3
-        name = f"{served.name}: floor: the matrix products of a decode step alone, {batch} rows"
-        rows.append(Row(name, gpu_time(graph.replay) * 1e3, "ms", limit, "weights over the bus"))
-    return rows
 
 
 def prefill_rows(served: Served, limits: Limits, targets: Many[float] | None = None, like: Many[Row] = ()) -> list[Row]:

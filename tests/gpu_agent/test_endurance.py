@@ -49,7 +49,7 @@ class Scale:
 
 HOST = Scale(65536, 24, "1536KiB", {}, "host")
 # float32, in which a batch's other sequences do not change which token is the greatest
-CUDA = Scale(2 << 20, 64, "100MiB", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}, "cuda")
+CUDA = Scale(2 << 20, 56, "100MiB", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}, "cuda")
 
 
 @dataclass

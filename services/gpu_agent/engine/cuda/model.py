@@ -87,7 +87,7 @@ class CudaModel:
         if shape is None:
             return False
         began = time.monotonic()
-        with torch.cuda.stream(self.workspace.stream):
+        with self.workspace.growing(), torch.cuda.stream(self.workspace.stream):
             # A step of padding: whatever is compiled or set up on first use must be before the capture.
             facts = self.workspace.facts[: shape.sections["blocks"].start]
             facts.zero_()
@@ -98,7 +98,6 @@ class CudaModel:
             graph = self._captured(shape)
         self._graphs[shape] = graph
         self.captures += 1
-        self.workspace.settle()
         _log.debug("captured %s in %.0f ms", shape, (time.monotonic() - began) * 1e3)
         return True
 

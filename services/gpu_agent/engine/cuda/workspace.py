@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +54,7 @@ class Workspace:
         with torch.cuda.stream(self.stream):
             self._reservation = self._reserve(self.activation_bytes)
         torch.cuda.synchronize(device)
-        self._settled = 0
+        self._settled: int | None = None
 
     def check(self, vocabulary: int, sequences: int, blocks: int, heads: int, kv_heads: int) -> None:
         """ValueError where steps of so many sequences, of so many KV blocks each, do not fit the buffers."""
@@ -89,14 +91,20 @@ class Workspace:
         """Device memory that torch holds in this process, outside the arena."""
         return torch.cuda.memory_reserved(self.device)
 
-    def settle(self) -> None:
-        """Says that what is reserved now is all there will be, until the next model is captured."""
-        self._settled = self.reserved_bytes
+    @contextmanager
+    def growing(self) -> Iterator[None]:
+        """Within it more may be reserved; what is reserved at its end is all there will be, until the next time."""
+        self._settled = None
+        try:
+            yield
+        finally:
+            self._settled = self.reserved_bytes
 
     @property
     def grown_bytes(self) -> int:
-        """Device memory taken since `settle`; 0 unless something allocates while serving."""
-        return max(0, self.reserved_bytes - self._settled) if self._settled else 0
+        """Device memory taken since `growing` ended; 0 unless something allocates while serving."""
+        settled = self._settled
+        return 0 if settled is None else max(0, self.reserved_bytes - settled)
 
     def _reserve(self, nbytes: int) -> torch.cuda.CUDAGraph:
         """Has torch's allocator hold this much for graphs, and as much for steps outside of graphs."""

@@ -1,0 +1,130 @@
+"""What a GPU does at best, measured: its bus, its tensor cores, and what no kernel of ours is in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch.nn import functional
+
+from benchmarks.models import ArenaModel
+from benchmarks.report import Row
+from services.gpu_agent.weights.layout import fused
+
+DEVICE = torch.device("cuda", 0)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the device does at best, measured."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+def measure_limits() -> Limits:
+    """Bandwidth of a large device copy, counting reads and writes; rate of a large bf16 matrix product."""
+    rate = product_rate()  # first, for cuBLAS keeps a workspace, which would hold a part of the copy's memory
+    torch.cuda.empty_cache()
+    return Limits(copy_bandwidth(), rate)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second."""
+    source, target = (torch.empty(2 << 30, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    return 2 * source.nbytes / gpu_time(lambda: target.copy_(source))
+
+
+def product_rate() -> float:
+    """Operations per second of a bf16 matrix product."""
+    left, right = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / gpu_time(lambda: left @ right)
+
+
+def gpu_time(work: Callable[[], object], repeats: int = 15) -> float:
+    """Median seconds of work on the GPU."""
+    work()
+    times: list[float] = []
+    for _ in range(repeats):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        began.record()
+        work()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / 1e3)
+    return median(times)
+
+
+def floor_rows(placed: ArenaModel, name: str, limits: Limits, prefills: Many[int]) -> list[Row]:
+    """What no kernel of ours is in, as graphs of nothing else.
+
+    For decode steps the matrix products; for prefills torch's fused attention, which reads no pages, too.
+    """
+    config, weights, layout = placed.config, placed.weights, placed.layout
+    kv_heads = config.num_key_value_heads
+    layers = [
+        [
+            matrix_over(placed, [f"model.layers.{layer}.{part}.weight" for part in names])
+            for names in (
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                ("self_attn.o_proj",),
+                ("mlp.gate_proj", "mlp.up_proj"),
+                ("mlp.down_proj",),
+            )
+        ]
+        for layer in range(config.num_hidden_layers)
+    ]
+    place = layout.place("lm_head.weight")
+    head = weights.tensor(place.dtype, place.shape, place.offset)
+
+    def products(count: int, rows: int) -> None:
+        for matrices in layers:
+            for matrix in matrices:
+                functional.linear(inputs[matrix.shape[1]][:count], matrix)
+        functional.linear(inputs[head.shape[1]][:rows], head)
+
+    def attention(count: int) -> None:
+        query, key, value = (states[:, :, :count] for states in heads)
+        for _ in layers:
+            functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    most = max(64, *prefills)
+    inputs = {matrix.shape[1]: bf16(most, matrix.shape[1]) for matrix in layers[0]}
+    heads = [bf16(1, number, most, config.head_dim) for number in (config.num_attention_heads, kv_heads, kv_heads)]
+    bus = placed.step_bytes / limits.bytes_per_s * 1e3
+    rows = []
+    for batch in (1, 32, 64):
+        seconds = graph_time(lambda batch=batch: products(batch, batch))  # type: ignore[misc]
+        what = f"{name}: floor: the matrix products of a decode step alone, {batch} rows"
+        rows.append(Row(what, seconds * 1e3, "ms", bus, "weights over the bus"))
+    for tokens in prefills:
+        alone = graph_time(lambda tokens=tokens: products(tokens, 1))  # type: ignore[misc]
+        whole = alone + graph_time(lambda tokens=tokens: attention(tokens))  # type: ignore[misc]
+        what = f"{name}: floor: the products and torch's attention of a prefill alone, {tokens}"
+        rows.append(Row(what, whole * 1e3, "ms", alone * 1e3, "the products alone"))
+    return rows
+
+
+@torch.inference_mode()
+def graph_time(work: Callable[[], object]) -> float:
+    """Median seconds of work on the GPU as a graph of nothing else."""
+    work()  # what sets itself up does so now
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return gpu_time(graph.replay)
+
+
+def matrix_over(placed: ArenaModel, names: list[str]) -> torch.Tensor:
+    """Weights that lie one behind the other, as one matrix."""
+    over = fused([placed.layout.place(name) for name in names])
+    assert over is not None
+    return placed.weights.tensor(over.dtype, over.shape, over.offset)
+
+
+def bf16(*shape: int) -> torch.Tensor:
+    """Random numbers on the GPU."""
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
