@@ -123,10 +123,12 @@ class Clockwork:
     seconds: float
     depth: int = 2
     ahead: list[int] = field(default_factory=list)  # steps under way when each was launched
+    lengths: list[int] = field(default_factory=list)  # tokens of each step
     under_way: int = 0
 
     def launch(self, parts: Many[Part], rows: Many[Row]) -> Clockwork.Step:
         self.ahead.append(self.under_way)
+        self.lengths.append(sum(part.length for part in parts))
         self.under_way += 1
         return Clockwork.Step(self, len(rows))
 
@@ -140,10 +142,10 @@ class Clockwork:
             return StepResult([Choice(1, None)] * self.rows, self.device.seconds)
 
 
-def clockwork(memory: Arena, name: str, runner: Clockwork) -> Instance:
+def clockwork(memory: Arena, name: str, runner: Clockwork, **options: int) -> Instance:
     spec = KvSpec(layers=1, kv_heads=1, head_dim=8, dtype=torch.float32, block_tokens=4)
     cache = KvCache(memory, name, spec)
-    return Instance(name, name, runner, cache, vocab_size=512, eos_ids=(), context_tokens=1000, max_batch=4)
+    return Instance(name, name, runner, cache, vocab_size=512, eos_ids=(), context_tokens=1000, max_batch=4, **options)
 
 
 def test_instances_get_equal_shares_of_the_device_not_of_the_steps(listener: Listener) -> None:
@@ -157,6 +159,31 @@ def test_instances_get_equal_shares_of_the_device_not_of_the_steps(listener: Lis
     engine.stop()
     both = listener.order[:200]
     assert both.count("quick") / both.count("slow") == pytest.approx(3, abs=0.2)
+
+
+def test_a_long_prompt_does_not_hold_up_the_tokens_of_other_instances() -> None:
+    """Alone it takes the device in larger pieces."""
+    memory = arena(200, page_bytes=4096)
+    runner = Clockwork(0.001)
+    listener = Listener()
+
+    def on_step(instance_id: str, outputs: list[SequenceOutput]) -> None:
+        if not any(o.request_id == "other" for o in listener.outputs) and outputs[0].request_id == "other":
+            engine.submit("long", greedy("beside", prompt(80, seed=1), 1))
+        listener.on_step(instance_id, outputs)
+
+    engine = EngineLoop(on_step, listener.on_failure)
+    engine.activate(clockwork(memory, "other", Clockwork(0.001)))
+    engine.activate(clockwork(memory, "long", runner, token_budget=10, prefill_budget=40))
+    engine.submit("long", greedy("alone", prompt(80), 1))
+    engine.start()
+    listener.wait_ended("alone")
+    assert runner.lengths == [40, 40]
+    runner.lengths.clear()
+    engine.submit("other", greedy("other", prompt(4), 900))
+    listener.wait_ended("beside")
+    engine.stop()
+    assert runner.lengths == [10] * 8
 
 
 def test_an_instance_that_was_idle_has_no_claim_on_the_others_time(listener: Listener) -> None:

@@ -88,6 +88,22 @@ def test_prefill_fills_what_decodes_leave_of_the_budget() -> None:
     assert steps == [{"a": 3, "b": 7}, {"a": 1, "b": 9}, {"a": 1, "b": 9}, {"a": 1, "b": 1}]
 
 
+def test_prompts_come_in_larger_chunks_where_nobody_waits_for_a_token() -> None:
+    s = Scheduler(Blocks(100), BLOCK, max_batch=4, token_budget=10, prefill_budget=25)
+    s.add(sequence("a", 70))
+    chunks = []
+    for others_wait in (False, True, False):
+        plan = s.schedule(others_wait)
+        chunks.append(lengths(plan))
+        carry_out(s, plan)
+    s.add(sequence("b", 40))
+    for _ in range(2):
+        plan = s.schedule()
+        chunks.append(lengths(plan))
+        carry_out(s, plan)
+    assert chunks == [{"a": 25}, {"a": 10}, {"a": 25}, {"a": 10, "b": 15}, {"a": 1, "b": 9}]
+
+
 def test_first_come_first_served_without_overtaking() -> None:
     pool = Blocks(10, elsewhere=6)
     s = scheduler(pool)

@@ -24,7 +24,7 @@ class StepLimits:
     token_budget: int
     """Tokens, those of prompts and of decoding together."""
     prefill_budget: int
-    """Tokens where nobody decodes."""
+    """Tokens where nobody waits for the step's end to get a token."""
     max_prefills: int
     """Sequences with more than one token."""
 

@@ -66,8 +66,7 @@ class Instance:
         prefill_budget: int | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """context_tokens bounds prompt plus answer; token_budget bounds the tokens of one step, and
-        prefill_budget those of a step in which nobody decodes.
+        """context_tokens bounds prompt plus answer; for token_budget and prefill_budget see Scheduler.
 
         Each running sequence gets a token in each step, so the budget is never less than max_batch.
         """
@@ -178,10 +177,13 @@ class Instance:
         self._expected = sequences
         self._promise()
 
-    def launch(self) -> bool:
-        """Begins a step; False where there is nothing to compute now. For what it raises, see collect."""
+    def launch(self, others_wait: bool = False) -> bool:
+        """Begins a step; False where there is nothing to compute now. For what it raises, see collect.
+
+        others_wait: whether other instances have work for the device too.
+        """
         self._expire()
-        schedule = self._scheduler.schedule()
+        schedule = self._scheduler.schedule(others_wait)
         self._promise()
         for sequence, reason in schedule.impossible:
             del self._sequences[sequence.request_id, sequence.attempt]

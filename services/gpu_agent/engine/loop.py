@@ -218,7 +218,8 @@ class EngineLoop:
         return min(may, key=lambda active: active.share, default=None)
 
     def _launch(self, active: _Active) -> None:
-        if active.instance.launch():
+        others_wait = any(other is not active and other.instance.has_work for other in self._active.values())
+        if active.instance.launch(others_wait):
             self._served = max(self._served, active.share)
             active.expected.append(active.last)
             active.share += active.last

@@ -107,8 +107,8 @@ class Scheduler:
         max_prefills: int | None = None,
         prefill_budget: int | None = None,
     ) -> None:
-        """token_budget bounds the tokens of a step, prefill_budget (by default the same) those of a step in which
-        nobody decodes and so nobody waits for the next token; max_prefills bounds the chunks of more than one token.
+        """token_budget bounds the tokens of a step, prefill_budget (by default the same) those of a step for whose end
+        nobody waits to get a next token; max_prefills bounds the chunks of more than one token.
         """
         if max_batch < 1 or token_budget < max_batch:
             raise ValueError(f"need 1 <= max_batch <= token_budget, not {max_batch} and {token_budget}")
@@ -151,12 +151,16 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
 
-    def schedule(self) -> Schedule:
-        """Decides one step. The caller computes the chunks and then raises each sequence's computed_tokens."""
+    def schedule(self, others_wait: bool = False) -> Schedule:
+        """Decides one step. The caller computes the chunks and then raises each sequence's computed_tokens.
+
+        others_wait: whether other instances share the device, whose next tokens come behind this step.
+        """
         self._grow()
         active = self._active()
         decoding = sum(1 for s in active if s.pending_tokens == 1)
-        step = _Step(self._token_budget - decoding if decoding else self._prefill_budget, self._max_prefills)
+        budget = self._token_budget - decoding if decoding or others_wait else self._prefill_budget
+        step = _Step(budget, self._max_prefills)
         for sequence in active:
             if sequence.pending_tokens == 1:
                 step.decode(sequence)
