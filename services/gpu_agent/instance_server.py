@@ -129,16 +129,18 @@ class InstanceServer:
     def handle(self, outputs: Iterable[SequenceOutput]) -> None:
         """Passes one engine step's news on to the routers concerned."""
         by_router: defaultdict[str, list[agent_pb2.SequenceUpdate]] = defaultdict(list)
+        tokens = 0
         for output in outputs:
             run = self._running.get(output.request_id)
             if run is None or run.attempt != output.attempt:
                 continue
-            _TOKENS.labels(self._model).inc(len(output.token_ids))
+            tokens += len(output.token_ids)
             update = update_of(output, self.instance_id)
             if output.finish_reason is not None:
                 _SEQUENCES.labels(self._model, output.finish_reason.value).inc()
                 self._forget(output.request_id)
             by_router[run.relay_address].append(update)
+        _TOKENS.labels(self._model).inc(tokens)
         for address, updates in by_router.items():
             self._relay.send(address, updates)
 

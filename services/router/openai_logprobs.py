@@ -45,11 +45,15 @@ class CompletionLogprobs:
         return {
             "tokens": [_text(token.token) for token in tokens],
             "token_logprobs": [_number(token.logprob) for token in tokens],
-            "top_logprobs": [
-                {_text(other.token): _number(other.logprob) for other in reversed(token.top)} for token in tokens
-            ],
+            "top_logprobs": [_alternatives(token) for token in tokens],
             "text_offset": offsets,
         }
+
+
+def _alternatives(token: inference_pb2.TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens, and the chosen one, which OpenAI adds where it is none of those."""
+    likeliest = {_text(other.token): _number(other.logprob) for other in reversed(token.top)}
+    return likeliest | {_text(token.token): _number(token.logprob)}
 
 
 def _entry(token: inference_pb2.TokenLogprob | inference_pb2.TopLogprob) -> Json:

@@ -11,6 +11,7 @@ import grpc
 import openai
 import pytest
 
+from services.router.openai_logprobs import CompletionLogprobs
 from tests.router.conftest import ANSWER, Cluster, RunningRouter, status_of
 from tests.router.peers import PeerAgent, until
 from warmserve.v1 import agent_pb2, common_pb2, inference_pb2
@@ -291,7 +292,19 @@ async def test_openai_completion_logprobs(serving) -> None:
     none = await create(model="m", prompt="x", logprobs=0, max_tokens=100)
     assert agent.taken[1].sampling.HasField("logprobs")
     assert none.choices[0].logprobs is not None
-    assert none.choices[0].logprobs.top_logprobs == [{}] * len(cluster.answer)
+    assert none.choices[0].logprobs.top_logprobs == given.top_logprobs
+
+
+def test_openai_completion_logprobs_hold_the_chosen_token_where_it_is_none_of_the_likeliest() -> None:
+    top = [inference_pb2.TopLogprob(token=token, logprob=-rank) for rank, token in ((1, b" one"), (2, b" two"))]
+    given = [
+        inference_pb2.TokenLogprob(token=b" fox", logprob=-7, top=top),
+        inference_pb2.TokenLogprob(token=b" two", logprob=-2, top=top),
+    ]
+    assert CompletionLogprobs().of(given)["top_logprobs"] == [
+        {" one": -1, " two": -2, " fox": -7},
+        {" one": -1, " two": -2},
+    ]
 
 
 async def test_logprobs_end_where_a_stop_text_ends_the_answer(serving) -> None:
