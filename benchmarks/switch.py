@@ -51,7 +51,7 @@ class Scale:
 def scale() -> Scale:
     """8B, 3B and 1B on a GPU, else tiny ones."""
     if ON_GPU:
-        return Scale(llama_8b(), llama_3b(), llama_1b(), 4, "56GiB", "24GiB", 7)
+        return Scale(llama_8b(), llama_3b(), llama_1b(), 4, "56GiB", "40GiB", 7)
 
     def tiny(layers: int, hidden: int) -> LlamaConfig:
         return LlamaConfig(
@@ -64,7 +64,7 @@ def scale() -> Scale:
             max_position_embeddings=2048,
         )
 
-    return Scale(tiny(16, 512), tiny(8, 384), tiny(4, 256), 4, "512MiB", "128MiB", 5)
+    return Scale(tiny(16, 512), tiny(8, 384), tiny(4, 256), 4, "512MiB", "256MiB", 5)
 
 
 async def warm_switches(cluster: Cluster, specs: list[cluster_pb2.ModelSpec], switches: int) -> list[Row]:
@@ -97,8 +97,8 @@ async def warm_switches(cluster: Cluster, specs: list[cluster_pb2.ModelSpec], sw
     ]
 
 
-async def loads(cluster: Cluster, spec: cluster_pb2.ModelSpec, chosen: Scale) -> list[Row]:
-    """Loads from the host tier: whole, half, and evictions."""
+async def loads(cluster: Cluster, spec: cluster_pb2.ModelSpec, chosen: Scale, bus: float) -> list[Row]:
+    """Loads from the host tier: whole, half, and evictions. `bus` is what copies reach, in bytes per second."""
     name, nbytes = spec.name, spec.facts.shard_bytes
     await cluster.residency.wait_for(
         lambda items: any(i.name.startswith(spec.facts.fingerprint[:32]) for i in items["g0"].host_tier.images)
@@ -117,16 +117,25 @@ async def loads(cluster: Cluster, spec: cluster_pb2.ModelSpec, chosen: Scale) ->
         half.append(await cluster.switch(spec, n))
         await cluster.rest(name)
         await cluster.evict(name)
-    bus = copy_rate()
     limit = nbytes / bus * 1e3
     time_to_ready, ttft = statistics.median(ready), statistics.median(whole)
     source = "copy from pinned memory" if ON_GPU else "copy in memory"
+    large = (
+        name == "large"
+    )  # for which targets are set: of small models, what does not depend on their size weighs more
     return [
-        Row("host tier to ready", time_to_ready, "ms", limit, source, limit / 0.95),
-        Row("host tier to ready, rate", nbytes / time_to_ready / 1e6, "GB/s", bus / 1e9, source),
-        Row("TTFT on that path", ttft, "ms", time_to_ready, "time to ready", time_to_ready + 10),
-        Row("half resident, TTFT", statistics.median(half), "ms", ttft, "all missing", 0.55 * ttft),
-        Row("evict", statistics.median(evictions), "ms", None, None, 20),
+        Row(f"{name}: host tier to ready", time_to_ready, "ms", limit, source, limit / 0.95 if large else None),
+        Row(f"{name}: host tier to ready, rate", nbytes / time_to_ready / 1e6, "GB/s", bus / 1e9, source),
+        Row(f"{name}: TTFT on that path", ttft, "ms", time_to_ready, "time to ready", time_to_ready + 10),
+        Row(
+            f"{name}: half resident, TTFT",
+            statistics.median(half),
+            "ms",
+            ttft,
+            "all missing",
+            0.55 * ttft if large else None,
+        ),
+        Row(f"{name}: evict", statistics.median(evictions), "ms", None, None, 20),
     ]
 
 
@@ -163,7 +172,7 @@ async def from_disk(chosen: Scale, folder: Path, source: Path) -> list[Row]:
         spec = await cluster.deploy("large", source)
         (path,) = (folder / "images").glob(f"{spec.facts.fingerprint[:32]}*.image")
         await cluster.warm(spec)
-        for _ in range(3):
+        for _ in range(2):
             await cluster.evict("large")
             _forget(path)
             await cluster.warm(spec)
@@ -231,29 +240,31 @@ def _read_time(path: Path) -> float:
 
 async def measure(switches: int, folder: Path) -> list[Row]:
     """All rows."""
-    chosen = scale()
+    chosen, bus = scale(), copy_rate()
     shapes = [("large", chosen.large), ("medium", chosen.medium)]
     shapes += [(f"small{n}", chosen.small) for n in range(chosen.smalls)]
+    say("writing checkpoints")
     for seed, (name, config) in enumerate(shapes):
-        say(f"writing the checkpoint of {name}")
         write_checkpoint(folder / name, config, seed)
+    rows: list[Row] = []
+
+    def tell(found: list[Row]) -> None:
+        rows.extend(found)
+        for row in found:
+            say(f"{row.what}: {row.value:.4g} {row.unit}")
+
     async with running(chosen.arena, chosen.tier, folder / "main") as cluster:
-        specs = []
-        for name, _ in shapes:
-            say(f"preparing {name}")
-            specs.append(await cluster.deploy(name, folder / name))
-        say("loads from the host tier")
-        rows = await loads(cluster, specs[0], chosen)
-        say("wakes of warm models")
+        say("preparing images")
+        specs = await asyncio.gather(*(cluster.deploy(name, folder / name) for name, _ in shapes))
+        tell(await loads(cluster, specs[0], chosen, bus))
+        tell(await loads(cluster, specs[2], chosen, bus))
         for spec in specs:
             await cluster.warm(spec)
-        rows = await warm_switches(cluster, specs, switches) + rows
-        say("tokens beside a model that is warmed")
-        rows += await beside(cluster, specs, 400)
-    say("loads from the disk")
-    rows += await from_disk(chosen, folder, folder / "large")
-    say("peers")
-    return rows + peers(folder / "large")
+        tell(await warm_switches(cluster, specs, switches))
+        tell(await beside(cluster, specs, 400))
+    tell(await from_disk(chosen, folder, folder / "large"))
+    tell(peers(folder / "large"))
+    return rows
 
 
 def say(what: str) -> None:
