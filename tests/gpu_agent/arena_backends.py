@@ -12,6 +12,7 @@ import torch
 
 from services.gpu_agent.arena.host import HostMemory
 from services.gpu_agent.arena.memory import Memory
+from services.gpu_agent.arena.weight_range import WeightRange
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class Backend:
     def per_page(self) -> int:
         """float32 numbers in a page."""
         return self.page // 4
+
+
+def append(weights: WeightRange, fill: Callable[[int, torch.Tensor], None]) -> None:
+    """Has `fill(index, page)` write one more page of a range, uint8; then it is resident."""
+    with weights.filling() as filling:
+        (page,) = filling.map(1)
+        fill(filling.first, page)
+        filling.done()
 
 
 def _host_mapped(address: int) -> bool:

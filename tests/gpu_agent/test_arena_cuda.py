@@ -10,7 +10,7 @@ import torch
 
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.weight_range import WeightRange
-from tests.gpu_agent.arena_backends import CUDA
+from tests.gpu_agent.arena_backends import CUDA, append
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ def fill_from(content: torch.Tensor, weights: WeightRange) -> None:
         torch.cuda.synchronize()
 
     while weights.resident_pages < weights.num_pages:
-        weights.append(fill)
+        append(weights, fill)
 
 
 class Product:
@@ -101,7 +101,7 @@ def test_graphs_run_beside_a_thread_that_maps_fills_and_unmaps() -> None:
 
         for turn in range(50):
             for _ in range(4):
-                other.append(fill)
+                append(other, fill)
             with torch.cuda.stream(stream):
                 if not torch.equal(shown.cpu(), content):
                     wrong.append(turn)

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import ArenaClosed, OutOfPages
 from services.gpu_agent.arena.weight_range import WeightRange
-from tests.gpu_agent.arena_backends import CUDA, EACH, HOST, Backend
+from tests.gpu_agent.arena_backends import CUDA, EACH, HOST, Backend, append
 
 torch.set_num_threads(1)
 
@@ -121,11 +121,11 @@ class Everything(RuleBasedStateMachine):
                 raise OSError("the disk failed")
 
         if well:
-            model.weights.append(fill)
+            append(model.weights, fill)
             model.expected.append(value)
         else:
             with pytest.raises(OSError, match="the disk failed"):
-                model.weights.append(fill)
+                append(model.weights, fill)
 
     @rule(name=NAMES, keep=st.integers(0, TOTAL))
     def shrink(self, name: str, keep: int) -> None:
@@ -157,7 +157,7 @@ class Everything(RuleBasedStateMachine):
         usage = self.arena.usage()
         assert usage.free == self.arena.free_pages == self.free()
         assert usage.free + usage.kv + usage.weights == usage.total == TOTAL
-        assert usage.weights_by_model == {name: len(model.expected) for name, model in self.models.items()}
+        assert self.arena._pages.weights() == {name: len(model.expected) for name, model in self.models.items()}
         assert usage.kv_by_instance == {name: len(held) for name, held in self.kv.items() if held}
         for model in self.models.values():
             assert model.weights.resident_pages == len(model.expected)
@@ -326,7 +326,7 @@ def test_shrink_waits_for_the_page_that_is_being_filled(arena: Arena, backend: B
         page.fill_(1)
         backend.settle()
 
-    loader = threading.Thread(target=weights.append, args=(fill,))
+    loader = threading.Thread(target=append, args=(weights, fill))
     loader.start()
     assert filling.wait(30)
     evictor = threading.Thread(target=weights.shrink, args=(0,))

@@ -20,6 +20,7 @@ from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sampling_params import SamplingParams
 from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
 from services.gpu_agent.weights.loader import load
+from tests.gpu_agent.arena_backends import append
 from tests.gpu_agent.checkpoints import FAMILIES, save
 from tests.gpu_agent.serving import Files, greedy, prompt, run, serve_files, tokens_of
 
@@ -184,11 +185,11 @@ def test_a_prompt_is_computed_behind_the_copy_with_others_steps_between_its_laye
     behind = 0
     while not waiting.advance():
         behind += 1
-        late.weights.append(fill)
+        append(late.weights, fill)
         outputs += going.step()
     assert behind > 8
     while not late.weights.complete:
-        late.weights.append(fill)
+        append(late.weights, fill)
     waiting.collect()
     assert tokens_of(waiting.news() + run(waiting), "late") == late.generate(prompt(90), 12)
     assert tokens_of(outputs + run(going), "other") == other.generate(prompt(50), 60)

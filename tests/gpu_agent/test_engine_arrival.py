@@ -17,6 +17,7 @@ from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sequence import FinishReason
 from services.gpu_agent.engine.step import StepResult
 from tests.gpu_agent import checkpoints
+from tests.gpu_agent.arena_backends import append
 from tests.gpu_agent.serving import Served, arena, generate, greedy, prompt, run, serve, tokens_of
 from tests.gpu_agent.test_engine_loop import Listener
 
@@ -33,7 +34,7 @@ def memory() -> Iterator[Arena]:
 
 
 def next_page(served: Served) -> None:
-    served.weights.append(served.image.read_page)
+    append(served.weights, served.image.read_page)
 
 
 @pytest.mark.parametrize("family", checkpoints.CONFIGS)

@@ -137,7 +137,7 @@ def test_warming_leaves_instances_what_they_were_promised_and_a_wake_does_not(ar
     weights.offer((9.0, 9.0))
     arena.take_kv("i", 2)
     arena.promise_kv("i", 5)
-    assert (arena.free_for_prewarming, arena.usage().promised) == (TOTAL - 5, 3)
+    assert (arena.usage().free, arena.usage().promised) == (TOTAL - 2, 3)
     weights.grow(TOTAL - 5)
     with pytest.raises(OutOfPages):
         weights.grow(1)
@@ -288,7 +288,7 @@ def test_a_promise_never_outlives_the_need_for_it(loads: list[tuple[int, int]]) 
     memory = host_arena(TOTAL, page_bytes=4096)
     for running, in_use in loads:
         memory.promise_kv("i", promised_pages(TOTAL, running, 4, min(in_use, TOTAL), 0))
-        assert 0 <= memory.free_for_prewarming <= memory.free_pages
+        assert 0 <= memory.usage().promised <= memory.free_pages
     memory.promise_kv("i", 0)
-    assert memory.free_for_prewarming == TOTAL
+    assert memory.usage().promised == 0
     memory.close()

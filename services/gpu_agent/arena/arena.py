@@ -27,8 +27,6 @@ class ArenaUsage:
     promised: int
     """Of the free ones, those that prewarming leaves to instances."""
     kv_by_instance: dict[str, int]
-    weights_by_model: dict[str, int]
-    """Those that hold their data."""
 
 
 class Arena:
@@ -73,12 +71,6 @@ class Arena:
         with self._lock:
             return self._pages.free
 
-    @property
-    def free_for_prewarming(self) -> int:
-        """Pages that nobody owns and no instance was promised."""
-        with self._lock:
-            return max(0, self._pages.free - self._promised_free())
-
     def usage(self) -> ArenaUsage:
         """Who has how many pages, at one moment."""
         with self._lock:
@@ -87,7 +79,7 @@ class Arena:
             lent = self._lendable()
             promised = min(free, self._promised_free())
         in_weights = sum(weights.values()) + filling
-        return ArenaUsage(total, free, sum(kv.values()), in_weights, lent, promised, kv, weights)
+        return ArenaUsage(total, free, sum(kv.values()), in_weights, lent, promised, kv)
 
     def add_weights(self, name: str, nbytes: int) -> WeightRange:
         """Reserves a range for a model's weights; no page is resident. ValueError if the name has a range already."""

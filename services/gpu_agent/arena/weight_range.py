@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -172,17 +172,6 @@ class WeightRange:
                 self._filling = None
                 filling._drop()
                 self._filled.notify_all()
-
-    def append(self, fill: Callable[[int, torch.Tensor], None]) -> None:
-        """Maps one free page and has `fill(index, page)` write it (uint8, page_bytes); then it is resident.
-
-        When fill returns or raises, nothing writes to the page any more. Where fill raises, the page is given back and
-        the exception goes on to the caller. OutOfPages, with nothing done, where none is free.
-        """
-        with self.filling() as filling:
-            (page,) = filling.map(1)
-            fill(filling.first, page)
-            filling.done()
 
     def shrink(self, keep: int) -> None:
         """Unmaps and frees pages from the end until `keep` are resident; nothing where no more are resident."""
