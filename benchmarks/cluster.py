@@ -1,17 +1,18 @@
 """Whole clusters in virtual time: ours beside autoscaling, static sharing, dedicated GPUs, the published rule, oracle.
 
-    python -m benchmarks.cluster [--json FILE] [--plots FOLDER] [--quick] [--processes N] [--seed 1]
+    python -m benchmarks.cluster [--json FILE] [--plots FOLDER] [--keep FOLDER] [--quick] [--processes N] [--seed 1]
 
 The paper's setting (two nodes of eight GPUs; Llama-2 7B twice, 13B over two, 70B over four; Azure's arrivals with
 power-law popularity) at rates swept over two orders of magnitude, and beyond it sixty fine-tunes with ServeGen's
-clients, half an hour of each of days 8 to 10 with learning on all time before, a flash crowd, a silent forecaster, and
-ours with parts taken away. simulator/scenarios.py tells the settings, simulator/policies the policies.
+clients on the same GPUs: a sweep of rates, two hours of each of days 8 to 10 with learning on all time before, a whole
+day, models that all fit at once, a flash crowd, a silent forecaster, and ours with parts taken away.
+simulator/scenarios.py tells the settings, simulator/policies the policies, docs/simulator.md how each was tuned.
 
 Published engine starts: a vLLM cold start of an 8B takes 59 s by its makers' figure (on a B200), of which weights are
 4, so 55 s; 2 and 10 s lie around its waking of sleeping larger models, 3 to 6 s. A rate is within target when 99 % of
-its requests have their first token within 10 times, and each further token within 4 times, what an idle instance takes.
-Traces are read from $WARMSERVE_TRACES or ../shared/traces. About half an hour on two quiet cores; --quick takes a
-few, and shows that all of it runs, no more.
+its requests have their first token within 10 times, and each further token within 4 times, what an idle instance takes;
+the highest such rate is sought by halving between the swept ones. Traces are read from $WARMSERVE_TRACES or
+../shared/traces. With --keep, what was run is kept there, and not run again while the code is the same.
 """
 
 from __future__ import annotations
@@ -20,197 +21,110 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from benchmarks.cluster_runs import ENGINE_STARTS_S, Case, Done, Setting, run_all
-from benchmarks.report import Row, document, table
-from simulator import plots, scenarios
-from simulator.results import Results
-
-RATES = (0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-COMPARED = (
-    "ours",
-    "published",
-    "autoscaling",
-    *(f"autoscaling, engine {start:g} s" for start in ENGINE_STARTS_S),
-    "static",
-    "dedicated",
-    "oracle",
+from benchmarks.cluster_plots import draw
+from benchmarks.cluster_rows import (
+    ABLATIONS,
+    STATIC,
+    Compared,
+    Sweep,
+    beside,
+    next_rate,
+    run_lines,
+    run_values,
+    shares,
+    sweep_rows,
 )
-ABLATIONS = ("no forecast", "published predictor", "published placement", "no lending", "no partial residency")
+from benchmarks.cluster_runs import ENGINE_STARTS_S, Case, Outcome, Runner, Setting, autoscaling
+from benchmarks.report import Row, document, table
+from simulator import scenarios
+
+RATES = (0.5, 1, 2, 4, 8, 16, 32)
+TUNE_RATES = tuple(scenarios.FINE_TUNES_PER_S * factor for factor in (0.25, 0.5, 1, 2))
 MOMENTS = ((8, 10.0), (9, 14.0), (10, 20.0))  # days and hours of the fine-tunes
 WINDOWS_S = (300.0, 1200.0)  # besides 600
-WITHIN = 0.99
+HALVINGS = 3  # of the range in which a competitor's highest rate within target lies
+DAY_S = 300.0  # a simulated day of sixty models should not take longer, plans included
 
-Runs = dict[tuple[Setting, str], Done]
+OURS = ("ours", "published", "told the future")
+COMPARED = (*OURS, *STATIC, *(name for start in (0.0, *ENGINE_STARTS_S) for name in autoscaling(start)))
+LED = ("ours", "published", "static", "autoscaling", "oracle")  # whose highest rate is sought
+ON_A_DAY = ("ours", *STATIC[:1], autoscaling(0.0)[0])
 
-
-def settings(quick: bool) -> tuple[list[Setting], list[Setting], list[Setting]]:
-    """The paper's rates, the fine-tunes' moments, and the latter's variations."""
-    rates = RATES[2:7:2] if quick else RATES
-    moments = MOMENTS[:1] if quick else MOMENTS
-    hours = 0.1 if quick else 0.5
-    paper = [Setting("paper", rate) for rate in rates]
-    tunes = [Setting("fine-tunes", scenarios.FINE_TUNES_PER_S, moment, hours) for moment in moments]
-    others = [
-        Setting(kind, scenarios.FINE_TUNES_PER_S, moments[0], hours) for kind in ("flash crowd", "silent forecaster")
-    ]
-    return paper, tunes, others
+Run = Callable[[Iterable[tuple[Setting, str]]], None]
 
 
-def cases(quick: bool, seed: int, traces: Path) -> list[Case]:
-    """All runs, those that share a workload one after another."""
-    paper, tunes, others = settings(quick)
-    wanted = [(setting, policy) for setting in paper for policy in COMPARED]
-    wanted += [(setting, policy) for setting in tunes for policy in COMPARED]
-    wanted += [(tunes[0], policy) for policy in ABLATIONS]
-    wanted += [(setting, policy) for setting in others for policy in ("ours", "published", "oracle")]
-    wanted += [(_with_window(tunes[0], window_s), "ours") for window_s in (WINDOWS_S[1:] if quick else WINDOWS_S)]
-    return [Case(setting, policy, seed, traces) for setting, policy in wanted]
+def settings(quick: bool) -> tuple[list[Setting], list[Setting], list[Setting], list[Setting]]:
+    """The paper's rates, the fine-tunes' rates, the fine-tunes' moments, and variations of the first moment."""
+    at, hours = MOMENTS[0], 0.2 if quick else 1.0
+    paper = [Setting("paper", rate) for rate in (RATES[2:5] if quick else RATES)]
+    tunes = [Setting("fine-tunes", rate, at, hours) for rate in (TUNE_RATES[2:3] if quick else TUNE_RATES)]
+    moments = [Setting("fine-tunes", scenarios.FINE_TUNES_PER_S, at, 2.0) for at in MOMENTS]
+    usual = Setting("fine-tunes", scenarios.FINE_TUNES_PER_S, at, hours)
+    others = [replace(usual, kind=kind) for kind in ("small fine-tunes", "flash crowd", "silent forecaster")]
+    return paper, tunes, [] if quick else moments, others
 
 
-def rows(done: Runs, quick: bool) -> list[Row]:
-    """What the issue asks, then what else was compared."""
-    paper, tunes, others = settings(quick)
-    result = []
-    for start in ENGINE_STARTS_S:
-        ratios = [_ratio(done, setting, f"autoscaling, engine {start:g} s", "ours") for setting in paper]
-        best = max(range(len(ratios)), key=lambda at: ratios[at])
-        where = f"best rate ({paper[best].rate_per_s:g}/s)"
-        what = f"p99 TTFT, autoscaling with an engine start of {start:g} s / ours, {where}"
-        result.append(_times(what, ratios[best], 50.8))
-    for name, group in (("the paper's rates", paper), ("the fine-tunes' moments", tunes)):
-        ratios = [_ratio(done, setting, "autoscaling", "ours") for setting in group]
-        what = f"p99 TTFT, autoscaling with our engine's start / ours, median over {name}"
-        result.append(_times(what, float(np.median(ratios)), 5.0))
-    good = {policy: goodput(done, paper, policy) for policy in ("ours", "static", "published", "oracle")}
-    for policy, rate in good.items():
-        result.append(Row(f"paper: requests within target, {policy}", rate, "requests/s"))
-    for policy, target in (("static", 2.5), ("published", 1.1)):
-        if good[policy]:
-            result.append(_times(f"the same, ours / {policy}", good["ours"] / good[policy], target))
-    everywhere = [*paper, *tunes]
-    for policy, target in (("published", 1.0), ("oracle", 2.0)):
-        worst = max(_ratio(done, setting, "ours", policy) for setting in everywhere)
-        result.append(Row(f"p99 TTFT, ours / {policy}, worst setting", worst, "times", target=target))
-        median = float(np.median([_ratio(done, setting, "ours", policy) for setting in everywhere]))
-        result.append(Row(f"p99 TTFT, ours / {policy}, median over settings", median, "times"))
-    for policy in (*COMPARED[1:], *ABLATIONS):
-        group = tunes if policy in COMPARED else tunes[:1]
-        result += _beside(done, group, policy, "fine-tunes" if policy in COMPARED else "ablation")
-    result += [
-        row
-        for setting in others
-        for policy in ("published", "oracle")
-        for row in _beside(done, [setting], policy, setting.kind)
-    ]
-    for window_s in WINDOWS_S[1:] if quick else WINDOWS_S:
-        other = done[_with_window(tunes[0], window_s), "ours"].results.ttft(99)
-        usual = done[tunes[0], "ours"].results.ttft(99)
-        result.append(Row(f"p99 TTFT, ours, windows of {window_s:g} s", other, "s", usual, "ours, windows of 600 s"))
-    return result
+def sweeps(done: dict[tuple[Setting, str], Outcome]) -> list[Sweep]:
+    """All settings of which every competitor was run, by kind and rate."""
+
+    def of(kind: str, like: Callable[[Setting], bool]) -> Sweep:
+        ran = {s for s, _ in done if s.kind == kind and like(s) and all((s, policy) in done for policy in COMPARED)}
+        return Sweep(kind, tuple(sorted(ran, key=lambda s: s.rate_per_s)))
+
+    hours = min((s.hours for s, _ in done if s.kind == "fine-tunes"), default=0.0)
+    return [of("paper", lambda s: True), of("fine-tunes", lambda s: s.hours == hours and s.window_s == 600.0)]
 
 
-def goodput(done: Runs, paper: Sequence[Setting], policy: str) -> float:
-    """Requests per second up to which 99 % are within target: between the last rate that is and the first that is not,
-    where a straight line over the rate's logarithm crosses; 0 where the lowest is not within."""
-    before: tuple[float, float] | None = None
-    for setting in paper:
-        share = done[setting, policy].results.within()
-        if share < WITHIN:
-            if before is None:
-                return 0.0
-            rate, kept = before
-            part = (kept - WITHIN) / (kept - share)
-            return float(rate * (setting.rate_per_s / rate) ** part)
-        before = setting.rate_per_s, share
-    return before[0] if before else 0.0
+def run_everything(run: Run, done: dict[tuple[Setting, str], Outcome], quick: bool) -> None:
+    """All that is compared; then closer to where each competitor's requests come late."""
+    paper, tunes, moments, others = settings(quick)
+    run((setting, policy) for setting in (*paper, *tunes) for policy in COMPARED)
+    for _ in range(0 if quick else HALVINGS):
+        wanted: dict[Setting, None] = {}
+        for sweep in sweeps(done):
+            compared = Compared(done)
+            for who in LED:
+                rate = next_rate(shares(compared, sweep.settings, who))
+                if rate is not None:
+                    wanted[replace(sweep.settings[0], rate_per_s=rate)] = None
+        run((setting, policy) for setting in wanted for policy in COMPARED)
+    usual = next(s for s in tunes if s.rate_per_s == scenarios.FINE_TUNES_PER_S)
+    run((setting, policy) for setting in moments for policy in (*OURS, *STATIC, *autoscaling(0.0)))
+    run((setting, policy) for setting in others for policy in (*OURS, *STATIC, *autoscaling(0.0)))
+    run((usual, policy) for policy in ABLATIONS)
+    run((replace(usual, window_s=window_s), "ours") for window_s in WINDOWS_S)
+    if not quick:
+        run((_day(), policy) for policy in ON_A_DAY)
 
 
-def _with_window(setting: Setting, window_s: float) -> Setting:
-    return Setting(setting.kind, setting.rate_per_s, setting.at, setting.hours, window_s)
+def _day() -> Setting:
+    return Setting("fine-tunes", scenarios.FINE_TUNES_PER_S, (scenarios.FIRST_TEST_DAY, 0.0), 24.0)
 
 
-def _ratio(done: Runs, setting: Setting, above: str, below: str) -> float:
-    """Of the 99th percentiles; what was not served counts as the longest that anything waited."""
-    return _p99(done[setting, above].results) / _p99(done[setting, below].results)
-
-
-def _p99(results: Results) -> float:
-    p99 = results.ttft(99)
-    return p99 if np.isfinite(p99) else results.duration_s
-
-
-def _times(what: str, value: float, target: float | None) -> Row:
-    return Row(what, value, "times", target=target, more=True)
-
-
-def _beside(done: Runs, group: Sequence[Setting], policy: str, where: str) -> list[Row]:
-    """p99 and share within target of a policy over all runs of a group, beside ours."""
-    ttft, within = {}, {}
-    for name in (policy, "ours"):
-        runs = [_run_of(done, setting, name) for setting in group]
-        ttft[name] = float(np.percentile(np.concatenate([run.ttft_s for run in runs]), 99, method="inverted_cdf"))
-        within[name] = float(np.mean([run.within() for run in runs]))
-    found = []
-    if np.isfinite(ttft[policy]):
-        found.append(Row(f"{where}: p99 TTFT, {policy}", ttft[policy], "s", ttft["ours"], "ours"))
-    found.append(Row(f"{where}: within target, {policy}", within[policy], "of requests", within["ours"], "ours"))
+def rows(done: dict[tuple[Setting, str], Outcome], quick: bool) -> list[Row]:
+    """What the issue asks of each sweep, then what else was compared."""
+    compared = Compared(done)
+    _, tunes, moments, others = settings(quick)
+    found = [row for sweep in sweeps(done) for row in sweep_rows(compared, sweep)]
+    for setting in (*moments, *others):
+        best = compared.best_autoscaling([setting], 0.0)
+        found += beside(compared, setting, ("published", "told the future", compared.best_static(setting), best))
+    usual = next(s for s in tunes if s.rate_per_s == scenarios.FINE_TUNES_PER_S)
+    found += beside(compared, usual, ABLATIONS)
+    for window_s in WINDOWS_S:
+        other = compared.of(replace(usual, window_s=window_s), "ours").p99
+        found.append(
+            Row(f"p99 TTFT, windows of {window_s:g} s", other, "s", compared.of(usual, "ours").p99, "ours, 600 s")
+        )
+    if not quick:
+        found += beside(compared, _day(), ON_A_DAY[1:])
+        what = f"seconds of one core for a day of {compared.of(_day(), 'ours').requests:,} requests, plans included"
+        found.append(Row(what, compared.of(_day(), "ours").cpu_s, "s", target=DAY_S))
     return found
-
-
-def _run_of(done: Runs, setting: Setting, policy: str) -> Results:
-    return done[setting, policy].results
-
-
-def runs_table(done: Runs) -> str:
-    """Each run in a line."""
-    header = f"{'setting':44} {'policy':26} {'p50':>7} {'p99':>8} {'within':>7} {'unserved':>8}"
-    lines = [f"{header} {'wakes w/p/c':>16} {'TB':>6}"]
-    for (setting, policy), run in done.items():
-        results, wakes = run.results, run.results.wakes
-        name = setting.name + ("" if setting.window_s == 600 else f", windows {setting.window_s:g} s")
-        lines.append(
-            f"{name:44} {policy:26} {results.ttft(50):7.3f} {results.ttft(99):8.3f} {results.within():7.4f} "
-            f"{(~results.served).mean():8.4f} {f'{wakes.warm}/{wakes.partial}/{wakes.cold}':>16} "
-            f"{sum(results.copied_bytes.values()) / 1e12:6.1f}"
-        )
-    return "\n".join(lines)
-
-
-def draw(done: Runs, folder: Path, quick: bool) -> None:
-    """Writes the plots as PNG."""
-    paper, tunes, _ = settings(quick)
-    folder.mkdir(parents=True, exist_ok=True)
-    rates = [setting.rate_per_s for setting in paper]
-    tails = {policy: (rates, [done[s, policy].results.ttft(99) for s in paper]) for policy in COMPARED}
-    shares = {policy: (rates, [done[s, policy].results.within() for s in paper]) for policy in COMPARED}
-    figures = {
-        "paper-p99": plots.lines("requests/s", "p99 time to first token (s)", tails, log_y=True),
-        "paper-within": plots.lines("requests/s", "share of requests within target", shares),
-        "fine-tunes-ttft": plots.ttft_shares({policy: done[tunes[0], policy].results for policy in COMPARED}),
-        "fine-tunes-found": plots.found(done[tunes[0], "ours"].results),
-        "fine-tunes-arrivals": plots.arrivals(done[tunes[0], "ours"].results),
-        "ablations": plots.ttft_shares({name: done[tunes[0], name].results for name in ("ours", *ABLATIONS)}),
-    }
-    for name, figure in figures.items():
-        figure.savefig(folder / f"cluster-{name}.png", dpi=120)
-
-
-def whole_document(done: Runs, result: Sequence[Row], seed: int) -> dict[str, Any]:
-    """The JSON file: rows, and each run's figures."""
-    runs = []
-    for (setting, policy), run in done.items():
-        summary = run.results.summary()
-        del summary["models"]
-        runs.append(
-            {"setting": setting.name, "window_s": setting.window_s, "says": run.says, **summary, "policy": policy}
-        )
-    return {**document("cluster", result), "seed": seed, "runs": runs}
 
 
 def main() -> None:
@@ -218,33 +132,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw into this folder")
-    parser.add_argument("--quick", action="store_true", help="three rates, six minutes of fine-tunes")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what was run there, and go on from it")
+    parser.add_argument("--quick", action="store_true", help="three rates, twelve minutes of fine-tunes")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time (all cores)")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.processes < 1:
+        parser.exit(2, f"--processes {arguments.processes}: at least one is needed\n")
     traces = Path(os.environ.get("WARMSERVE_TRACES") or Path(__file__).resolve().parents[2] / "shared" / "traces")
     needed = ("azure_2023_conv.csv.gz", "azure_2023_code.csv.gz", "servegen_windows.csv.gz", "servegen_lengths.csv.gz")
     if missing := [name for name in needed if not (traces / name).is_file()]:
         parser.exit(2, f"{traces} lacks {', '.join(missing)}: set WARMSERVE_TRACES to the folder of the traces\n")
-    wanted = cases(arguments.quick, arguments.seed, traces)
-    done: Runs = {}
-    for number, run in enumerate(run_all(wanted, arguments.processes), 1):
-        done[run.case.setting, run.case.policy] = run
-        print(
-            f"{number}/{len(wanted)} {run.case.setting.name}: {run.case.policy}, {run.results.wall_seconds:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+    done: dict[tuple[Setting, str], Outcome] = {}
+    runner = Runner(arguments.processes, arguments.keep)
+
+    def run(wanted: Iterable[tuple[Setting, str]]) -> None:
+        cases = [Case(*one, arguments.seed, traces) for one in dict.fromkeys(wanted) if one not in done]
+        for number, (case, outcome) in enumerate(runner.run(cases), 1):
+            done[case.setting, case.policy] = outcome
+            told = f"{case.setting.name}: {case.policy}, {outcome.cpu_s:.0f} s"
+            print(f"{number}/{len(cases)} {told}", file=sys.stderr, flush=True)
+
+    run_everything(run, done, arguments.quick)
+    done = dict(sorted(done.items(), key=lambda item: repr(item[0])))  # whatever the order in which they ended
     result = rows(done, arguments.quick)
-    print(runs_table(done))
+    print(run_lines(done))
     print()
     print(table(result))
     if arguments.plots is not None:
-        draw(done, arguments.plots, arguments.quick)
+        draw(done, sweeps(done), arguments.plots)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(whole_document(done, result, arguments.seed), indent=1) + "\n")
-        print(f"written to {arguments.json}")
+        write(arguments.json, done, result, arguments.seed)
+
+
+def write(file: Path, done: dict[tuple[Setting, str], Outcome], result: Sequence[Row], seed: int) -> None:
+    """The JSON file: rows, and each run's figures."""
+    content = {**document("cluster", result), "seed": seed, "runs": run_values(done, seed)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(f"written to {file}")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ BATCH = 8  # host agents' most sequences
 PROMPTS = (8, 64, 160)
 BATCHES = (1, 4, 8)
 REPEATS = 5
-WAKES = 4
+WAKES = 6
 _TIMEOUT_S = 60.0
 
 
@@ -60,7 +60,7 @@ class Machine:
 
     cost: CostModel
     fit_error: float  # mean of the relative errors' sizes
-    wake_s: tuple[float, float]  # least and most, of a replica all resident
+    wake_s: tuple[float, float]  # lower and upper quartile, of a replica all resident
     load_gbps: float
 
 
@@ -76,6 +76,7 @@ def specs(folder: Path) -> list[ModelSpec]:
             bytes_per_parameter=4.0,
             max_batch=BATCH,
             context_tokens=CONTEXT_TOKENS,
+            tpot_s=_TIMEOUT_S,  # none: instances report their slots, and that is what the placer counts on
         )
         for (name, path), layers in zip(checkpoint_folders(folder).items(), (8, 9, 8), strict=True)
     ]
@@ -103,7 +104,8 @@ class Lab:
         loading_s = statistics.median(cold) - statistics.median(warm)
         shard = statistics.mean(model.shard_bytes for model in self._models)
         errors = [abs(error) for error in cost.error(steps)]
-        return Machine(cost, statistics.mean(errors), (min(warm), max(warm)), shard / loading_s / 1e9)
+        quarters = statistics.quantiles(warm, n=4)
+        return Machine(cost, statistics.mean(errors), (quarters[0], quarters[2]), shard / loading_s / 1e9)
 
     async def _steps(self, model: ModelSpec) -> list[Measurement]:
         delays = Delays()
@@ -157,8 +159,20 @@ class Lab:
         return outcomes
 
 
-def foretell(machine: Machine, models: Sequence[ModelSpec], requests: Sequence[Request], offset_s: float) -> Results:
-    """The replay, simulated. `offset_s`: where in a season it begins."""
+@dataclass(frozen=True)
+class Observed:
+    """What the real system was asked, and what came of it."""
+
+    machine: Machine
+    models: Sequence[ModelSpec]
+    requests: Sequence[Request]  # as long as the system's own tokenizer found them to be
+    outcomes: Sequence[Outcome]
+    offset_s: float  # where in a season the replay began
+
+
+def foretell(observed: Observed) -> Results:
+    """The replay, simulated, from what was measured and the requests alone."""
+    machine, offset_s = observed.machine, observed.offset_s
     cluster = ClusterSpec(
         gpus_per_node=2,
         arena_bytes=ARENA_BYTES,
@@ -169,20 +183,21 @@ def foretell(machine: Machine, models: Sequence[ModelSpec], requests: Sequence[R
         disk_gbps=2 * machine.load_gbps,  # images are in the page cache
     )
     settings = Settings(
-        tick_s=1.0,
-        busy_tick_s=1.0,
+        tick_s=0.1,  # the placer plans whenever something has changed
+        busy_tick_s=0.1,
         warmup_s=offset_s % WINDOW_S,
         forecasting=Forecasting(PublishedPredictor(round(PERIOD_S / WINDOW_S)), window_s=WINDOW_S),
         delays=Delays(wake_s=machine.wake_s),
         cost=machine.cost,
         rules=Rules(lookahead_s=LOOKAHEAD_S),
     )
-    moved = [replace(request, time_s=request.time_s + offset_s) for request in requests]
-    return simulate(cluster, models, moved, Ours(), settings=settings)
+    moved = [replace(request, time_s=request.time_s + offset_s) for request in observed.requests]
+    return simulate(cluster, observed.models, moved, Ours(), settings=settings)
 
 
-def rows(real: Sequence[Outcome], foretold: Results, machine: Machine) -> list[Row]:
+def rows(observed: Observed, foretold: Results) -> list[Row]:
     """What was asked of both, side by side."""
+    real, machine = observed.outcomes, observed.machine
     answered = [outcome for outcome in real if not outcome.lost]
     seconds = max(o.at_s + o.total_s for o in answered) - min(o.at_s for o in answered)
 
@@ -203,7 +218,7 @@ def rows(real: Sequence[Outcome], foretold: Results, machine: Machine) -> list[R
         Row("requests", len(real), "requests"),
         Row("lost by the real system", len(real) - len(answered), "requests", target=0.0),
         Row("steps fitted, mean error", 100 * machine.fit_error, "%"),
-        Row("waking what is all resident, longest", 1000 * machine.wake_s[1], "ms"),
+        Row("waking what is all resident, upper quartile", 1000 * machine.wake_s[1], "ms"),
         Row("loading", machine.load_gbps, "GB/s"),
         *off("mean time to the first token", "ms", 1000 * float(foretold.ttft_s.mean()), 1000 * ttft, 15.0),
         *off("throughput", "tokens/s", foretold.tokens_per_s, tokens, 15.0),
@@ -220,8 +235,8 @@ _REAL = {"active": ("active",), "warm": ("warm",), "cold": ("cold", "warming")}
 _SIMULATED = {"active": (Found.ACTIVE,), "warm": (Found.WARM, Found.PARTIAL), "cold": (Found.COLD, Found.WAKING)}
 
 
-async def run(duration_s: float, trace: Path | None) -> list[Row]:
-    """Measures, replays and foretells."""
+async def observe(duration_s: float, trace: Path | None) -> Observed:
+    """Measures the machine, and replays."""
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -265,12 +280,11 @@ async def run(duration_s: float, trace: Path | None) -> list[Row]:
                     on_sent=lambda request: None,
                     on_outcome=lambda outcome: None,
                 )
-    # As long as the system's own tokenizer found them to be.
     sent = [
         replace(request, prompt_tokens=outcome.prompt_tokens or request.prompt_tokens)
         for request, outcome in zip(requests, outcomes, strict=True)
     ]
-    return rows(outcomes, foretell(machine, models, sent, offset_s), machine)
+    return Observed(machine, models, sent, outcomes, offset_s)
 
 
 def main() -> None:
@@ -287,7 +301,8 @@ def main() -> None:
     trace = arguments.trace if arguments.trace.is_file() else None
     if trace is None and arguments.trace != usual:
         parser.exit(2, f"there is no trace {arguments.trace}\n")
-    report("simulator_validation", asyncio.run(run(arguments.duration, trace)), arguments.json)
+    observed = asyncio.run(observe(arguments.duration, trace))
+    report("simulator_validation", rows(observed, foretell(observed)), arguments.json)
 
 
 if __name__ == "__main__":

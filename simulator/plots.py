@@ -96,15 +96,22 @@ def gpu_hours(results: Results) -> Figure:
 
 
 def lines(
-    x: str, y: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, log_y: bool = False
+    x: str,
+    y: str,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
 ) -> Figure:
     """Named curves of points; what is not finite leaves a gap."""
     figure, axes = _axes(x, y)
     for name, (across, values) in curves.items():
         axes.plot(across, values, marker="o", markersize=3, label=name)
+    if log_x:
+        axes.set_xscale("log")
     if log_y:
         axes.set_yscale("log")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

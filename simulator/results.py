@@ -67,7 +67,7 @@ class Results:
     preemptions: int = 0
     drains: int = 0
     plans: int = 0
-    plan_seconds: float = 0.0  # of real time, spent in the policy
+    plan_seconds: float = 0.0  # of the processor, spent in the policy
     wall_seconds: float = 0.0  # of real time, all in all
     seed: int = 0
 

@@ -90,7 +90,8 @@ def _azure(file: Path) -> Columns:
 
 # Sixty fine-tunes
 
-FINE_TUNES = (
+Size = tuple[str, int, int, int, int, int, int]
+FINE_TUNES: tuple[Size, ...] = (
     # How many, parameters, layers, width, KV heads x head size, TP degree: shapes of Llama 3.2 1B and 3B, Llama 3.1 8B,
     # Qwen2.5 14B and 32B. 60 models with 1.44 TB of weights, where 16 arenas have 1.15 TB for weights and KV.
     ("1b", 8, 1_235_814_400, 16, 2048, 512, 1),
@@ -99,16 +100,19 @@ FINE_TUNES = (
     ("14b", 14, 14_770_033_664, 48, 5120, 1024, 1),
     ("32b", 10, 32_763_876_352, 64, 5120, 1024, 2),
 )
+SMALL_FINE_TUNES: tuple[Size, ...] = tuple(  # 0.73 TB, so that all sixty fit at once, and KV beside them
+    (size[0], count, *size[2:]) for size, count in zip(FINE_TUNES, (16, 20, 16, 6, 2), strict=True)
+)
 FIRST_TEST_DAY = 8
 FINE_TUNES_PER_S = 11.6  # about a million requests a day
 
 
-def fine_tuned() -> tuple[ModelSpec, ...]:
+def fine_tuned(sizes: Sequence[Size] = FINE_TUNES) -> tuple[ModelSpec, ...]:
     """The sixty models. Sizes are dealt in turn, so that the popular ones are of every size."""
-    left = {label: count for label, count, *_ in FINE_TUNES}
+    left = {label: count for label, count, *_ in sizes}
     models: list[ModelSpec] = []
     while any(left.values()):
-        for label, _, parameters, layers, width, kv_width, tp in FINE_TUNES:
+        for label, _, parameters, layers, width, kv_width, tp in sizes:
             if left[label]:
                 left[label] -= 1
                 kv_bytes = 2 * layers * kv_width * 2  # keys and values of all layers in 16 bits
@@ -125,6 +129,7 @@ def fine_tunes(
     from_hour: float = 0.0,
     hours: float = 72.0,
     window_s: float = servegen.WINDOW_S,
+    sizes: Sequence[Size] = FINE_TUNES,
 ) -> Workload:
     """ServeGen's sixty busiest clients of three production models as sixty fine-tunes on 16 GPUs.
 
@@ -135,7 +140,7 @@ def fine_tunes(
     drawn from their model's published quantiles, answers at most half of a context of 8,192 tokens.
     """
     random = np.random.default_rng(seed)
-    models = fine_tuned()
+    models = fine_tuned(sizes)
     past_windows = first_day * servegen.DAY_WINDOWS
     begin_windows = past_windows + round(from_hour * 3600 / servegen.WINDOW_S)
     windows = begin_windows + round(hours * 3600 / servegen.WINDOW_S)

@@ -22,6 +22,7 @@ from simulator.replica import ModelState, Replica
 from warmserve.v1 import common_pb2
 
 Group = tuple[Gpu, ...]
+_SCALE_DOWN = 0.6  # of the share at which one is started: below that one less suffices
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Serverless:
 
     start_s: float = 0.0
     keep_alive_s: float = 60.0
+    scale_up: float = 0.8  # load above this share of what a model's instances carry starts another
     kv_pages: Mapping[Key, int] = field(default_factory=dict)
     lends: bool = False
     _promised: dict[int, Group] = field(default_factory=dict)  # model -> GPUs that drain for it
@@ -46,16 +48,16 @@ class Serverless:
 
     def decide(self, cluster: Cluster, asked: Sequence[str]) -> Iterable[Action]:
         """See Policy."""
-        return _Round(cluster, self.keep_alive_s, self._promised).actions()
+        return _Round(cluster, self, self._promised).actions()
 
 
 class _Round:
     """One decision."""
 
-    def __init__(self, cluster: Cluster, keep_alive_s: float, promised: dict[int, Group]) -> None:
+    def __init__(self, cluster: Cluster, policy: Serverless, promised: dict[int, Group]) -> None:
         self._cluster = cluster
         self._rules = cluster.settings.rules
-        self._keep_alive_s = keep_alive_s
+        self._keep_alive_s, self._full = policy.keep_alive_s, policy.scale_up
         self._promised = promised
         self._actions: list[Action] = []
         self._gone: set[Replica] = set()
@@ -80,7 +82,7 @@ class _Round:
         kept = [replica for replica in model.instances if replica not in self._gone]
         for replica in sorted(kept, key=lambda r: (r.running, r.used_at)):
             idle = not replica.running and not model.queue and now - replica.used_at >= self._keep_alive_s
-            enough = running <= self._rules.scale_down * model.capacity * (len(kept) - 1)
+            enough = running <= self._full * _SCALE_DOWN * model.capacity * (len(kept) - 1)
             if idle:
                 self._go(replica)
                 kept.remove(replica)
@@ -95,7 +97,7 @@ class _Round:
             if replica not in self._gone
         )
         load = _load(model)
-        carried = self._rules.scale_up * model.capacity
+        carried = self._full * model.capacity
         wanted = math.ceil(load / carried) if model.queue or load > carried * serving else serving
         while serving < wanted:
             group = self._place(model)

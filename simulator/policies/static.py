@@ -5,7 +5,6 @@ Both are given the true loads of the run, which nobody has: that is in their fav
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -51,22 +50,25 @@ class Muxserve(_Placed):
     """
 
     name: str = "muxserve"
+    by_peak: bool = False  # placed by peaks in place of means
 
     def begin(self, cluster: Cluster, future: Future) -> None:
         """See Policy."""
-        means = [float(future.loads(model.index, _STEP_S).mean()) for model in cluster.models]
-        placement = _Sharing(cluster, means)
+        loads = [future.loads(model.index, _STEP_S) for model in cluster.models]
+        placement = _Sharing(
+            cluster, [float(np.percentile(load, _PEAK) if self.by_peak else load.mean()) for load in loads]
+        )
         self._orders = placement.place()
         self.kv_pages = placement.split_kv(self._orders)
 
 
 class _Sharing:
-    """Where models go, by mean loads."""
+    """Where models go, by their loads."""
 
-    def __init__(self, cluster: Cluster, means: Sequence[float]) -> None:
+    def __init__(self, cluster: Cluster, loads: Sequence[float]) -> None:
         self._cluster = cluster
-        self._needs = [mean / model.capacity for mean, model in zip(means, cluster.models, strict=True)]  # instances
-        self._means = means
+        self._needs = [load / model.capacity for load, model in zip(loads, cluster.models, strict=True)]  # instances
+        self._wanted = loads
         self._groups: dict[int, list[Group]] = {model.index: [] for model in cluster.models}
         self._free = dict.fromkeys(cluster.gpus.values(), cluster.spec.pages)
         self._loads = dict.fromkeys(cluster.gpus.values(), 0.0)
@@ -81,11 +83,11 @@ class _Sharing:
         return [(model, group) for model in self._cluster.models for group in self._groups[model.index]]
 
     def split_kv(self, orders: Iterable[tuple[ModelState, Group]]) -> dict[Key, int]:
-        """KV pages of each replica: what its GPUs have left, in proportion to the KV of its mean load."""
+        """KV pages of each replica: what its GPUs have left, in proportion to the KV of its load."""
         orders = list(orders)
 
         def wanted(model: ModelState) -> float:
-            tokens = self._means[model.index] / len(self._groups[model.index]) * model.tokens
+            tokens = self._wanted[model.index] / len(self._groups[model.index]) * model.tokens
             return self._cluster.reserve(model) + tokens / model.tokens_per_page
 
         sums = dict.fromkeys(self._cluster.gpus.values(), 0.0)
@@ -146,26 +148,33 @@ class _Sharing:
 
 @dataclass
 class Dedicated(_Placed):
-    """As many whole GPUs for each model as its peak needs; where GPUs do not suffice, first one group for each, the
-    most loaded models first, then further ones where most is lacking. What gets none is not served."""
+    """Whole GPUs for each model, all of them: first a group for each, those whose peaks need most GPUs first, then one
+    after another where the peak is highest for what there is. What gets none is not served."""
 
     name: str = "dedicated"
 
     def begin(self, cluster: Cluster, future: Future) -> None:
         """See Policy."""
-        needs = {}
-        for model in cluster.models:
-            peak = float(np.percentile(future.loads(model.index, _STEP_S), _PEAK))
-            needs[model.index] = max(1, math.ceil(peak / model.capacity)) if peak > 0 else 0
+        needs = {
+            model.index: float(np.percentile(future.loads(model.index, _STEP_S), _PEAK)) / model.capacity
+            for model in cluster.models
+        }
         taken: set[Gpu] = set()
         given = dict.fromkeys(needs, 0)
-        full: set[int] = set()
+        open_ = {model.index: model for model in cluster.models}
         self._orders = []
-        while wanting := [m for m in cluster.models if given[m.index] < needs[m.index] and m.index not in full]:
-            model = min(wanting, key=lambda m: (given[m.index] / needs[m.index], -needs[m.index] * m.spec.tp, m.index))
+        while open_:
+            model = min(
+                open_.values(),
+                key=lambda m: (
+                    given[m.index] > 0,
+                    -needs[m.index] / given[m.index] if given[m.index] else -needs[m.index] * m.spec.tp,
+                    m.index,
+                ),
+            )
             group = next((g for g in cluster.groups(model.spec.tp) if taken.isdisjoint(g)), None)
             if group is None:
-                full.add(model.index)
+                del open_[model.index]
                 continue
             taken.update(group)
             given[model.index] += 1

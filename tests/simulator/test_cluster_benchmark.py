@@ -4,95 +4,136 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks import cluster
-from benchmarks.cluster_runs import POLICIES, Case, Done, Setting, run
-from simulator.results import Results, Wakes
+from benchmarks.cluster_rows import Compared, Sweep, goodput, next_rate, sweep_rows
+from benchmarks.cluster_runs import CURVE, POLICIES, Case, Outcome, Runner, Setting, autoscaling, run
 from tests.simulator.test_workloads import TRACES, needs_traces
 
 
-def results(ttft_s: list[float]) -> Results:
-    """Requests of one token each on an idle instance that takes 0.1 s."""
-    count = len(ttft_s)
-    ttft, nothing = np.array(ttft_s), np.zeros(1)
-    return Results(
-        policy="any",
-        models=["m"],
+def outcome(within: float = 1.0, p99: float = 0.2) -> Outcome:
+    """A run of which nothing else matters."""
+    return Outcome(
+        says="made up",
+        requests=1000,
         duration_s=600.0,
-        gpus=16,
-        model=np.zeros(count, dtype=np.int64),
-        arrival_s=np.arange(count, dtype=float),
-        ttft_s=ttft,
-        finished_s=np.arange(count) + ttft,
-        prompt_tokens=np.ones(count, dtype=np.int64),
-        output_tokens=np.ones(count, dtype=np.int64),
-        found=np.full(count, 4),
-        unloaded_ttft_s=np.full(count, 0.1),
-        unloaded_tpot_s=np.full(count, 0.01),
-        busy_gpu_s=nothing,
-        active_gpu_s=nothing,
-        resident_gpu_s=nothing,
-        wakes_by_model=[Wakes()],
+        ttft_s=tuple(p99 if percentile >= 99 else 0.1 for percentile in CURVE),
+        floor_s=0.1,
+        within=within,
+        unserved=0.0,
+        found=(0, 0, 0, 0, 1000),
+        wakes=(1, 0, 0),
+        copied_bytes=1e9,
+        wasted_bytes=0.0,
+        preemptions=0,
+        drains=0,
+        busy=0.5,
+        plans=10,
+        plan_s=0.1,
+        cpu_s=1.0,
     )
-
-
-def late(share: float) -> Results:
-    """1,000 requests, of which this share is out of target."""
-    bad = round(1000 * share)
-    return results([0.2] * (1000 - bad) + [2.0] * bad)
-
-
-def runs(shares: list[float], rates: tuple[float, ...] = (1, 2, 4, 8)) -> tuple[cluster.Runs, list[Setting]]:
-    settings = [Setting("paper", rate) for rate in rates]
-    done = {
-        (setting, "ours"): Done(Case(setting, "ours", 1, Path()), late(share), "")
-        for setting, share in zip(settings, shares, strict=True)
-    }
-    return done, settings
 
 
 @pytest.mark.parametrize(
     ("shares", "rate"),
     [
-        ([0.0, 0.0, 0.0, 0.0], 8.0),  # no rate was too high
-        ([0.02, 0.0, 0.0, 0.0], 0.0),  # the first that is too high ends it
-        ([0.0, 0.02, 0.0, 0.0], math.sqrt(2)),  # 1 % late lies half the way from 1 to 2
-        ([0.0, 0.0, 0.04, 0.9], 2 * 2**0.25),
+        ([1.0, 1.0, 1.0, 1.0], 8.0),  # no rate was too high
+        ([0.98, 1.0, 1.0, 1.0], 0.0),  # the first that is too high ends it
+        ([1.0, 0.98, 1.0, 1.0], math.sqrt(2)),  # 1 % late lies half the way from 1 to 2
+        ([1.0, 1.0, 0.96, 0.1], 2 * 2**0.25),
     ],
 )
 def test_goodput_is_where_one_in_a_hundred_is_late(shares: list[float], rate: float) -> None:
-    done, settings = runs(shares)
-    assert cluster.goodput(done, settings, "ours") == pytest.approx(rate)
+    assert goodput(list(zip((1.0, 2.0, 4.0, 8.0), shares, strict=True))) == pytest.approx(rate)
+
+
+def test_the_next_rate_tried_lies_between_the_last_within_target_and_the_first_that_is_not() -> None:
+    assert next_rate([(1.0, 1.0), (2.0, 0.995), (8.0, 0.9), (16.0, 1.0)]) == pytest.approx(4.0)
+    assert next_rate([(1.0, 0.9), (2.0, 1.0), (4.0, 0.5)]) is None  # it never was
+    assert next_rate([(1.0, 1.0), (2.0, 1.0)]) is None  # it always is
+
+
+def test_halving_comes_closer_to_the_true_rate() -> None:
+    def within(rate: float) -> float:
+        return 1.0 if rate <= 5.0 else 0.5
+
+    tried = {rate: within(rate) for rate in (1.0, 2.0, 4.0, 8.0)}
+    for _ in range(6):
+        rate = next_rate(sorted(tried.items()))
+        assert rate is not None
+        tried[rate] = within(rate)
+    assert goodput(sorted(tried.items())) == pytest.approx(5.0, rel=0.02)
 
 
 def test_what_was_never_served_counts_as_the_whole_run() -> None:
-    setting = Setting("paper", 1.0)
-    done = {
-        (setting, "dedicated"): Done(Case(setting, "dedicated", 1, Path()), results([0.1] * 90 + [math.inf] * 10), ""),
-        (setting, "ours"): Done(Case(setting, "ours", 1, Path()), results([0.5] * 100), ""),
+    assert outcome(p99=math.inf).p99 == 600.0
+    assert outcome(p99=0.3).p99 == 0.3
+
+
+def sweep(figures: dict[str, list[Outcome]]) -> tuple[Compared, Sweep]:
+    """Two rates; policies that are not told of are as bad as can be."""
+    settings = (Setting("paper", 1.0), Setting("paper", 2.0))
+    bad = [outcome(0.0, 500.0)] * 2
+    runs = {
+        (setting, policy): figures.get(policy, bad)[at] for at, setting in enumerate(settings) for policy in POLICIES
     }
-    assert cluster._ratio(done, setting, "dedicated", "ours") == pytest.approx(600 / 0.5)
+    return Compared(runs), Sweep("paper", settings)
 
 
-def test_every_case_is_of_a_known_policy_and_rows_need_no_other(tmp_path: Path) -> None:
+def test_competitors_are_compared_by_their_best_variant() -> None:
+    """Autoscaling by one variant for all rates, static placements by the best of each rate."""
+    always, _, at_first, _ = autoscaling(0.0)
+    compared, both = sweep(
+        {
+            always: [outcome(p99=1.0), outcome(p99=1.0)],
+            at_first: [outcome(p99=0.3), outcome(p99=9.0)],
+            "static, by means": [outcome(0.99), outcome(0.5)],
+            "dedicated": [outcome(0.9), outcome(0.8)],
+        }
+    )
+    assert compared.best_autoscaling(both.settings, 0.0) == always
+    assert [compared.best_static(setting) for setting in both.settings] == ["static, by means", "dedicated"]
+
+
+def test_nobody_is_better_than_the_oracle() -> None:
+    compared, both = sweep({"ours": [outcome(0.995, 0.2)] * 2, "told the future": [outcome(0.99, 0.4)] * 2})
+    rows = {row.what: row.value for row in sweep_rows(compared, both)}
+    assert rows["paper: p99 TTFT, ours / oracle, worst rate"] == 1.0
+    compared, both = sweep({"ours": [outcome(0.98, 0.8)] * 2, "told the future": [outcome(0.99, 0.4)] * 2})
+    rows = {row.what: row.value for row in sweep_rows(compared, both)}
+    assert rows["paper: p99 TTFT, ours / oracle, worst rate"] == pytest.approx(2.0)
+    assert rows["paper: requests within target, oracle"] == 2.0
+    assert rows["paper: requests within target, ours"] == 0.0
+
+
+def test_all_that_rows_need_is_run_and_nothing_twice(tmp_path: Path) -> None:
     for quick in (True, False):
-        wanted = cluster.cases(quick, 1, tmp_path)
-        assert {case.policy for case in wanted} == set(POLICIES)
-        assert len(set(wanted)) == len(wanted)
-        done = {(case.setting, case.policy): Done(case, late(0.02), "made up") for case in wanted}
+        done: dict[tuple[Setting, str], Outcome] = {}
+
+        def run_them(wanted: object, done: dict[tuple[Setting, str], Outcome] = done) -> None:
+            for setting, policy in wanted:  # type: ignore[attr-defined]
+                assert policy in POLICIES
+                done[setting, policy] = outcome(1.0 if setting.rate_per_s < 5 else 0.5)
+
+        cluster.run_everything(run_them, done, quick)
+        assert {policy for _, policy in done} == set(POLICIES)
         rows = cluster.rows(done, quick)
         assert len({row.what for row in rows}) == len(rows)
-        document = json.dumps(cluster.whole_document(done, rows, 1), allow_nan=False)
-        assert json.loads(document)["seed"] == 1
-        assert len(cluster.runs_table(done).splitlines()) == len(wanted) + 1
+        file = tmp_path / f"{quick}.json"
+        cluster.write(file, done, rows, 7)
+        assert json.loads(file.read_text())["seed"] == 7
 
 
 @needs_traces
-def test_a_case_is_run_on_the_real_simulator() -> None:
-    done = run(Case(Setting("paper", 2.0), "autoscaling", 1, TRACES))
-    assert done.results.served.all()
-    assert done.results.policy.startswith("serverless")
+def test_runs_are_the_same_in_any_number_of_processes_and_are_kept(tmp_path: Path) -> None:
+    static = [Case(Setting("paper", rate), "static, by means", 1, TRACES) for rate in (0.5, 1.0)]
+    alone = {case: replace(run(case), cpu_s=0.0, plan_s=0.0) for case in static}
+    together = dict(Runner(2, tmp_path).run(static))
+    assert {case: replace(told, cpu_s=0.0, plan_s=0.0) for case, told in together.items()} == alone
+    assert all(told.unserved == 0 for told in alone.values())
+    again = dict(Runner(1, tmp_path).run(static))
+    assert again == together  # with the same seconds of the processor: it was read, not run

@@ -121,7 +121,9 @@ def test_muxserve_relieves_the_busiest_gpu_with_replicas() -> None:
 def test_dedicated_gives_whole_gpus_by_peaks_and_the_rest_nothing() -> None:
     models = [llama2_7b("busy"), llama2_7b("quiet"), llama2_13b("pair"), llama2_7b("left")]
     busy = [(0.01 * i, "busy") for i in range(2000)]
-    requests = sorted(asks(*busy, (1, "quiet"), (2, "pair"), (3, "left"), output=100), key=lambda r: r.time_s)
+    requests = sorted(
+        asks(*busy, (1, "quiet"), (1.1, "quiet"), (2, "pair"), (3, "left"), output=100), key=lambda r: r.time_s
+    )
     results = simulate(ClusterSpec(1, 4), models, requests, Dedicated(), settings=QUICK)
     served = {name: results.served[results.model == i].all() for i, name in enumerate(results.models)}
     assert served == {"busy": True, "quiet": True, "pair": True, "left": False}
