@@ -15,6 +15,7 @@ from launcher.backing import Backing
 from services.common.queues import RequestQueue
 from services.gpu_agent.arena.weight_range import Filling
 from services.gpu_agent.engine import host
+from services.gpu_agent.instance_server import InstanceServer
 from services.gpu_agent.loading import Loader
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import RunningAgent, running_agent
@@ -368,8 +369,12 @@ async def test_what_warming_was_worth_is_counted_on_a_real_agent(
         "wasted": half * PAGE,
     }
     assert {kind: value - begun[kind] for kind, value in events().items()} == {
-        "warming": 3, "warmed": 3, "woken": 3,
-        "draining": 2, "drained": 2, "evicted": 2,
+        "warming": 3,
+        "warmed": 3,
+        "woken": 3,
+        "draining": 2,
+        "drained": 2,
+        "evicted": 2,
     }
     assert count("transition_seconds_count", event="warmed") - timed == 3
     assert count("transition_bytes_total", event="warmed") - moved == (total + half + total) * PAGE
@@ -402,3 +407,50 @@ async def test_what_an_agent_tells_of_its_arena_and_of_the_disk(agent: RunningAg
     assert 0 < disk.free_bytes < disk.capacity_bytes
     await orders.wake("wanted")
     assert (await orders.recorded(ACTIVE, "wanted")).pages_lent == 0
+
+
+async def test_two_wakes_while_a_drain_ends_are_one(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:
+    await orders.wake("requests wait")
+    await orders.recorded(ACTIVE, "requests wait")
+    gate = Gate(monkeypatch, InstanceServer, "flush")  # the instance is being given up already
+    await orders.drain("low load")
+    await gate.reached()
+    assert [await orders.wake("a burst"), await orders.wake("again")] == [DRAINING, DRAINING]
+    gate.open()
+    await orders.recorded(ACTIVE, "a burst")
+    assert [said(event) for event in (await orders.told(6))[3:]] == [
+        ("draining", ACTIVE, DRAINING, "low load"),
+        ("drained", DRAINING, WARM, "low load"),
+        ("woken", WARM, ACTIVE, "a burst"),
+    ]
+
+
+async def test_kv_that_needs_the_pages_ends_warming_and_is_the_reason(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed, name in enumerate(("busy", "m")):
+        checkpoints.llama(tmp_path / name, seed=seed)
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, arena="1600KiB") as agent:
+        await agent.wake(await agent.prepare("busy", tmp_path / "busy"))
+        copying = Copying(monkeypatch, page=5)
+        orders = Orders(agent, await agent.prepare("m", tmp_path / "m"))
+        await orders.warm("the forecast")
+        await copying.reached()
+        names = [f"r{n}" for n in range(8)]
+        for n, name in enumerate(names):
+            await agent.submit("busy", name, [n + 3, *(3 + i % 500 for i in range(200))], 40)
+        for name in names:  # nothing waits for the copy
+            assert len((await agent.relay.finished(name)).error) == 0
+        copying.open()
+
+        def ended(_: object) -> bool:
+            shard = agent.shard("m")
+            return shard is not None and shard.state in (WARM, COLD)
+
+        await asyncio.wait_for(agent.residency.wait_for(ended), 30)
+        shard = agent.shard("m")
+        assert shard is not None
+        assert shard.reason.cause == common_pb2.CAUSE_MADE_ROOM
+        assert "running instances need the memory for KV" in shard.reason.text
+        [event] = [e for _, e in await agent.node.events.newest(100) if e.kind == cluster_pb2.EVENT_KIND_CANCELLED]
+        assert (event.from_state, event.reason) == (WARMING, shard.reason)
