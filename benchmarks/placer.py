@@ -28,6 +28,7 @@ from scipy.sparse import coo_matrix
 from benchmarks.report import Row, report
 from services.placer import lending
 from services.placer.decisions import Do, Plan
+from services.placer.expected_rule import ExpectedRule
 from services.placer.groups import groups
 from services.placer.loading import load_s
 from services.placer.planner import plan, plan_by, wake
@@ -170,10 +171,25 @@ def at_rest(snapshot: Snapshot, planner: Callable[[Snapshot], Plan]) -> Snapshot
     raise RuntimeError("plans do not come to rest")
 
 
+class _Placing(ExpectedRule):
+    """Ours with the instances as they are: what is compared is what is warm beside them."""
+
+    def relief(self, model: Model, serving: int) -> float:
+        return 0.0
+
+    def may_rest(self, model: Model, instance: Replica) -> bool:
+        return False
+
+
+def plan_ours(snapshot: Snapshot) -> Plan:
+    """By our rule, which only warms and evicts."""
+    return plan_by(snapshot, _Placing)
+
+
 def plan_published(snapshot: Snapshot) -> Plan:
     """By the published rule, but with as much KV kept as ours keeps: what is compared is the placement alone."""
-    keeps = lending.by_forecast(stakes(snapshot, snapshot.replicas))
-    return plan_by(snapshot, partial(PublishedRule, keeps=keeps))
+    lent = lending.Foreseen(snapshot, stakes(snapshot, snapshot.replicas))
+    return plan_by(snapshot, partial(PublishedRule, lent=lent))
 
 
 @dataclass
@@ -200,8 +216,8 @@ def optimum(snapshot: Snapshot) -> tuple[float, bool]:
     """
     serving = [replica for replica in snapshot.replicas if replica.state is State.ACTIVE]
     known = stakes(snapshot, serving)
-    keeps = lending.by_forecast(known)
-    rooms = {agent.id: _room(snapshot, agent, serving, keeps) for agent in snapshot.agents.values()}
+    lent = lending.Foreseen(snapshot, known)
+    rooms = {agent.id: _room(agent, serving, lent) for agent in snapshot.agents.values()}
     candidates: list[_Candidate] = []
     for name, own in known.items():
         model = snapshot.models[name]
@@ -304,11 +320,11 @@ def _hottest(candidates: list[_Candidate], others: dict[int, float]) -> float:
     return sum(highest.values())
 
 
-def _room(snapshot: Snapshot, agent: Agent, serving: list[Replica], keeps: lending.Keeps) -> int:
+def _room(agent: Agent, serving: list[Replica], lent: lending.Lending) -> int:
     """Pages for warm replicas, by the planner's lending rule."""
     here = [replica for replica in serving if agent.id in replica.group]
     held = sum(replica.pages for replica in here)
-    return max(0, agent.pages_total - held - lending.kept(snapshot, agent, here, keeps))
+    return max(0, agent.pages_total - held - lending.kept(agent, here, lent))
 
 
 def quality(number: int, parts: bool, progress: bool) -> list[Row]:
@@ -323,7 +339,7 @@ def quality(number: int, parts: bool, progress: bool) -> list[Row]:
         if best <= _NOTHING:
             continue
         unproved += not proved
-        rest = at_rest(start, plan)
+        rest = at_rest(start, plan_ours)
         theirs = at_rest(start, plan_published)
         # Parts that evictions left may be worth more than the program's whole replicas: no credit for that.
         ours.append(min(1.0, expected_value(rest, rest.replicas) / best))
@@ -349,11 +365,11 @@ def quality_later(number: int) -> Row:
     for seed in range(number):
         rng = random.Random(seed)
         gpus, models = rng.choice([1, 2, 3, 4, 6, 8]), rng.randint(2, 8)
-        rest = at_rest(cluster(seed, gpus, models), plan)
+        rest = at_rest(cluster(seed, gpus, models), plan_ours)
         changed = with_forecasts(rest, seed + 1_000_000)
         best, _ = optimum(changed)
         if best > _NOTHING:
-            then = at_rest(changed, plan)
+            then = at_rest(changed, plan_ours)
             ratios.append(expected_value(then, then.replicas) / best)
     what = f"value missed after other forecasts, mean ({len(ratios)} clusters, warm ones moved only where it pays)"
     return Row(what, 100 * (1 - statistics.mean(ratios)), "%", limit_source="optimum that moves for nothing")
@@ -372,7 +388,7 @@ def with_forecasts(snapshot: Snapshot, seed: int) -> Snapshot:
 
 def speed(num_gpus: int, num_models: int, target_ms: float, repeats: int = 5) -> list[Row]:
     """Seconds of one core for a plan, and for the decision about one wake."""
-    rest = at_rest(cluster(1, num_gpus, num_models, (1, 1, 1, 2, 4)), plan)
+    rest = at_rest(cluster(1, num_gpus, num_models, (1, 1, 1, 2, 4)), plan_ours)
     times, wakes = [], []
     for i in range(repeats):
         changed = with_forecasts(rest, i)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 
 from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, Snapshot, State
 
@@ -123,12 +123,14 @@ class Board:
         model: Model,
         group: GroupIds,
         given: Iterable[tuple[Replica, int]] = (),
-        kept: Mapping[str, int] | None = None,
+        *,
+        kept: Mapping[str, int],
+        first: Mapping[str, int] | None = None,
     ) -> dict[str, int]:
         """Pages that lack on each agent for the model's replica, after others have given all but some pages.
 
-        `kept`: the KV pages to leave on each agent. Without it the replica is to serve at once: the rules' reserve, and
-        beside the KV of other instances room for a first request.
+        `kept`: the KV pages to leave on each agent, at least. `first`: of a replica that is to serve at once, the KV
+        pages it begins with, beside those that other instances hold.
         """
         own = self.get(model.name, group)
         keeps = {replica.key: (replica, keep) for replica, keep in given}
@@ -146,23 +148,29 @@ class Board:
                     kv -= replica.kv_pages
                 else:
                     held += replica.pages
-            if kept is not None:
-                reserve = kept[agent_id]
-            else:
+            reserve = kept[agent_id]
+            if first is not None:
                 has_kv = own is not None and own.kv_pages > 0
-                first = 0 if has_kv else math.ceil(model.kv_bytes_per_request / agent.page_bytes)
-                reserve = max(self.snapshot.kv_reserve(agent, need), kv + first)
+                reserve = max(reserve, kv + (0 if has_kv else first[agent_id]))
             lacking[agent_id] = held + need + reserve - agent.pages_total
         return lacking
 
     def make_room(
-        self, model: Model, group: GroupIds, sources: Collection[Source], kept: Mapping[str, int] | None = None
+        self,
+        model: Model,
+        group: GroupIds,
+        sources: Collection[Source],
+        *,
+        kept: Mapping[str, int],
+        first: Mapping[str, int] | None = None,
     ) -> Room | None:
         """The cheapest way to make room for the model's replica on a group, by greedy choice; None where there is none.
 
-        The last warm replica taken gives only as many pages as are needed, from its end. `kept` as in `deficits`.
+        The last warm replica taken gives only as many pages as are needed, from its end. `kept` and `first` as in
+        `deficits`.
         """
-        lacking = self.deficits(model, group, (), kept)
+        lack = partial(self.deficits, model, group, kept=kept, first=first)
+        lacking = lack()
         if _suffices(lacking):
             return Room()
         short = {agent_id: pages for agent_id, pages in lacking.items() if pages > 0}
@@ -170,29 +178,30 @@ class Board:
         for source in sorted(sources, key=lambda s: (s.last, _price(s, short), s.replica.key)):
             if any(lacking.get(agent_id, 0) > 0 for agent_id in source.replica.group):
                 taken.append(source)
-                lacking = self.deficits(model, group, [(s.replica, 0) for s in taken], kept)
+                lacking = lack([(s.replica, 0) for s in taken])
                 if _suffices(lacking):
-                    return self._trim(model, group, taken, kept)
+                    return _trim(taken, lack)
         return None
 
-    def _trim(self, model: Model, group: GroupIds, taken: list[Source], kept: Mapping[str, int] | None) -> Room:
-        """Gives back what the greedy choice took too much, the dearest first."""
-        keeps = {source.replica.key: 0 for source in taken}
-        for source in reversed(taken):
-            rest = [(s.replica, keeps[s.replica.key]) for s in taken if s is not source]
-            if _suffices(self.deficits(model, group, rest, kept)):
-                taken = [s for s in taken if s is not source]
-            elif source.step is Step.EVICT and source.replica.state is State.WARM:
-                lacking = self.deficits(model, group, [*rest, (source.replica, 0)], kept)
-                slack = min(-lacking[agent_id] for agent_id in source.replica.group if agent_id in lacking)
-                keeps[source.replica.key] = min(slack, source.replica.resident)
-        return Room(
-            evictions=tuple((s.replica, keeps[s.replica.key]) for s in taken if s.step is Step.EVICT),
-            awaited=tuple(s.replica for s in taken if s.step is Step.AWAIT),
-            drains=tuple(s.replica for s in taken if s.step is Step.DRAIN),
-            last_resorts=sum(s.last for s in taken),
-            cost=sum(s.cost * (1 - keeps[s.replica.key] / max(1, s.replica.resident)) for s in taken),
-        )
+
+def _trim(taken: list[Source], lack: Callable[[list[tuple[Replica, int]]], dict[str, int]]) -> Room:
+    """Gives back what the greedy choice took too much, the dearest first."""
+    keeps = {source.replica.key: 0 for source in taken}
+    for source in reversed(taken):
+        rest = [(s.replica, keeps[s.replica.key]) for s in taken if s is not source]
+        if _suffices(lack(rest)):
+            taken = [s for s in taken if s is not source]
+        elif source.step is Step.EVICT and source.replica.state is State.WARM:
+            lacking = lack([*rest, (source.replica, 0)])
+            slack = min(-lacking[agent_id] for agent_id in source.replica.group if agent_id in lacking)
+            keeps[source.replica.key] = min(slack, source.replica.resident)
+    return Room(
+        evictions=tuple((s.replica, keeps[s.replica.key]) for s in taken if s.step is Step.EVICT),
+        awaited=tuple(s.replica for s in taken if s.step is Step.AWAIT),
+        drains=tuple(s.replica for s in taken if s.step is Step.DRAIN),
+        last_resorts=sum(s.last for s in taken),
+        cost=sum(s.cost * (1 - keeps[s.replica.key] / max(1, s.replica.resident)) for s in taken),
+    )
 
 
 def _suffices(lacking: Mapping[str, int]) -> bool:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from services.placer import lending
 from services.placer.board import Board
 from services.placer.demand import Demand
 from services.placer.loading import load_s
 from services.placer.prewarm import prewarm
 from services.placer.rule import Prewarming
 from services.placer.scores import Kind, Worth
-from services.placer.snapshot import GroupIds, Key, Model, Replica
+from services.placer.sharing import Part, beside, relief
+from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica
 from services.placer.value import CERTAIN, Stakes, precedence, serves, share, stakes_of, usable
+
+_LEAST_RELIEF = 0.05  # requests in progress: for fewer no instance is kept
+_RESTS_AFTER_S = 60.0  # an instance that is idle for so long gives back the pages it keeps for KV
+_ASSUMED_SERVICE_S = 1.0  # of a request, where nothing is known yet
 
 
 class ExpectedRule:
@@ -73,7 +79,57 @@ class ExpectedRule:
         seconds = missing * load_s(model, self._board.snapshot.agents[group[0]].node)
         return model.priority * max(1, model.waiting) * self.stakes(model).pain(seconds)
 
+    def sharing(self, model: Model, group: GroupIds) -> float:
+        """See `Rule`. The same of an instance that is there."""
+        instances = self._serving(model)
+        if not any(r.model == model.name and serves(r) for r in self._board.on(group)):
+            instances += 1
+        own = self._part(model, instances)
+        models = self._board.snapshot.models
+        others = [
+            self._part(models[r.model], max(1, self._serving(models[r.model])), r.running)
+            for r in self._board.on(group)
+            if r.model != model.name and r.model in models and (serves(r) or r.running)
+        ]
+        return beside(own, others, _service_s(model)) if others else 0.0
+
+    def relief(self, model: Model, serving: int) -> float:
+        """See `Rule`."""
+        loads = self.stakes(model).loads
+        if serving >= len(loads) or loads[serving] < _LEAST_RELIEF:
+            return 0.0
+        return relief(loads[serving], _service_s(model), model.priority)
+
+    def may_rest(self, model: Model, instance: Replica) -> bool:
+        """See `Rule`. Idle, it costs nobody anything but a few pages; busy, it takes time of its neighbours."""
+        if not instance.running:
+            return instance.idle_s >= _RESTS_AFTER_S
+        margin = self._board.snapshot.rules.margin
+        return self.sharing(model, instance.group) > margin * self.relief(model, self._serving(model) - 1)
+
+    def reserve(self, model: Model, agent: Agent) -> int:
+        """See `Rule`. More than instances need only where that is not known."""
+        if model.kv_bytes_per_request:
+            return 1
+        return self._board.snapshot.kv_reserve(agent, self._board.snapshot.shard_pages(model, agent.id))
+
+    def first_pages(self, model: Model, agent: Agent) -> int:
+        """See `Rule`. For the requests that wait and one more."""
+        return lending.for_instance(self._board.snapshot, agent, model, model.waiting)
+
+    def _serving(self, model: Model) -> int:
+        return sum(map(serves, self._board.of(model.name)))
+
+    def _part(self, model: Model, instances: int, running: int = 0) -> Part:
+        """What an instance of a model has to do, if there are so many."""
+        expected = max(self.demand(model).mean, model.waiting + model.running) / instances
+        return Part(max(running, expected), model.priority)
+
     def prewarm(self) -> Prewarming:
         """See `Rule`."""
         stakes = {name: self.stakes(model) for name, model in sorted(self._board.snapshot.models.items())}
         return prewarm(self._board, stakes)
+
+
+def _service_s(model: Model) -> float:
+    return model.service_s or _ASSUMED_SERVICE_S

@@ -48,6 +48,7 @@ class Item:
     crowd: int = 0  # sum of the popularity of those that share an agent
     chance: float = 0.0
     worth: float = 0.0
+    bonus: float = 0.0  # for staying where it is; no neighbour takes of it
     heat: float = 0.0  # sum of the chances of those that share an agent
 
 
@@ -55,7 +56,7 @@ class Layout:
     """Items on agents."""
 
     def __init__(self, free: list[int], interference: float, margin: float) -> None:
-        """`free`: pages per agent that items may have. What is resident counts `margin` times."""
+        """`free`: pages per agent that items may have. What is resident already counts `margin` times."""
         self.free = free
         self.value = 0.0
         self._interference = interference
@@ -77,7 +78,7 @@ class Layout:
         near = self.on(item.agents)
         item.heat = self.heat(item.agents)
         item.crowd = CERTAIN * self._serving(item.agents) + sum(other.seat.stakes.popularity for other in near)
-        item.chance = item.worth = 0.0
+        item.chance = item.worth = item.bonus = 0.0
         item.rank = -1
         for agent in item.agents:
             self.free[agent] -= item.used
@@ -89,7 +90,7 @@ class Layout:
 
     def remove(self, item: Item) -> None:
         """Takes an item out."""
-        self._set(item, 0.0, 0.0)
+        self._set(item, 0.0, 0.0, 0.0)
         for agent in item.agents:
             self.free[agent] += item.used
             self._on[agent].remove(item)
@@ -125,7 +126,7 @@ class Layout:
         return len({instance for agent in agents for instance in self._instances[agent]})
 
     def worth(self, seat: Seat, rank: int, agents: Agents, used: int) -> float:
-        """An item's worth without interference.
+        """An item's worth without interference, and without the bonus for what is resident.
 
         What has to be loaded is worth the less the later it is there within the time that the forecast speaks of.
         """
@@ -134,11 +135,19 @@ class Layout:
         if not held:
             return stakes.worth(rank, node, used / pages) * stakes.in_time(rank, node, used / pages)
         held = min(used, held)
-        here = stakes.worth_keeping(rank, node, held / pages) * self._margin
+        here = stakes.worth_keeping(rank, node, held / pages)
         if used == held:
             return here
         more = stakes.worth(rank, node, used / pages) - stakes.worth(rank, node, held / pages)
         return here + more * stakes.in_time(rank, node, (used - held) / pages)
+
+    def bonus(self, seat: Seat, rank: int, agents: Agents, used: int) -> float:
+        """What an item counts more because a part of it is resident there."""
+        held = min(used, seat.held.get(agents, 0)) if seat.held else 0
+        if not held:
+            return 0.0
+        stakes, node, pages = seat.stakes, seat.nodes[agents[0]], seat.pages_on(agents)
+        return (self._margin - 1) * stakes.worth_keeping(rank, node, held / pages)
 
     def gain(self, worth: float, chance: float, agents: Agents) -> float:
         """What the layout's value would grow by if an item of that worth came to lie on these agents."""
@@ -151,9 +160,9 @@ class Layout:
         return worth - self._interference * (worth * (heat if heat < 1 else 1.0) + harm)
 
     def net(self, item: Item) -> float:
-        """An item's worth after interference."""
+        """An item's worth after interference, with its bonus."""
         heat = item.heat
-        return item.worth * (1 - self._interference * (heat if heat < 1 else 1.0))
+        return item.bonus + item.worth * (1 - self._interference * (heat if heat < 1 else 1.0))
 
     def _crowd(self, near: Iterable[Item], more: int) -> None:
         """Items have another neighbour, or one less."""
@@ -169,11 +178,12 @@ class Layout:
         for rank, item in enumerate(seat.order, start=seat.serving):
             if item.rank != rank:
                 item.rank = rank
-                self._set(item, seat.stakes.chance(rank), self.worth(seat, rank, item.agents, item.used))
+                worth = self.worth(seat, rank, item.agents, item.used)
+                self._set(item, seat.stakes.chance(rank), worth, self.bonus(seat, rank, item.agents, item.used))
 
-    def _set(self, item: Item, chance: float, worth: float) -> None:
+    def _set(self, item: Item, chance: float, worth: float, bonus: float) -> None:
         before = self.net(item)
-        item.worth = worth
+        item.worth, item.bonus = worth, bonus
         self.value += self.net(item) - before
         change = chance - item.chance
         if not change:

@@ -3,13 +3,80 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
-from services.placer.snapshot import Agent, Replica, Snapshot, State
+from services.placer.snapshot import Agent, Model, Replica, Snapshot, State
 from services.placer.value import Stakes
 
-# KV pages that an instance keeps on an agent.
-Keeps = Callable[[Agent, Replica], int]
+_FIRST_SHARE = 16  # of an arena: no instance begins with more KV pages
+
+
+class Lending(Protocol):
+    """A rule of lending, for one snapshot."""
+
+    def keeps(self, agent: Agent, instance: Replica) -> int:
+        """KV pages that an instance keeps on an agent."""
+
+    def reserve(self, agent: Agent) -> int:
+        """KV pages left on an agent where no instance runs, for who is woken there."""
+
+
+class Published:
+    """The published rule, and a fixed share of an arena where no instance runs."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def keeps(self, agent: Agent, instance: Replica) -> int:
+        """See `Lending`."""
+        return published(agent, instance)
+
+    def reserve(self, agent: Agent) -> int:
+        """See `Lending`."""
+        return self._snapshot.kv_reserve(agent)
+
+
+class Foreseen:
+    """By the forecasts of models: the mean load, as one window in ten exceeds it.
+
+    That is less than a peak may need: what is lent comes back as soon as it is needed.
+    """
+
+    def __init__(self, snapshot: Snapshot, stakes: Mapping[str, Stakes]) -> None:
+        self._snapshot = snapshot
+        self._stakes = stakes
+        self._reserves: dict[tuple[int, int], int] = {}  # by an agent's size
+
+    def keeps(self, agent: Agent, instance: Replica) -> int:
+        """See `Lending`."""
+        own = self._stakes.get(instance.model)
+        if own is None:
+            return published(agent, instance)
+        return foreseen(agent, instance, _expected(own), own.model.kv_bytes_per_request)
+
+    def reserve(self, agent: Agent) -> int:
+        """See `Lending`. What one instance needs, the mean over measured models by how likely they are woken.
+
+        No more than the rules' share of the arena; the same on all agents, else replicas would move for it.
+        """
+        size = agent.page_bytes, agent.pages_total
+        if size not in self._reserves:
+            needs = [
+                (own.chance(own.serving), for_instance(self._snapshot, agent, own.model, _expected(own)))
+                for own in self._stakes.values()
+                if own.model.kv_bytes_per_request
+            ]
+            likely = sum(chance for chance, _ in needs)
+            mean = sum(chance * pages for chance, pages in needs) / likely if likely else 0.0
+            most = self._snapshot.kv_reserve(agent)
+            self._reserves[size] = min(most, math.ceil(mean) or most)
+        return self._reserves[size]
+
+
+def _expected(own: Stakes) -> float:
+    """Requests of an instance in progress, as one window in ten exceeds it."""
+    return min(own.model.capacity, own.demand.expected.mean.p90 / max(1, own.serving))
 
 
 def published(agent: Agent, instance: Replica, expected: float = 0.0) -> int:
@@ -35,28 +102,20 @@ def foreseen(agent: Agent, instance: Replica, expected: float, bytes_per_request
     return min(bound, max(instance.kv_pages, math.ceil(requests * bytes_per_request / agent.page_bytes)))
 
 
-def by_forecast(stakes: Mapping[str, Stakes]) -> Keeps:
-    """What instances keep by the forecast of their models: of the mean load, as one window in ten exceeds it.
+def for_instance(snapshot: Snapshot, agent: Agent, model: Model, requests: float) -> int:
+    """KV pages for an instance of a model that will have so many requests, by their measured size, and one more.
 
-    That is less than a peak may need: what is lent comes back as soon as it is needed.
+    At least what an agent gives an instance to begin with. Fewer where the model's shard could else not even be
+    alone on the agent.
     """
-
-    def keeps(agent: Agent, instance: Replica) -> int:
-        own = stakes.get(instance.model)
-        if own is None:
-            return published(agent, instance)
-        expected = own.demand.expected.mean.p90 / max(1, own.serving)
-        return foreseen(agent, instance, expected, own.model.kv_bytes_per_request)
-
-    return keeps
+    shard = snapshot.shard_pages(model, agent.id)
+    needed = math.ceil((requests + 1) * model.kv_bytes_per_request / agent.page_bytes)
+    return max(1, min(max(needed, agent.pages_total // _FIRST_SHARE), agent.pages_total - shard))
 
 
-def kept(snapshot: Snapshot, agent: Agent, on_agent: Iterable[Replica], keeps: Keeps) -> int:
-    """KV pages that weights of warm replicas leave free on an agent.
-
-    Where no instance runs, the share of the arena that the rules reserve, for who is woken there.
-    """
+def kept(agent: Agent, on_agent: Iterable[Replica], lending: Lending) -> int:
+    """KV pages that weights of warm replicas leave free on an agent."""
     instances = [r for r in on_agent if r.state in (State.ACTIVE, State.WAKING)]
     if not instances:
-        return max(agent.pages_kv, snapshot.kv_reserve(agent))
-    return min(agent.pages_total, max(agent.pages_kv, sum(keeps(agent, r) for r in instances)))
+        return max(agent.pages_kv, lending.reserve(agent))
+    return min(agent.pages_total, max(agent.pages_kv, sum(lending.keeps(agent, r) for r in instances)))

@@ -110,6 +110,8 @@ class _Planner:
         for model in sorted(models, key=lambda m: (-m.waited_s * m.priority, -m.waiting, m.name)):
             while (wish := self._wish(model)) is not None:
                 decision = choose(self._board, self._rule, model, wish)
+                if wish.gain is not None and decision.wake.outcome is not Outcome.NOW:
+                    break
                 self._wakes.setdefault(model.name, decision.wake)
                 self._make_room(model, decision.wake, decision.room)
                 if decision.wake.outcome is not Outcome.NOW:
@@ -122,7 +124,7 @@ class _Planner:
         if not model.waiting and not model.running and serving >= model.min_replicas:
             return None
         if serving >= self._rule.demand(model).wake:
-            return None
+            return self._spread(model, serving)
         if serving < model.min_replicas and not model.waiting:
             text = f"its minimum is {count(model.min_replicas, 'active replica')}"
             return Wish(common_pb2.CAUSE_OPERATOR, text)
@@ -135,6 +137,19 @@ class _Planner:
             f"{count(model.waiting + model.running, 'request')} in progress, {count(serving, 'instance')} for {carried}"
         )
         return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text, self._rule.urgency(model, serving))
+
+    def _spread(self, model: Model, serving: int) -> Wish | None:
+        """A wish for an instance that is not needed, but would spare requests more than it costs others."""
+        if not serving or (model.max_replicas and serving >= model.max_replicas):
+            return None
+        relief = self._rule.relief(model, serving)
+        if not relief:
+            return None
+        text = (
+            f"{count(model.waiting + model.running, 'request')} in progress on {count(serving, 'instance')}: "
+            f"one more spares them {relief:.2f} s"
+        )
+        return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text, relief, relief)
 
     def _make_room(self, model: Model, wake: Wake, room: Room) -> None:
         place = names(wake.group)
@@ -183,8 +198,12 @@ class _Planner:
                     r for r in candidates if not r.running and r.idle_s >= rules.min_stay_s and not model.waiting
                 ]
             candidates.sort(key=lambda r: (r.running, -r.idle_s, r.group))
-            for replica in candidates[: max(0, surplus)]:
-                self._drain(replica, self._low_load(model, needed, replica, len(serving)))
+            for replica in candidates:
+                if surplus <= 0:
+                    break
+                if self._rule.may_rest(model, replica):
+                    surplus -= 1
+                    self._drain(replica, self._low_load(model, needed, replica, len(serving)))
 
     def _low_load(self, model: Model, needed: Demand, replica: Replica, serving: int) -> Reason:
         in_progress = model.waiting + model.running

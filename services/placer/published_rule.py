@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from services.placer.demand import Demand, demand
 from services.placer.groups import groups
 from services.placer.rule import Prewarming
 from services.placer.scores import Kind, Worth, ranked, worth, worths
-from services.placer.snapshot import GroupIds, Key, Model, Replica, State
+from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, State
 from services.placer.words import count, load, names
 from warmserve.v1 import common_pb2
 
@@ -34,11 +35,11 @@ class _Place:
 
 
 class PublishedRule:
-    """See `Rule`. `keeps`: what instances keep of KV."""
+    """See `Rule`. `lent`: what is kept of KV, if not by the published rule."""
 
-    def __init__(self, board: Board, keeps: lending.Keeps = lending.published) -> None:
+    def __init__(self, board: Board, lent: lending.Lending | None = None) -> None:
         self._board = board
-        self._keeps = keeps
+        self._lent = lent or lending.Published(board.snapshot)
         self._demands: dict[str, Demand] = {}
         self._worths: dict[Key, Worth] = {}
         for name, model in board.snapshot.models.items():
@@ -64,16 +65,33 @@ class PublishedRule:
         """See `Rule`."""
         return missing * model.cold_load_s
 
+    def sharing(self, model: Model, group: GroupIds) -> float:
+        """See `Rule`. Neighbours count only where all else is equal."""
+        return 0.0
+
+    def relief(self, model: Model, serving: int) -> float:
+        """See `Rule`. Nobody is woken before instances are overloaded."""
+        return 0.0
+
+    def may_rest(self, model: Model, instance: Replica) -> bool:
+        """See `Rule`. It always is."""
+        return True
+
+    def reserve(self, model: Model, agent: Agent) -> int:
+        """See `Rule`. A fixed share."""
+        return self._board.snapshot.kv_reserve(agent, self._board.snapshot.shard_pages(model, agent.id))
+
+    def first_pages(self, model: Model, agent: Agent) -> int:
+        """See `Rule`. One request's."""
+        return math.ceil(model.kv_bytes_per_request / agent.page_bytes)
+
     def prewarm(self) -> Prewarming:
         """See `Rule`. One load at a time per agent, so that the most valuable is there first; the next plan goes on."""
         board, demands = self._board, self._demands
         actions: list[Action] = []
         obstacles: dict[str, str] = {}
         known = dict(self._worths)
-        kept = {
-            agent.id: lending.kept(board.snapshot, agent, board.on((agent.id,)), self._keeps)
-            for agent in board.open_agents
-        }
+        kept = {agent.id: lending.kept(agent, board.on((agent.id,)), self._lent) for agent in board.open_agents}
         for wanted in sorted(
             _wanted(board, demands), key=lambda w: (-w.worth.kind, -w.worth.score, w.model.name, w.rank)
         ):
@@ -124,7 +142,7 @@ def _place(
         return None, "it is loaded as soon as the loads in progress have ended"
     places = []
     for group in quiet:
-        room = board.make_room(model, group, _sources(board, wanted, group, worths), kept)
+        room = board.make_room(model, group, _sources(board, wanted, group, worths), kept=kept)
         if room is not None and room.cost * _MARGIN <= wanted.worth.score:
             places.append(_Place(group, room))
     if not places:

@@ -9,7 +9,7 @@ from typing import Protocol
 from services.placer.decisions import Action, Competitor
 from services.placer.demand import Demand
 from services.placer.scores import Worth
-from services.placer.snapshot import GroupIds, Model, Replica
+from services.placer.snapshot import Agent, GroupIds, Model, Replica
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,21 @@ class Rule(Protocol):
 
     def loading(self, model: Model, group: GroupIds, missing: float) -> float:
         """What loading the missing share of a replica costs those that wait, in the unit of scores."""
+
+    def sharing(self, model: Model, group: GroupIds) -> float:
+        """What one more instance of a model and the instances on a group cost one another, in the unit of scores."""
+
+    def relief(self, model: Model, serving: int) -> float:
+        """What one more instance spares a model's requests where the instances it has carry them; 0: too little."""
+
+    def may_rest(self, model: Model, instance: Replica) -> bool:
+        """Whether an instance that its model's load does not need is drained though nobody asks for its place."""
+
+    def reserve(self, model: Model, agent: Agent) -> int:
+        """KV pages to leave in all on an agent where an instance of a model is woken."""
+
+    def first_pages(self, model: Model, agent: Agent) -> int:
+        """KV pages for an instance of a model that is woken, beside what others hold."""
 
     def prewarm(self) -> Prewarming:
         """What to warm; carries it out on the board."""

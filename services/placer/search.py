@@ -87,6 +87,8 @@ class Search:
             own, pages = seat.at.get(agents), seat.pages_on(agents)
             if done == number:
                 break
+            if agents in seat.barred and seat.held.get(agents, 0) < pages:
+                continue  # the last try to load it there failed
             if own is not None and own.fixed:
                 done += own.used == pages and agents in seat.held
                 continue
@@ -150,6 +152,7 @@ class Search:
             if used < pages:
                 rank += sum(used / pages <= item.used / item.pages < 1 for item in seat.order)
             gain = layout.gain(layout.worth(seat, rank, agents, used), seat.stakes.chance(rank), agents)
+            gain += layout.bonus(seat, rank, agents, used)
             rating = (gain, -room)  # of equal ones the fullest, so that large rooms stay
             if gain > 0 and (best is None or rating > best):
                 best, choice = rating, Item(seat, agents, pages, used)

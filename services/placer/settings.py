@@ -14,7 +14,7 @@ class PlacerSettings(ServiceSettings):
     tick_s: float = Field(1.0, gt=0, description="seconds between plans when nothing happens")
     min_stay_s: float = Field(2.0, ge=0, description="seconds that an instance stays active at least")
     max_wait_s: float = Field(10.0, ge=0, description="seconds that requests wait before a busy instance gives way")
-    kv_reserve_pages: float = Field(0.25, ge=0, lt=1, description="share of each arena that weights leave to KV cache")
+    kv_reserve_pages: float = Field(0.25, ge=0, lt=1, description="most of an arena that weights leave to KV")
     lookahead_s: float = Field(30.0, ge=0, description="forecast windows that begin within these seconds count as now")
     scale_up: float = Field(0.8, gt=0, le=1, description="load over capacity above which an instance is added")
     scale_down: float = Field(0.5, gt=0, le=1, description="load over capacity, of one less, below which one is freed")

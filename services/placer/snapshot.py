@@ -144,7 +144,7 @@ class Rules:
     scale_down: float = 0.5  # load below this share of what one instance less carries frees one
     min_stay_s: float = 2.0  # an instance stays active at least so long
     max_wait_s: float = 10.0  # requests wait at most so long before a busy instance is drained for them
-    kv_reserve: float = 0.25  # share of an arena that weights leave to KV
+    kv_reserve: float = 0.25  # most of an arena that weights leave to KV where no instance runs, or nothing is measured
     lookahead_s: float = 30.0  # forecast windows that begin within this count as now
     margin: float = 1.25  # what comes must be worth so many times what goes, or each forecast would turn the two round
     interference: float = 0.5  # share of its value that a replica loses when one that shares its GPU is woken with it
@@ -170,6 +170,6 @@ class Snapshot:
         return math.ceil(model.shard_bytes / self.agents[agent_id].page_bytes)
 
     def kv_reserve(self, agent: Agent, shard_pages: int = 0) -> int:
-        """Pages that weights leave to KV; fewer where a shard could else not even be alone on the agent, at least 1."""
+        """The rules' share of an arena, for KV; less where a shard could else not even be alone there, at least 1."""
         wished = math.ceil(self.rules.kv_reserve * agent.pages_total)
         return max(1, min(wished, agent.pages_total - shard_pages))

@@ -11,7 +11,7 @@ from services.placer.board import Board
 from services.placer.groups import groups
 from services.placer.layout import Agents, Item, Layout, Seat
 from services.placer.search import SMALL, Search
-from services.placer.snapshot import Agent, Replica, Snapshot, State
+from services.placer.snapshot import Agent, Replica, State
 from services.placer.value import Stakes, serves
 
 _EFFORT = 3_000  # places to look at
@@ -44,15 +44,13 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
     places = {
         size: [tuple(index[agent_id] for agent_id in group) for group in groups(agents, size)] for size in sorted(sizes)
     }
-    keeps = lending.by_forecast(stakes)
-    layout = Layout(
-        [_room(board, agent, keeps) for agent in agents], snapshot.rules.interference, snapshot.rules.margin
-    )
+    lent = lending.Foreseen(snapshot, stakes)
+    layout = Layout([_room(board, agent, lent) for agent in agents], snapshot.rules.interference, snapshot.rules.margin)
     for replica in board.all():
         if serves(replica):
             layout.serve(index[agent_id] for agent_id in replica.group if agent_id in index)
     served = {agent_id for replica in board.all() if serves(replica) for agent_id in replica.group}
-    seats = {name: _seat(snapshot, own, agents, served) for name, own in stakes.items()}
+    seats = {name: _seat(own, agents, served, lent) for name, own in stakes.items()}
     for model, group in snapshot.refused:
         if model in seats and all(agent_id in index for agent_id in group):
             seats[model].barred.add(tuple(index[agent_id] for agent_id in group))
@@ -82,14 +80,14 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
     return Target(agents, index, seats, layout, search, {name: n for name, n in unpinned.items() if n})
 
 
-def _room(board: Board, agent: Agent, keeps: lending.Keeps) -> int:
+def _room(board: Board, agent: Agent, lent: lending.Lending) -> int:
     """Pages that warm replicas may have on an agent, those that are there included."""
     there = board.on((agent.id,))
     serving = sum(replica.pages for replica in there if serves(replica))
-    return agent.pages_total - serving - board.promised(agent.id) - lending.kept(board.snapshot, agent, there, keeps)
+    return agent.pages_total - serving - board.promised(agent.id) - lending.kept(agent, there, lent)
 
 
-def _seat(snapshot: Snapshot, stakes: Stakes, agents: list[Agent], served: set[str]) -> Seat:
+def _seat(stakes: Stakes, agents: list[Agent], served: set[str], lent: lending.Lending) -> Seat:
     sizes = {agent.page_bytes for agent in agents}
     pages = {size: max(1, math.ceil(stakes.model.shard_bytes / size)) for size in sizes}
     seat = Seat(
@@ -101,8 +99,9 @@ def _seat(snapshot: Snapshot, stakes: Stakes, agents: list[Agent], served: set[s
     )
     alone = []
     for agent, needed in zip(agents, seat.pages, strict=True):
-        reserve = max(agent.pages_kv, snapshot.kv_reserve(agent))
-        alone.append(0 if agent.id in served else reserve - max(agent.pages_kv, snapshot.kv_reserve(agent, needed)))
+        reserve = max(agent.pages_kv, lent.reserve(agent))
+        least = max(1, agent.pages_kv, min(reserve, agent.pages_total - needed))
+        alone.append(0 if agent.id in served else reserve - least)
     if any(alone):
         seat.alone = tuple(alone)
     return seat

@@ -45,6 +45,7 @@ class Stakes:
     demand: Demand
     serving: int  # instances
     chances: tuple[float, ...]  # P(needed in the windows that count) of each rank; longer ranks are not needed
+    loads: tuple[float, ...]  # requests in progress that each rank is expected to carry in the peak of those windows
     waits: tuple[float, ...]  # requests that would wait for each rank, times priority
     later: tuple[float, ...]  # the same of all windows, the later ones at a tenth: what keeping a replica is for
     first_s: float  # cold load of the first replica
@@ -123,7 +124,8 @@ def stakes_of(snapshot: Snapshot, model: Model, serving: int, nodes: Iterable[st
     waits = _waits(model, now, first_s, further_s)
     ahead = [_LATER * wait for wait in _waits(model, _needs(model, wanted.expected.later), first_s, further_s)]
     later = tuple(max(pair) for pair in itertools.zip_longest(waits, ahead, fillvalue=0.0))
-    return Stakes(model, wanted, serving, tuple(chance for chance, _ in now), waits, later, first_s, further_s)
+    chances, loads = tuple(chance for chance, _ in now), tuple(load for _, load in now)
+    return Stakes(model, wanted, serving, chances, loads, waits, later, first_s, further_s)
 
 
 def _waits(model: Model, needs: list[tuple[float, float]], first_s: float, further_s: float) -> tuple[float, ...]:

@@ -29,6 +29,7 @@ class Wish:
     text: str
     limit: float | None = None  # of a further instance, its score: only what scores less is evicted for it, and only
     # instances that have long been idle drain
+    gain: float | None = None  # of one that only spreads what others carry: nothing drains for it, and it costs less
 
 
 _Rank = tuple[int, float, int, str, int, GroupIds]
@@ -52,8 +53,8 @@ class Decision:
 def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     """Where to wake `model`, without changing the board.
 
-    Prefers, in this order: draining no busy instance; the least value destroyed together with the least left to load
-    (both in seconds); the fewest active neighbours.
+    Prefers, in this order: draining no busy instance; the least of value destroyed, left to load, and cost of sharing
+    a GPU's time, all in seconds together; the fewest active neighbours.
     """
     snapshot = board.snapshot
     if not snapshot.agents:
@@ -70,8 +71,11 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     ):
         if best is not None and best[0] <= at_least:
             break  # making room costs something, or nothing
-        room = board.make_room(model, group, _sources(board, rule, model, group, wish))
-        if room is not None:
+        if wish.gain is not None and at_least[1] >= wish.gain:
+            break
+        kept, first = _kv(board, rule, model, group)
+        room = board.make_room(model, group, _sources(board, rule, model, group, wish), kept=kept, first=first)
+        if room is not None and (wish.gain is None or (room.now and room.cost + at_least[1] < wish.gain)):
             rank = _rank(board, rule, model, group, own, room)
             if best is None or rank < best[0]:
                 best = rank, _Candidate(group, own, room)
@@ -82,7 +86,14 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
         return _impossible(wish, common_pb2.CAUSE_FAILURE, f"the last try failed and will be repeated soon: {text}")
     if not usable:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, "it has a replica on every group of agents already")
-    return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _in_the_way(board, model, usable))
+    return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _in_the_way(board, rule, model, usable))
+
+
+def _kv(board: Board, rule: Rule, model: Model, group: GroupIds) -> tuple[dict[str, int], dict[str, int]]:
+    """KV pages to leave on each agent of a group in all, and of them to the model's instance."""
+    agents = [board.snapshot.agents[agent_id] for agent_id in group]
+    kept = {agent.id: rule.reserve(model, agent) for agent in agents}
+    return kept, {agent.id: rule.first_pages(model, agent) for agent in agents}
 
 
 def _possible(board: Board, model: Model, group: GroupIds) -> bool:
@@ -108,7 +119,7 @@ def _sources(board: Board, rule: Rule, model: Model, group: GroupIds, wish: Wish
         elif replica.state is State.DRAINING:
             wait = _AWAIT_BUSY_S if replica.running else 0.0
             sources.append(Source(replica, Step.AWAIT, worth.score + wait))
-        elif replica.state is State.ACTIVE and _may_go(board, replica):
+        elif replica.state is State.ACTIVE and wish.gain is None and _may_go(board, replica):
             idle = not replica.running and not board.snapshot.models[replica.model].waiting
             if idle and (wish.limit is None or replica.idle_s >= board.snapshot.rules.max_wait_s):
                 cost = worth.score + _DRAIN_IDLE_S / (1 + replica.idle_s)
@@ -134,7 +145,7 @@ def _rank(board: Board, rule: Rule, model: Model, group: GroupIds, own: Replica 
     missing = 1 - (own.residency if own else 0)
     neighbours = sum(r.state in (State.ACTIVE, State.WAKING) for r in board.on(group))
     first = board.snapshot.agents[group[0]]
-    cost = room.cost + (rule.loading(model, group, missing) if missing else 0.0)
+    cost = room.cost + rule.sharing(model, group) + (rule.loading(model, group, missing) if missing else 0.0)
     return room.last_resorts, cost, neighbours, first.node, first.device_index, group
 
 
@@ -173,16 +184,20 @@ def _no_group(board: Board, model: Model) -> str:
     return f"it needs {model.tp} agents side by side on one node, and no node has that many free to place on"
 
 
-def _in_the_way(board: Board, model: Model, usable: list[GroupIds]) -> str:
+def _in_the_way(board: Board, rule: Rule, model: Model, usable: list[GroupIds]) -> str:
     """What holds the pages of the group where the fewest are lacking."""
-    group = min(usable, key=lambda g: (max(board.deficits(model, g).values()), g))
-    deficits = board.deficits(model, group)
+    lacking = {}
+    for group in usable:
+        kept, first = _kv(board, rule, model, group)
+        lacking[group] = board.deficits(model, group, kept=kept, first=first)
+    group = min(usable, key=lambda g: (max(lacking[g].values()), g))
+    deficits = lacking[group]
     agent_id = max(deficits, key=lambda a: deficits[a])
     agent = board.snapshot.agents[agent_id]
     pages = board.snapshot.shard_pages(model, agent_id)
     if pages >= agent.pages_total:
         return f"it needs {pages} pages and {agent_id} has {agent.pages_total} in all, which must hold KV too"
-    reserve = board.snapshot.kv_reserve(agent, pages)
+    reserve = max(rule.reserve(model, agent), rule.first_pages(model, agent))
     holders = [_holder(board, r) for r in board.on((agent_id,)) if r.model != model.name]
     return (
         f"it needs {count(pages, 'page')} and {reserve} for KV on {agent_id}, and {deficits[agent_id]} of "

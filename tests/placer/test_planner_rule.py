@@ -106,8 +106,34 @@ def test_scale_up_at_eight_tenths_and_down_below_half() -> None:
     assert done(made, Do.WAKE) == [("a", "g1")]
     two = [replica("a", "g0", State.ACTIVE, running=3), replica("a", "g1", State.ACTIVE, running=2)]
     assert plan(snapshot(agents, [model("a", running=5)], two)).actions == ()
-    made = plan(snapshot(agents, [model("a", running=4)], two))
+    idle = [replica("a", "g0", State.ACTIVE, running=4), replica("a", "g1", State.ACTIVE)]
+    made = plan(snapshot(agents, [model("a", running=4)], idle))
     assert done(made, Do.DRAIN) == [("a", "g1")]
+
+
+def test_a_busy_instance_that_is_not_needed_gives_its_time_to_neighbours() -> None:
+    agents = [agent(f"g{i}") for i in range(2)]
+    two = [replica("a", "g0", State.ACTIVE, running=2), replica("a", "g1", State.ACTIVE, running=2)]
+    assert plan(snapshot(agents, [model("a", running=4)], two)).actions == ()  # it is in nobody's way
+    beside = [*two, replica("b", "g1", State.ACTIVE, running=3)]
+    made = plan(snapshot(agents, [model("a", running=4), model("b", running=3)], beside))
+    assert done(made, Do.DRAIN) == [("a", "g1")]
+
+
+def test_an_idle_instance_stays_for_a_while() -> None:
+    there = [replica("a", "g0", State.ACTIVE, idle_s=59)]
+    assert plan(snapshot([agent("g0")], [model("a")], there)).actions == ()
+
+
+def test_an_instance_more_where_a_peak_exceeds_what_one_carries() -> None:
+    agents = [agent(f"g{i}") for i in range(2)]
+    one = [replica("a", "g0", State.ACTIVE, running=1)]
+    made = plan(snapshot(agents, [model("a", running=1, mean=1, peak=12)], one))
+    assert done(made, Do.WAKE) == [("a", "g1")]
+    assert plan(snapshot(agents[:1], [model("a", running=1, mean=1, peak=12)], one)).wakes == {}
+    crowded = [*one, replica("b", "g1", State.ACTIVE, running=8)]
+    models = [model("a", running=1, mean=1, peak=12), model("b", running=8, max_replicas=1, priority=9.0)]
+    assert done(plan(snapshot(agents, models, crowded)), Do.WAKE) == []  # it would cost b more
 
 
 def test_a_burst_wakes_as_many_as_it_needs_at_once() -> None:
