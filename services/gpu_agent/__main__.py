@@ -13,7 +13,7 @@ from services.common.telemetry import logger
 from services.gpu_agent.agent import Agent
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.device import open_backend, open_device, open_host_tier
-from services.gpu_agent.expectation import follow
+from services.gpu_agent.expectation import follow, follow_worths
 from services.gpu_agent.images import Images
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.service import AgentServicer
@@ -74,7 +74,8 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     forecasts = Mirror(node.store, node.keys.forecasts(), cluster_pb2.Forecast)
     instances = Mirror(node.store, node.keys.instances(), cluster_pb2.InstanceRecord)
     follow(forecasts, instances, agent.expect)
-    followed = (models, instances, forecasts)
+    follow_worths(models, forecasts, agent.value)
+    followed = (forecasts, instances, models)  # so that a model's forecast is known when it is
     for mirror in followed:
         await mirror.start()
     reports.start()

@@ -17,7 +17,7 @@ from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.device import is_fatal
 from services.gpu_agent.engine.backend import Backend
-from services.gpu_agent.images import Blueprint, Images
+from services.gpu_agent.images import Images
 from services.gpu_agent.loading import Loader
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.serving import Serving
@@ -110,7 +110,7 @@ class Agent:
             pages_lent=usage.lent,
             pages_promised=usage.promised,
             host_tier=self._loader.keeper.host(),
-            disk=self._loader.keeper.disk,
+            disk=self._loader.keeper.disk(),
             shards=[
                 shard.to_proto(usage) for shard in self._shards.values() if shard.state != COLD or shard.reason.text
             ],
@@ -121,9 +121,16 @@ class Agent:
         """Says how many sequences the forecast has an instance of a model run at once."""
         self._serving.expect(model, sequences)
 
-    def prepared(self, blueprint: Blueprint) -> None:
+    def value(self, spec: cluster_pb2.ModelSpec, worth: float | None) -> None:
+        """Says what a model's image in the node's memory is worth; None: it is not deployed any more."""
+        if worth is None:
+            self._loader.keeper.forget(spec.name)
+        else:
+            self._loader.keeper.value(spec.name, spec.facts.fingerprint, worth)
+
+    def prepared(self) -> None:
         """A model's image is on this node's disk: if there is room, it is taken into memory too."""
-        self._loader.keep(blueprint, 0.0)
+        self._loader.keeper.arrived()
 
     # Orders
 
@@ -133,7 +140,6 @@ class Agent:
             if reason.score != shard.score:
                 shard.score = reason.score
                 shard.lend()
-                self._loader.appraise(shard)
                 self._reports.changed()
             if shard.state == COLD or (shard.state == WARM and not shard.complete):
                 self._begin_load(shard, reason, active=False)

@@ -17,7 +17,8 @@ from services.gpu_agent.arena.memory import Memory
 from services.gpu_agent.engine.backend import Backend
 from services.gpu_agent.engine.host import HostBackend
 from services.gpu_agent.settings import GpuAgentSettings
-from services.gpu_agent.weights.host_tier import HostTier, Pin
+from services.gpu_agent.weights.host_image import Pin
+from services.gpu_agent.weights.host_tier import HostTier
 from warmserve.v1 import common_pb2
 
 _log = logger(__name__)

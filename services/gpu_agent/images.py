@@ -20,7 +20,7 @@ from services.gpu_agent.weights.building import prepare_image
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
 from services.gpu_agent.weights.host_tier import HostTier
-from services.gpu_agent.weights.image import Image, delete_image, image_path, open_image_of
+from services.gpu_agent.weights.image import Image, delete_image, image_path, open_image, open_image_of
 from services.gpu_agent.weights.layout import ImageLayout, check_fits, plan_layout
 from warmserve.v1 import cluster_pb2, common_pb2
 
@@ -55,6 +55,7 @@ class Images:
         self._page_bytes = arena.page_bytes
         self._num_pages = arena.num_pages
         self._backend = backend
+        self._preparing: dict[str, tuple[int, int]] = {}  # by name: bytes done, bytes in all
 
     def inspect(self, spec: cluster_pb2.ModelSpec) -> Blueprint:
         """Checks a checkpoint completely, writing nothing. Raises CheckpointError."""
@@ -90,12 +91,38 @@ class Images:
         )
         return Blueprint(checkpoint, layout, kv, facts)
 
+    def inspect_deployed(self, spec: cluster_pb2.ModelSpec) -> Blueprint:
+        """The same of a model that is deployed. CheckpointError also where the checkpoint is another one by now."""
+        blueprint = self.inspect(spec)
+        if blueprint.facts.fingerprint != spec.facts.fingerprint:
+            raise CheckpointError(
+                Problem.INVALID,
+                f"the checkpoint in {spec.source} has changed since {spec.name} was deployed; deploy it again",
+            )
+        return blueprint
+
     def prepare(self, blueprint: Blueprint, progress: Callable[[int, int], None]) -> Path:
         """Builds the image where it is missing. `progress(done, total)` in bytes; what it raises ends the work.
 
         Raises CheckpointError.
         """
-        return prepare_image(blueprint.checkpoint, blueprint.layout, self._folder, progress)
+        name = self.path(blueprint).name
+
+        def noted(done: int, total: int) -> None:
+            self._preparing[name] = done, total
+            progress(done, total)
+
+        try:
+            return prepare_image(blueprint.checkpoint, blueprint.layout, self._folder, noted)
+        finally:
+            self._preparing.pop(name, None)
+
+    def preparing(self) -> list[cluster_pb2.DiskFill]:
+        """The images that are built now, and how far they are. From any thread."""
+        return [
+            cluster_pb2.DiskFill(name=name, bytes_done=done, bytes_total=total)
+            for name, (done, total) in sorted(self._preparing.copy().items())
+        ]
 
     def open(self, blueprint: Blueprint, abandoned: threading.Event) -> Image:
         """The image, built first where it is missing or damaged. Raises CheckpointError.
@@ -125,14 +152,26 @@ class Images:
         """Whether the image is on this node's disk."""
         return self.path(blueprint).exists()
 
+    def named(self, name: str) -> Image:
+        """An image on the disk by its file's name. FileNotFoundError, ImageCorrupt."""
+        return open_image(self._folder / name)
+
+    def sizes(self) -> dict[str, int]:
+        """The images on this node's disk that have this agent's pages, by name."""
+        return self._sizes(f"*-{self._page_bytes}.image")
+
     def on_disk(self) -> cluster_pb2.DiskTier:
         """All images of this node's disk, whoever uses them, and how full it is."""
-        images = []
-        for path in sorted(self._folder.glob("*.image")):
-            with suppress(FileNotFoundError):  # deleted in this moment
-                images.append(cluster_pb2.DiskImage(name=path.name, bytes=path.stat().st_size))
+        images = [cluster_pb2.DiskImage(name=name, bytes=nbytes) for name, nbytes in self._sizes("*.image").items()]
         usage = shutil.disk_usage(self._folder)
         return cluster_pb2.DiskTier(capacity_bytes=usage.total, free_bytes=usage.free, images=images)
+
+    def _sizes(self, pattern: str) -> dict[str, int]:
+        sizes = {}
+        for path in sorted(self._folder.glob(pattern)):
+            with suppress(FileNotFoundError):  # deleted in this moment
+                sizes[path.name] = path.stat().st_size
+        return sizes
 
     def discard(self, fingerprint: str) -> None:
         """Deletes a checkpoint's images, on the disk and in memory. Nothing happens where they are gone already."""

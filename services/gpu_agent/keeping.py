@@ -1,17 +1,23 @@
-"""The node's images: kept in its memory, taken in when nothing else is read from the disk; and what is where."""
+"""The node's images: which are kept in its memory, and what is where.
+
+What the forecasts say is worth most is taken in ahead, when this agent reads nothing else from the disk, and replaces
+what is worth less.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
-from services.gpu_agent.images import Blueprint, Images
+from services.gpu_agent.images import Images
 from services.gpu_agent.weights.errors import ImageCorrupt
+from services.gpu_agent.weights.host_tier import Kept
 from services.gpu_agent.weights.image import Image
 from warmserve.v1 import cluster_pb2
 
@@ -27,7 +33,8 @@ class TierKeeper:
         self._images = images
         self._tier = images.tier
         self._on_change = on_change
-        self._wanted: dict[str, tuple[Blueprint, float]] = {}  # by fingerprint
+        self._values: dict[str, tuple[str, float]] = {}  # by model: its fingerprint, its image's worth
+        self._news = False  # what is to be taken in may be something else now
         self._task: asyncio.Task[None] | None = None
         self._way = threading.Event()  # nothing else is read from the disk
         self._way.set()
@@ -36,8 +43,7 @@ class TierKeeper:
         self._host = cluster_pb2.HostTier(budget_bytes=self._tier.budget_bytes)
         self._looking: asyncio.Task[None] | None = None
         self._due = asyncio.Event()  # the tiers are to be looked at
-        self.disk = cluster_pb2.DiskTier()
-        """What the node's disk held when this agent last looked."""
+        self._disk = cluster_pb2.DiskTier()
 
     def start(self) -> None:
         """Begins to look at the tiers."""
@@ -56,19 +62,29 @@ class TierKeeper:
         told.MergeFrom(self._host)
         return told
 
-    def keep(self, blueprint: Blueprint, value: float) -> None:
-        """Has an image, which is on the disk, taken in, if there is room or what is there is worth less."""
-        self.look()
-        if not self._tier.budget_bytes or self._ended:
-            return
-        self._wanted[blueprint.checkpoint.fingerprint] = blueprint, value
-        if self._task is None or self._task.done():
-            self._task = begin_task(self._fill(), "fill the host tier")
+    def disk(self) -> cluster_pb2.DiskTier:
+        """What the node's disk held when this agent last looked, and what this agent writes there now."""
+        preparing = self._images.preparing()
+        if not preparing:
+            return self._disk
+        told = cluster_pb2.DiskTier(preparing=preparing)
+        told.MergeFrom(self._disk)
+        return told
 
-    def appraise(self, blueprint: Blueprint, value: float) -> None:
-        """Says what an image is worth that may be there."""
-        if self._tier.budget_bytes:
-            self._tier.appraise(self._images.path(blueprint).name, value)
+    def value(self, model: str, fingerprint: str, value: float) -> None:
+        """Says what each byte of a model's image in memory is worth, in any unit; see expectation.worth."""
+        if self._values.get(model) != (fingerprint, value):
+            self._values[model] = fingerprint, value
+            self._refill()
+
+    def forget(self, model: str) -> None:
+        """A model is not deployed any more."""
+        self._values.pop(model, None)
+
+    def arrived(self) -> None:
+        """An image is on the disk, or was loaded from there: there may be room for it in memory."""
+        self.look()
+        self._refill()
 
     @contextmanager
     def making_way(self, wanted: bool) -> Iterator[None]:
@@ -93,20 +109,47 @@ class TierKeeper:
         self._way.wait()
         return not self._ended
 
-    async def _fill(self) -> None:
-        while self._wanted and not self._ended:
-            fingerprint = next(iter(self._wanted))
-            blueprint, value = self._wanted.pop(fingerprint)
-            try:
-                await asyncio.to_thread(self._take_in, blueprint, value)
-            except (OSError, ImageCorrupt) as error:
-                # It can be served from the disk all the same, where damage is found and mended.
-                _log.warning("not taken into the host tier", fingerprint=fingerprint, error=str(error))
-            self.look()
+    def _refill(self) -> None:
+        if not self._tier.budget_bytes or self._ended:
+            return
+        self._news = True
+        if self._task is None or self._task.done():
+            self._task = begin_task(self._fill(), "fill the host tier")
 
-    def _take_in(self, blueprint: Blueprint, value: float) -> None:
+    async def _fill(self) -> None:
+        """Takes in what is worth most, one image after the other; with news it begins again with the first."""
+        while self._news and not self._ended:
+            self._news = False
+            missing = await asyncio.to_thread(self._missing, self._worths())
+            self.look()
+            for chosen in missing:
+                if self._news or self._ended:
+                    break
+                try:
+                    await asyncio.to_thread(self._take_in, chosen)
+                except (OSError, ImageCorrupt) as error:
+                    # It can be served from the disk all the same, where damage is found and mended.
+                    _log.warning("not taken into the host tier", image=chosen.name, error=str(error))
+                self.look()
+
+    def _worths(self) -> dict[str, float]:
+        """By the first 32 digits of fingerprints; what several models need is worth the sum."""
+        worths: defaultdict[str, float] = defaultdict(float)
+        for fingerprint, value in self._values.values():
+            worths[fingerprint[:32]] += value
+        return worths
+
+    def _missing(self, worths: Mapping[str, float]) -> list[Kept]:
+        """The images that are to be taken in, the most valuable first; the tier is told what all of them are worth."""
+        found = [Kept(name, nbytes, worths.get(name[:32], 0.0)) for name, nbytes in self._images.sizes().items()]
+        for image in found:
+            self._tier.appraise(image.name, image.value)
+        return [image for image in self._tier.chosen(found) if not self._tier.ready(image.name)]
+
+    def _take_in(self, chosen: Kept) -> None:
+        """Has an image in memory, if there is room for it or what is there is worth less, and ready for loads."""
         self._tier.sweep()
-        with self._images.opened(blueprint) as image:
+        with self._images.named(chosen.name) as image:
             filling = _Fill(image.path.name, image.layout.num_pages, image.layout.page_bytes)
 
             def go_on() -> bool:
@@ -117,16 +160,15 @@ class TierKeeper:
                 return True
 
             try:
-                self._tier.fill(image, value, go_on)
+                self._tier.fill(image, chosen.value, go_on)
             finally:
                 self._filling = None
-            self._tier.appraise(image.path.name, value)
             self._register(image)
 
     def _register(self, image: Image) -> None:
         """Registers the image with the device now, for that takes longer than a load."""
         with self._tier.reading(image) as host:
-            if host is None or not host.registers:
+            if host is None or host.registered:
                 return
             for index in range(image.layout.num_pages):
                 if not self._go_on():
@@ -141,8 +183,10 @@ class TierKeeper:
             except OSError as error:
                 _log.warning("the tiers cannot be looked at", error=str(error))
             else:
-                if host != self._host or _differs(disk, self.disk):
-                    self._host, self.disk = host, disk
+                if {image.name for image in host.images} - {image.name for image in self._host.images}:
+                    self._refill()  # another agent has taken it in; here it is yet to be registered
+                if host != self._host or _differs(disk, self._disk):
+                    self._host, self._disk = host, disk
                     self._on_change()
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LOOK_S):

@@ -12,11 +12,11 @@ from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.copy_lane import CopyLane, CopyTurn
 from services.gpu_agent.engine.backend import Backend
-from services.gpu_agent.images import AbandonedError, Blueprint, Images
+from services.gpu_agent.images import AbandonedError, Images
 from services.gpu_agent.keeping import TierKeeper
 from services.gpu_agent.shard import Shard
 from services.gpu_agent.weights.errors import ImageCorrupt
-from services.gpu_agent.weights.host_tier import HostImageCorrupt
+from services.gpu_agent.weights.host_image import HostImageCorrupt
 from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.loader import LoadProgress, load
 from warmserve.v1 import common_pb2
@@ -87,19 +87,10 @@ class Loader:
         finally:
             if image is not None:
                 image.close()
-            if shard.complete and shard.blueprint is not None:
-                self.keep(shard.blueprint, shard.score)
+            if shard.complete:
+                self.keeper.arrived()
             shard.turn = None
             shard.bytes_per_s = 0.0
-
-    def keep(self, blueprint: Blueprint, value: float) -> None:
-        """Has an image that is on the disk taken into the host tier, when nothing else is read, if it is worth it."""
-        self.keeper.keep(blueprint, value)
-
-    def appraise(self, shard: Shard) -> None:
-        """Says what a shard's image in the host tier is worth."""
-        if shard.blueprint is not None:
-            self.keeper.appraise(shard.blueprint, shard.score)
 
     async def close(self) -> None:
         """Ends the use of the host tier; no load may be in progress."""
@@ -120,7 +111,7 @@ class Loader:
     async def _bind(self, shard: Shard) -> Image:
         """The image, and on the first load the program over the weight range."""
         if shard.blueprint is None:
-            shard.blueprint = await asyncio.to_thread(self._images.inspect, shard.spec)
+            shard.blueprint = await asyncio.to_thread(self._images.inspect_deployed, shard.spec)
             present = await asyncio.to_thread(self._images.present, shard.blueprint)
             shard.tier = common_pb2.TIER_DISK if present else common_pb2.TIER_REMOTE
         blueprint = shard.blueprint

@@ -120,6 +120,7 @@ class Reports:
             residency.pages_weights,
             residency.pages_promised,
             residency.host_tier.filling.bytes_done,
+            *(image.bytes_done for image in residency.disk.preparing),
         )
 
     async def _write(self) -> None:

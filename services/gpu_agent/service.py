@@ -66,7 +66,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
             raise StatusError(_STATUS[error.kind], error.message) from error
         finally:
             abandoned.set()  # where the caller went away, this ends the thread's work; nothing is left of the image
-        self._agent.prepared(blueprint)
+        self._agent.prepared()
         total = blueprint.layout.total_bytes
         yield agent_pb2.PrepareModelResponse(stage="ready", bytes_done=total, bytes_total=total, facts=blueprint.facts)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from launcher.backing import Backing
 from tests.gpu_agent import checkpoints
@@ -86,31 +88,88 @@ async def test_a_bit_flipped_in_memory_is_found_and_the_disk_serves(
         assert agent.relay.tokens("r0") == expected(model, PROMPT, 8)
 
 
+async def deploy(agent: RunningAgent, name: str, source: Path, priority: float = 0) -> cluster_pb2.ModelSpec:
+    """Prepares a model and makes it known, as the placer does."""
+    spec = await agent.prepare(name, source, priority=priority)
+    await agent.node.store.put(agent.node.keys.model(name), spec)
+    return spec
+
+
+async def forecast(agent: RunningAgent, model: str, *peaks: float) -> None:
+    """Has the forecaster say how many requests are in progress at most, window by window."""
+    windows = [cluster_pb2.WindowForecast(peak_load=cluster_pb2.Quantiles(p90=peak)) for peak in peaks]
+    record = cluster_pb2.Forecast(model=model, windows=windows)
+    await agent.node.store.put(agent.node.keys.forecast(model), record)
+
+
+async def holds(agent: RunningAgent, spec: cluster_pb2.ModelSpec, score: float) -> None:
+    """Returns once the tier holds just this model's image, worth so much."""
+
+    def there(items: Mapping[str, cluster_pb2.AgentResidency]) -> bool:
+        shown = items[agent.settings.id].host_tier.images
+        return [(image.name[:32], image.score) for image in shown] == [(spec.facts.fingerprint[:32], score)]
+
+    await asyncio.wait_for(agent.residency.wait_for(there), 60)
+
+
+async def test_what_the_forecast_says_is_worth_most_is_in_memory_before_anybody_wakes_it(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path
+) -> None:
+    """A budget for one of two; nothing is ever warm."""
+    for seed, name in enumerate(("a", "b")):
+        checkpoints.llama(tmp_path / name, seed=seed)
+    options = {"host_tier_bytes": "1MiB", "host_tier_dir": tmp_path / "tier"}
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, **options) as agent:
+        first = await deploy(agent, "a", tmp_path / "a")
+        await holds(agent, first, 0)  # there is room
+        second = await deploy(agent, "b", tmp_path / "b", priority=2)
+        await forecast(agent, "a", 1, 4, 100)  # the third window is far away
+        await holds(agent, first, 4)
+        await forecast(agent, "b", 3)
+        await holds(agent, second, 6)
+        await forecast(agent, "a", 7)  # not much more than 6
+        await forecast(agent, "b", 3.25)
+        await holds(agent, second, 6.5)
+        await forecast(agent, "a", 9)
+        await holds(agent, first, 9)
+        await agent.node.store.delete(agent.node.keys.forecast("a"))
+        await holds(agent, second, 6.5)
+        assert agent.shard("a") is agent.shard("b") is None
+
+
+async def test_another_agent_of_the_node_finds_there_what_one_has_taken_in_and_knows_its_worth(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    tier = {"host_tier_bytes": "4MiB", "host_tier_dir": tmp_path / "tier"}
+    where = (etcd.address, redis_server.address, keys.prefix, tmp_path)
+    async with running_agent(*where, **tier) as one:
+        spec = await deploy(one, "m", tmp_path / "m")
+        await forecast(one, "m", 5)
+        await holds(one, spec, 5)
+        async with running_agent(*where, agent_id="g1", **tier) as two:
+            await holds(two, spec, 5)
+
+
 @pytest.mark.parametrize("budget", ["64KiB", "1MiB"])
 async def test_models_that_do_not_fit_are_served_from_the_disk(
     etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path, budget: str
 ) -> None:
-    """A budget smaller than any model, and one for one of two, of which the one that is worth more is kept."""
+    """A budget smaller than any model, which is said, and one for one of two."""
     models = {name: checkpoints.llama(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))}
     options = {"host_tier_bytes": budget, "host_tier_dir": tmp_path / "tier"}
-    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, **options) as agent:
-        specs = {name: await agent.prepare(name, tmp_path / name) for name in models}
-        for score, (name, spec) in enumerate(specs.items()):
-            reason = common_pb2.Reason(cause=common_pb2.CAUSE_FOUNDATION, score=score + 1)
-            await agent.stub.WarmReplica(agent_pb2.WarmReplicaRequest(spec=spec, group=agent.group, reason=reason))
-            await agent.until(name, common_pb2.REPLICA_STATE_WARM)
-        if budget == "1MiB":
-            wanted = specs["b"].facts.fingerprint[:32]
-            await asyncio.wait_for(
-                agent.residency.wait_for(lambda items: [i.name[:32] for i in items["g0"].host_tier.images] == [wanted]),
-                30,
-            )
-        for name, model in models.items():
-            await evict(agent, name)
-            await agent.wake(specs[name])
-            await agent.submit(name, f"r-{name}", PROMPT, 8)
-            await agent.relay.finished(f"r-{name}")
-            assert agent.relay.tokens(f"r-{name}") == expected(model, PROMPT, 8)
+    with capture_logs() as logs:
+        async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, **options) as agent:
+            specs = {name: await deploy(agent, name, tmp_path / name) for name in models}
+            if budget == "1MiB":
+                await kept(agent, 1)
+            for name, model in models.items():
+                await agent.wake(specs[name])
+                await agent.submit(name, f"r-{name}", PROMPT, 8)
+                await agent.relay.finished(f"r-{name}")
+                assert agent.relay.tokens(f"r-{name}") == expected(model, PROMPT, 8)
+    said = [log["image"][:32] for log in logs if "smaller than this image" in log["event"]]
+    assert sorted(said) == (sorted(s.facts.fingerprint[:32] for s in specs.values()) if budget == "64KiB" else [])
 
 
 async def test_undeploying_takes_the_image_out_of_memory(

@@ -21,7 +21,8 @@ from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.weights.direct import DirectFile
 from services.gpu_agent.weights.errors import ImageCorrupt
-from services.gpu_agent.weights.host_tier import HostImageCorrupt, HostTier
+from services.gpu_agent.weights.host_image import HostImageCorrupt
+from services.gpu_agent.weights.host_tier import HostTier
 from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.layout import plan_layout
 from services.gpu_agent.weights.loader import load

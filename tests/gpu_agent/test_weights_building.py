@@ -20,6 +20,7 @@ from services.gpu_agent.weights.building import prepare_image, remove_stale, rem
 from services.gpu_agent.weights.conversion import TensorSource
 from services.gpu_agent.weights.errors import CheckpointError, Problem
 from services.gpu_agent.weights.image import delete_image, open_image
+from services.gpu_agent.weights.layout import plan_layout
 from tests.gpu_agent.checkpoints import llama
 from tests.gpu_agent.test_weights_image import PAGE, Prepared, damage, no_progress, opened, planned
 
@@ -155,36 +156,39 @@ def test_weights_that_would_not_compute_are_refused(
 # Killed and resumed
 
 
-def _build_and_stand_still(folder: Path, images: Path, after: int, standing: object) -> None:
+def _build_and_stand_still(folder: Path, images: Path, page_bytes: int, pages: int, standing: object) -> None:
     def progress(done: int, total: int) -> None:
-        if done > after:
+        if done > pages * page_bytes:
             standing.set()  # type: ignore[attr-defined]
             signal.pause()
 
     checkpoint = opened(folder)
-    prepare_image(checkpoint, planned(checkpoint), images, progress)
+    layout = plan_layout(checkpoint.shapes, checkpoint.aliases, torch.float32, page_bytes)
+    prepare_image(checkpoint, layout, images, progress)
 
 
 @contextmanager
-def half_built(prepared: Prepared, images: Path, pages: int) -> Iterator[Path]:
-    """Another process has made more than so many pages, and stands still; killed at the end of the block."""
+def half_built(folder: Path, images: Path, pages: int, page_bytes: int = PAGE) -> Iterator[Path]:
+    """Another process has made more than so many pages of a checkpoint's image, and stands still.
+
+    It is killed at the end of the block. Yields where the image is to be.
+    """
     context = multiprocessing.get_context("forkserver")  # it has what it needs imported when the second is started
     context.set_forkserver_preload([__name__])
     standing = context.Event()
-    builder = context.Process(
-        target=_build_and_stand_still, args=(prepared.checkpoint.folder, images, pages * PAGE, standing)
-    )
+    builder = context.Process(target=_build_and_stand_still, args=(folder, images, page_bytes, pages, standing))
     builder.start()
     try:
         assert standing.wait(120)
-        yield images / prepared.path.name
+        (journal,) = images.glob("*.sums.unfinished")
+        yield journal.with_name(journal.name.removesuffix(".sums.unfinished"))
     finally:
         builder.kill()
         builder.join(30)
 
 
 def test_what_a_killed_agent_had_written_is_kept(prepared: Prepared, tmp_path: Path, read: list[str]) -> None:
-    with half_built(prepared, tmp_path / "new", 12):
+    with half_built(prepared.checkpoint.folder, tmp_path / "new", 12):
         pass
     seen: list[int] = []
     path = prepare(prepared, tmp_path / "new", lambda done, total: seen.append(done))
@@ -204,7 +208,7 @@ def test_what_a_killed_agent_had_written_is_kept(prepared: Prepared, tmp_path: P
 @pytest.mark.parametrize("page", [0, 5])
 def test_what_is_wrong_in_it_is_written_anew(prepared: Prepared, tmp_path: Path, page: int) -> None:
     """As after a power cut, when the journal may have reached the disk before the pages."""
-    with half_built(prepared, tmp_path / "new", 12) as path:
+    with half_built(prepared.checkpoint.folder, tmp_path / "new", 12) as path:
         damage(path.with_name(path.name + ".unfinished"), page * PAGE + 99)
     seen: list[int] = []
     assert prepare(prepared, tmp_path / "new", lambda done, total: seen.append(done)) == path
@@ -215,7 +219,7 @@ def test_what_is_wrong_in_it_is_written_anew(prepared: Prepared, tmp_path: Path,
 
 @pytest.mark.parametrize("journal", [b"", b"{}\n", b'{"format": 3}\n12345678'])
 def test_a_journal_of_something_else_is_begun_anew(prepared: Prepared, tmp_path: Path, journal: bytes) -> None:
-    with half_built(prepared, tmp_path / "new", 12) as path:
+    with half_built(prepared.checkpoint.folder, tmp_path / "new", 12) as path:
         path.with_name(path.name + ".sums.unfinished").write_bytes(journal)
     assert prepare(prepared, tmp_path / "new").read_bytes() == prepared.path.read_bytes()
 
@@ -224,7 +228,7 @@ def test_what_nobody_goes_on_with_is_removed_after_a_day_unless_somebody_is_at_i
     prepared: Prepared, tmp_path: Path
 ) -> None:
     images = tmp_path / "new"
-    with half_built(prepared, images, 3) as path:
+    with half_built(prepared.checkpoint.folder, images, 3) as path:
         journal = path.with_name(path.name + ".sums.unfinished")
         os.utime(journal, (0, time.time() - 2 * DAY_S))
         assert remove_stale(images) == 0
@@ -261,7 +265,7 @@ def test_who_waits_for_another_sees_its_progress_and_can_give_up(prepared: Prepa
         seen.append(done)
         raise GivenUp
 
-    with half_built(prepared, tmp_path / "both", 4) as path:
+    with half_built(prepared.checkpoint.folder, tmp_path / "both", 4) as path:
         with pytest.raises(GivenUp):
             prepare(prepared, tmp_path / "both", give_up)
         assert seen[0] >= 4 * PAGE
@@ -275,7 +279,7 @@ def test_who_waits_for_one_that_is_killed_goes_on_itself(prepared: Prepared, tmp
         made.append(prepare(prepared, tmp_path / "both", lambda done, total: waiting.set()))
 
     waiter = threading.Thread(target=wait)
-    with half_built(prepared, tmp_path / "both", 4):
+    with half_built(prepared.checkpoint.folder, tmp_path / "both", 4):
         waiter.start()
         assert waiting.wait(60)
         assert not made

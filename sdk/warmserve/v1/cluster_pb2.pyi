@@ -622,7 +622,7 @@ class HostImage(_message.Message):
     bytes: _builtins.int
     """Its size."""
     score: _builtins.float
-    """What the placer's last order to warm its model said it is worth; 0 where none did."""
+    """What it is worth: the requests in progress that the forecast expects of its models, times their priorities."""
     def __init__(
         self,
         *,

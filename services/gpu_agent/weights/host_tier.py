@@ -11,100 +11,35 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import logging
 import mmap
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from services.common.telemetry import logger
-from services.gpu_agent.weights.errors import ImageCorrupt
+from services.gpu_agent.weights.host_image import HostImage, Pin
 from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.sums import host_sum
 
 _log = logger(__name__)
 _READERS = 4
 _UNFINISHED = ".unfinished"
+_MARGIN = 1.25  # what comes must be worth so many times what goes, or each forecast would turn the two round
 _FULL = {errno.ENOSPC, errno.ENOMEM, errno.EDQUOT}
-
-Pin = Callable[[int, int], Callable[[], None]]
-"""Registers (address, bytes) with the device; what it returns takes that back."""
-
-
-class HostImageCorrupt(ImageCorrupt):
-    """The copy in memory is not what was written there; the one on the disk may be right."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One image in the tier."""
+    """One image, in the tier or for it; `value` is what each byte of it is worth there."""
 
     name: str
     nbytes: int
     value: float
-
-
-class HostImage:
-    """An image in memory. Safe to read from several threads, within HostTier.reading."""
-
-    def __init__(self, fd: int, page_bytes: int, pin: Pin | None) -> None:
-        """`fd` is the file's, and this object's from now on."""
-        self._fd = fd
-        self._bytes = torch.frombuffer(mmap.mmap(fd, os.fstat(fd).st_size), dtype=torch.uint8).view(-1, page_bytes)
-        self._pin = pin
-        self._pinned: dict[int, Callable[[], None]] = {}
-        self._lock = threading.Lock()
-        self._readers = 0
-
-    @property
-    def gone(self) -> bool:
-        """Whether an agent has removed it from the tier."""
-        return os.fstat(self._fd).st_nlink == 0
-
-    @property
-    def registers(self) -> bool:
-        """Whether there is a device to register pages with."""
-        return self._pin is not None
-
-    def page(self, index: int) -> torch.Tensor:
-        """A page: uint8, page_bytes. Registered with the device, where there is one, when it is first asked for."""
-        page = self._bytes[index]
-        if self._pin is not None:
-            with self._lock:
-                if index not in self._pinned:
-                    self._pinned[index] = self._pin(page.data_ptr(), page.numel())
-        return page
-
-    def hold(self) -> bool:
-        """From now on no agent removes it; False where one has."""
-        with self._lock:
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
-            self._readers += 1
-        if self.gone:
-            self.let_go()
-        return not self.gone
-
-    def let_go(self) -> None:
-        """Ends what `hold` began. It stays mapped, and registered, for the next time."""
-        with self._lock:
-            self._readers -= 1
-            if not self._readers:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        """Ends its use; no copy from it may be under way."""
-        with self._lock:
-            while self._pinned:
-                self._pinned.popitem()[1]()
-        del self._bytes  # unmapped when no tensor lies over it any more
-        os.close(self._fd)
 
 
 class HostTier:
@@ -117,6 +52,7 @@ class HostTier:
         self._pin = pin
         self._opened: dict[str, HostImage] = {}
         self._lock = threading.Lock()
+        self._too_large: set[str] = set()  # images of which it was said
         self._present: int | None = None  # a file that every agent of the tier holds a shared lock on
         if budget_bytes:
             folder.mkdir(parents=True, exist_ok=True)
@@ -157,13 +93,26 @@ class HostTier:
                 self.discard(image.name)
         os.close(present)
 
-    def has(self, image: Image) -> bool:
-        """Whether the image is in memory."""
-        return (self._folder / image.path.name).exists()
+    def ready(self, name: str) -> bool:
+        """Whether an image is in memory, and registered with this agent's device."""
+        with self._lock:
+            opened = self._opened.get(name)
+            if opened is not None and not opened.gone:
+                return opened.registered
+        return self._pin is None and (self._folder / name).exists()
+
+    def chosen(self, images: Iterable[Kept]) -> list[Kept]:
+        """Of images on the disk, those that are to be in memory: the most valuable ones, as many as the budget holds.
+
+        What is there already has an advantage. Said once of an image: that it is larger than the budget.
+        """
+        kept = {image.name for image in self.kept()}
+        fitting = [image for image in images if self._may_fit(image.name, image.nbytes)]
+        return most_valuable(fitting, kept, self.budget_bytes)
 
     def appraise(self, name: str, value: float) -> None:
         """Says what an image in the tier is worth; the newest word of any agent counts."""
-        if (self._folder / name).exists():
+        if (self._folder / name).exists() and _value(self._folder / name) != value:
             _write(_worth(self._folder / name), json.dumps(value))
 
     def fill(self, image: Image, value: float, go_on: Callable[[], bool] = lambda: True) -> bool:
@@ -173,7 +122,7 @@ class HostTier:
         early, with nothing left, when `go_on()` is False. Raises ImageCorrupt, and OSError where the disk fails.
         """
         path, nbytes = self._folder / image.path.name, image.layout.total_bytes
-        if not self.budget_bytes or path.exists():
+        if not self.budget_bytes or path.exists() or not self._may_fit(path.name, nbytes):
             return path.exists()
         unfinished = path.with_name(f"{path.name}{_UNFINISHED}")
         with self._locked():
@@ -221,21 +170,21 @@ class HostTier:
     def _reserve(self, unfinished: Path, nbytes: int, value: float) -> int | None:
         """Makes an unfinished file of that size, locked and with memory behind it; None where there is no place."""
         _remove_unfinished(self._folder)
-        if unfinished.exists():
-            return None  # another agent is at it
+        if any(self._folder.glob(f"*{_UNFINISHED}")):
+            return None  # another agent fills the tier, and knows as much as this one
         kept = self.kept()
         used = sum(image.nbytes for image in kept) + sum(_sizes(self._folder.glob(f"*{_UNFINISHED}")))
         short = used + nbytes - self.budget_bytes
         going: list[tuple[Kept, int]] = []
         try:
             for image in kept:
-                if short <= 0 or image.value >= value:
+                if short <= 0 or image.value * _MARGIN >= value:
                     break
                 if (lock := self._unused(image.name)) is not None:
                     going.append((image, lock))
                     short -= image.nbytes
             if short > 0:
-                self._say_no_place(unfinished, nbytes, short)
+                _log.debug("no place in the host tier", image=unfinished.name, bytes=nbytes, short=short)
                 return None
             for image, _ in going:
                 _log.info("removed from the host tier", image=image.name, value=image.value, for_value=value)
@@ -256,19 +205,19 @@ class HostTier:
             return None
         return fd
 
-    def _say_no_place(self, unfinished: Path, nbytes: int, short: int) -> None:
-        small = nbytes > self.budget_bytes
-        _log.log(
-            logging.WARNING if small else logging.INFO,
-            "the host tier's budget is smaller than this image, which is always loaded from the disk; set a larger "
-            "host_tier_bytes"
-            if small
-            else "no place in the host tier; the image is loaded from the disk",
-            image=unfinished.name.removesuffix(_UNFINISHED),
-            image_mib=round(nbytes / 2**20, 1),
-            budget_mib=round(self.budget_bytes / 2**20, 1),
-            short_mib=round(short / 2**20, 1),
-        )
+    def _may_fit(self, name: str, nbytes: int) -> bool:
+        if nbytes <= self.budget_bytes:
+            return True
+        if name not in self._too_large:
+            self._too_large.add(name)
+            _log.warning(
+                "the host tier's budget is smaller than this image, which is always loaded from the disk; set a larger "
+                "host_tier_bytes",
+                image=name,
+                image_mib=round(nbytes / 2**20, 1),
+                budget_mib=round(self.budget_bytes / 2**20, 1),
+            )
+        return False
 
     def _unused(self, name: str) -> int | None:
         """An exclusive lock on an image, which nobody can open while it is held; None where somebody uses it."""
@@ -310,6 +259,21 @@ class HostTier:
             yield
         finally:
             os.close(fd)
+
+
+def most_valuable(images: Iterable[Kept], kept: Collection[str], budget_bytes: int) -> list[Kept]:
+    """The images that fit into a budget, the most valuable first; what is `kept` counts for more. Pure."""
+
+    def precedence(image: Kept) -> tuple[float, bool, str]:
+        there = image.name in kept
+        return -image.value * (_MARGIN if there else 1), not there, image.name
+
+    chosen, left = [], budget_bytes
+    for image in sorted(images, key=precedence):
+        if image.nbytes <= left:
+            chosen.append(image)
+            left -= image.nbytes
+    return chosen
 
 
 def _remove_unfinished(folder: Path) -> int:

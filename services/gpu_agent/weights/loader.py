@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.arena.weight_range import WeightRange
-from services.gpu_agent.weights.host_tier import HostImage
+from services.gpu_agent.weights.host_image import HostImage
 from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.staging import page_source
 

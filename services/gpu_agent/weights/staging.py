@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from services.gpu_agent.weights.host_tier import HostImage, HostImageCorrupt
+from services.gpu_agent.weights.host_image import HostImage, HostImageCorrupt
 from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.sums import device_sum, host_sum
 
