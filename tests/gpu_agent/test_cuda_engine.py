@@ -132,6 +132,34 @@ def test_sampling_does_not_depend_on_the_batch(world: World) -> None:
     assert ask(model.instance(), 8)[0] == ask(model.instance(), 1)[0]
 
 
+def test_penalties_know_tokens_that_only_the_device_knows(world: World) -> None:
+    """The next step is prepared before the CPU knows its last token, and chooses as if it did."""
+    model = world.model("llama")
+
+    def ask(depth: int) -> list[list[int]]:
+        instance = model.instance()
+        instance._runner.depth = depth
+        for i in range(4):
+            rates = {"repetition_penalty": 1.0 + 0.3 * i, "frequency_penalty": 0.7 * (i % 2), "presence_penalty": 0.5}
+            params = SamplingParams(30, temperature=0.5 * (i % 3), seed=i, **rates)
+            instance.add(Sequence(f"s{i}", 0, prompt(20, i), params))
+        instance.add(greedy("plain", prompt(30), 30))
+        outputs: list[SequenceOutput] = []
+        while instance.has_work:
+            while instance.in_flight < instance.depth and instance.launch():
+                pass
+            assert instance.in_flight <= depth
+            if instance.in_flight:
+                instance.collect()
+            outputs += instance.news()
+        instance.close("")
+        return [tokens_of(outputs, name) for name in ("s0", "s1", "s2", "s3", "plain")]
+
+    one_after_another = ask(1)
+    assert ask(2) == one_after_another
+    assert one_after_another[4] == model.generate(prompt(30), 30)
+
+
 def test_eviction_and_reload_capture_nothing_anew(world: World) -> None:
     model = world.model("llama")
     instance = model.instance()

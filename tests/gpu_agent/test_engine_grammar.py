@@ -229,6 +229,6 @@ def test_a_model_without_a_tokenizer_refuses_grammars_only(tmp_path: Path) -> No
 
 def test_a_row_with_a_grammar_needs_its_matcher() -> None:
     params = SamplingParams(1, grammar=Grammar(GrammarKind.JSON_OBJECT))
-    assert params.needs_history
+    assert params.needs_last_token
     with pytest.raises(ValueError, match="matcher"):
         prepare([Row(params, 0)], VOCABULARY)

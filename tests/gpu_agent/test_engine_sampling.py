@@ -242,6 +242,44 @@ def test_penalties_and_biases_come_in_their_order(
     assert torch.equal(got[[0, 2]], logits[[0, 2]])
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.lists(st.integers(0, 9), max_size=6)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sets(st.integers(0, 3)),
+    st.sampled_from([(0.5, 0.0, 0.3), (1.7, 1.5, -0.1)]),
+)
+def test_a_token_that_only_the_device_knows_is_penalised_alike(
+    histories: list[tuple[list[int], list[int]]], late: set[int], rates: tuple[float, float, float]
+) -> None:
+    """late: the rows whose last token is not in their history yet, but in the slot of which they tell."""
+    repetition, presence, frequency = rates
+    params = SamplingParams(99, repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency)
+    logits = torch.randn(len(histories) + 1, 10, generator=generator(len(histories))) * 3
+    plain = Row(SamplingParams(1), 0, pending_slot=7)  # without penalties it does not matter
+    last_tokens = torch.full((8,), 5, dtype=torch.int32)
+    known, unknown = [plain], [plain]
+    for i, (asked, answer) in enumerate(histories):
+        known.append(Row(params, len(answer), TokenHistory(asked, answer)))
+        if i in late and answer:
+            last_tokens[3 - i] = answer[-1]
+            unknown.append(Row(params, len(answer), TokenHistory(asked, answer[:-1]), pending_slot=3 - i))
+        else:
+            unknown.append(known[-1])
+    got = logits.clone()
+    edit_logits(got, prepare(unknown, 10, last_tokens=last_tokens))
+    assert torch.equal(got, edited(logits, known))
+
+
+def test_a_row_whose_last_token_only_the_device_knows_needs_the_devices() -> None:
+    row = Row(SamplingParams(9, presence_penalty=1.0), 1, TokenHistory([1]), pending_slot=0)
+    with pytest.raises(ValueError, match="last tokens"):
+        prepare([row], 8)
+
+
 @given(st.lists(st.integers(0, 50)), st.lists(st.integers(0, 10**6), max_size=600), st.lists(st.integers(0, 50)))
 def test_a_history_counts_tokens(prompt: list[int], answer: list[int], more: list[int]) -> None:
     history = TokenHistory(prompt, answer)
@@ -298,15 +336,16 @@ def test_log_probabilities_are_the_models_own() -> None:
 
 def test_what_needs_the_last_token_says_so() -> None:
     """The engine prepares all other rows one step ahead."""
+    assert SamplingParams(1, grammar=Grammar(GrammarKind.JSON_OBJECT)).needs_last_token
     for params in ({"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}):
         asked = SamplingParams(1, **params)  # type: ignore[arg-type]
-        assert asked.needs_history
+        assert not asked.needs_last_token
         with pytest.raises(ValueError, match="history"):
             prepare([Row(asked, 0)], 8)
     ahead = SamplingParams(
         9, top_k=3, top_p=0.5, min_p=0.1, logit_bias={1: 1}, logprobs=3, stop_token_ids=frozenset({1}), min_tokens=4
     )
-    assert not ahead.needs_history
+    assert not ahead.needs_last_token
     prepare([Row(ahead, 3)], 8)
 
 

@@ -106,7 +106,7 @@ class Instance:
     @property
     def depth(self) -> int:
         """How many steps may be under way at once: one where the next cannot be prepared without its result."""
-        return 1 if self._scheduler.needs_history or self.is_behind else self._runner.depth
+        return 1 if self._scheduler.needs_last_token or self.is_behind else self._runner.depth
 
     @property
     def is_behind(self) -> bool:
@@ -191,7 +191,7 @@ class Instance:
         if not schedule.chunks:
             return False
         sampling = [chunk.sequence for chunk in schedule.chunks if chunk.length == chunk.sequence.pending_tokens]
-        rows = [Row(s.sampling, s.num_generated + s.in_flight, s.history, s.matcher) for s in sampling]
+        rows = [_row(s) for s in sampling]
         parts = [_part(chunk) for chunk in schedule.chunks]
         chunks = []
         for chunk in schedule.chunks:
@@ -321,6 +321,12 @@ class Instance:
 
 def _is_behind(pending: Pending) -> bool:
     return isinstance(pending, Behind) and not pending.launched
+
+
+def _row(sequence: Sequence) -> Row:
+    pending = sequence.slot if sequence.in_flight else None
+    offset = sequence.num_generated + sequence.in_flight
+    return Row(sequence.sampling, offset, sequence.history, sequence.matcher, pending)
 
 
 def _part(chunk: Chunk) -> Part:

@@ -22,11 +22,34 @@ def _penalise(logits: torch.Tensor, penalties: Penalties) -> None:
     flat = logits.view(-1)
     # The total is known, so that the device need not be asked for it.
     owner = torch.repeat_interleave(penalties.lengths, output_size=len(penalties.tokens))
-    index = penalties.rows[owner] * logits.shape[1] + penalties.tokens
+    tokens, counts = penalties.tokens, penalties.counts
+    if penalties.pending is not None:
+        owner, tokens, counts = _with_pending(owner, penalties, penalties.pending)
+    index = penalties.rows[owner] * logits.shape[1] + tokens
     repetition, presence, frequency = penalties.rates[owner].unbind(dim=1)
     values = flat[index]
     values = torch.where(values > 0, values / repetition, values * repetition)
-    flat[index] = values - presence * (penalties.counts > 0) - frequency * penalties.counts
+    # A token that comes twice has the same count both times, so it does not matter which of the two is written.
+    flat[index] = values - presence * (counts > 0) - frequency * counts
+
+
+def _with_pending(
+    owner: torch.Tensor, penalties: Penalties, pending: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, tokens and counts with each row's pending token; a row without one has its first token twice instead."""
+    first = penalties.lengths.cumsum(0) - penalties.lengths
+    added = torch.where(pending < 0, penalties.tokens[first], pending)
+    again = penalties.tokens == added[owner]
+    counts = penalties.counts + (again & (pending >= 0)[owner])
+    # Those of a row that hold the added token: one, or none.
+    holders = torch.zeros_like(penalties.lengths).index_add_(0, owner, again.long())
+    held = torch.zeros_like(penalties.lengths).index_add_(0, owner, again * counts.long())
+    rows = torch.arange(len(pending), device=owner.device)
+    return (
+        torch.cat([owner, rows]),
+        torch.cat([penalties.tokens, added]),
+        torch.cat([counts, torch.where(holders > 0, held, 1).int()]),
+    )
 
 
 def _add(flat: torch.Tensor, additions: Additions) -> None:

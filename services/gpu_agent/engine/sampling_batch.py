@@ -84,6 +84,9 @@ class Row:
     """All tokens before it; needed where params.has_penalties."""
     matcher: MaskSource | None = None
     """Where all tokens before it lead; needed where params.grammar is set."""
+    pending_slot: int | None = None
+    """Where the token before it is chosen in a step whose result is not known yet, so that `history` is without it: the
+    slot for which the device chooses it."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Penalties:
     """(p,) int64: how many of `tokens` are each row's."""
     rates: torch.Tensor
     """(p, 3) float32: repetition, presence and frequency penalty."""
+    pending: torch.Tensor | None
+    """(p,) int32: one more token of each row's answer, which is not counted yet, or -1; None where no row has one."""
 
 
 @dataclass(frozen=True)
@@ -145,11 +150,16 @@ class SamplingBatch:
 
 
 def prepare(
-    rows: Many[Row], vocabulary: int, eos_ids: frozenset[int] = frozenset(), device: torch.device | str = "cpu"
+    rows: Many[Row],
+    vocabulary: int,
+    eos_ids: frozenset[int] = frozenset(),
+    device: torch.device | str = "cpu",
+    last_tokens: torch.Tensor | None = None,
 ) -> SamplingBatch:
     """Gathers what `sample` needs; on a GPU the copy is queued on the current stream and nothing is waited for.
 
-    `eos_ids` end an answer unless a row ignores them. ValueError where a row lacks the history or matcher it needs.
+    `eos_ids` end an answer unless a row ignores them. last_tokens (slots,), int32 on the device: what was chosen last
+    for each slot, needed where rows have a pending_slot. ValueError where a row lacks the history or matcher it needs.
     All token ids must be below `vocabulary`: see SamplingParams.check_vocabulary.
     """
     arrays: dict[str, npt.NDArray[np.generic]] = {
@@ -165,7 +175,7 @@ def prepare(
     return SamplingBatch(
         settings=there["settings"],
         filtered=any(row.params.temperature > 0 and (row.params.top_k or row.params.top_p < 1) for row in rows),
-        penalties=Penalties(**_named(there, "penalties.")) if "penalties.rows" in there else None,
+        penalties=_penalties(_named(there, "penalties."), last_tokens) if "penalties.rows" in there else None,
         additions=Additions(**_named(there, "additions.")) if "additions.index" in there else None,
         masks=Masks(**_named(there, "masks.")) if "masks.rows" in there else None,
         logprob_rows=there.get("logprob_rows"),
@@ -198,6 +208,18 @@ def _add_penalties(arrays: dict[str, npt.NDArray[np.generic]], rows: Many[Row]) 
     arrays["penalties.rows"] = np.array(penalised, np.int64)
     arrays["penalties.lengths"] = np.array([len(history.tokens) for history in histories], np.int64)
     arrays["penalties.rates"] = np.array(rates, np.float32)
+    slots = [rows[i].pending_slot for i in penalised]
+    if any(slot is not None for slot in slots):
+        arrays["penalties.slots"] = np.array([-1 if slot is None else slot for slot in slots], np.int64)
+
+
+def _penalties(there: dict[str, torch.Tensor], last_tokens: torch.Tensor | None) -> Penalties:
+    slots = there.pop("slots", None)
+    if slots is None:
+        return Penalties(**there, pending=None)
+    if last_tokens is None:
+        raise ValueError("rows whose last token only the device knows need the device's last tokens")
+    return Penalties(**there, pending=torch.where(slots < 0, -1, last_tokens[slots.clamp(min=0)]))
 
 
 def _add_additions(

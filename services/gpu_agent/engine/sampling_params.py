@@ -110,9 +110,9 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
-    def needs_history(self) -> bool:
-        """Whether the last token must be known on the CPU before the next is prepared; else its offset is enough."""
-        return self.has_penalties or self.grammar is not None
+    def needs_last_token(self) -> bool:
+        """Whether the last token must be known on the CPU before the next is prepared; else the device's is enough."""
+        return self.grammar is not None
 
     def check_vocabulary(self, size: int) -> None:
         """ValueError where a token id named here is not below `size`; on a GPU it would be a stray write."""

@@ -135,9 +135,9 @@ class Scheduler:
         return len(self._running)
 
     @property
-    def needs_history(self) -> bool:
+    def needs_last_token(self) -> bool:
         """Whether a running sequence's last token must be known before the next is prepared."""
-        return any(sequence.sampling.needs_history for sequence in self._running)
+        return any(sequence.sampling.needs_last_token for sequence in self._running)
 
     def add(self, sequence: Sequence) -> None:
         """Appends a sequence to the queue."""

@@ -69,10 +69,11 @@ class CudaRunner:
             logits = model.run_behind(shape, on_device) if behind else model.run(shape)
             sampled = None
             if rows:
-                choices = prepare(rows, model.model.vocab_size, self._eos_ids, workspace.device)
+                vocabulary, last = model.model.vocab_size, model.last_tokens
+                choices = prepare(rows, vocabulary, self._eos_ids, workspace.device, last)
                 chosen = sample(logits[: len(rows)], choices)
                 slots = on_device[shape.sections["row_slots"]]
-                store_tokens(chosen.tokens, slots, model.last_tokens)
+                store_tokens(chosen.tokens, slots, last)
                 sampled = chosen.to_host()
             ended.record()
         return _Launched(sampled, began, ended)
