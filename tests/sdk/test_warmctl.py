@@ -15,7 +15,7 @@ import grpc
 import pytest
 from redis.asyncio import Redis
 
-from tests.sdk.cluster_state import PAGE, agent, group, reason, spec, write_busy_agent, write_events
+from tests.sdk.cluster_state import PAGE, agent, group, reason, shard, spec, write_busy_agent, write_events
 from tests.sdk.conftest import Warmctl, words
 from tests.sdk.inference_server import unused_address
 from warmserve.admin.units import now_ms
@@ -277,7 +277,7 @@ async def test_agents_list_shows_what_memory_holds(warmctl: Warmctl, cluster: No
     assert (agents["a0"]["models"], agents["a0"]["instances"]) == (["org/llama", "sharded"], 1)
     assert (agents["gone"]["registered"], agents["a0"]["pages_free"]) == (False, 70)
     table = (await warmctl("agents", "list")).out
-    assert re.search(r"a0 +node-1 +0 Test GPU \(host\) +ready +1.56 GiB +████▓▓▓░+ 30 % +2 +1 +1 h 0 min", table)
+    assert re.search(r"a0 +node-1 +0 Test GPU \(host\) +ready +1.56 GiB +██▓▓▓░+ 30 % +2 +1 +1 h 0 min", table)
     assert re.search(r"gone +- +- +not registered, drained", table)
 
 
@@ -300,8 +300,10 @@ async def test_agents_describe_draws_the_arena_and_the_tiers(
     ]
     text = ageless(done.out)
     for piece in (
-        "a org/llama active AGO 100 % 160 MiB - 400 MiB 3 - 2 requests wait",
-        "b sharded warm AGO 50 % 80.0 MiB 80.0 MiB - - 0.25 s peak",
+        "a org/llama active 1 min",
+        " 100 % 160 MiB - 400 MiB 3 - 2 requests wait",
+        "b sharded warm 1 min",
+        " 50 % 80.0 MiB 80.0 MiB - - 0.25 s peak",
         "qwen host → gpu ██████░░░░░░░░░░ 40 % 160 MiB 33.6 MB/s 3.0 s",
         "org/llama disk → host ████████░░░░░░░░ 50 % 160 MiB 1.00 GB/s 84 ms",
         "sharded remote → disk ████░░░░░░░░░░░░ 25 % 64.0 MiB - -",
@@ -361,7 +363,9 @@ async def test_agents_drain_and_undo(warmctl: Warmctl, cluster: None, store: Sto
     assert again is not None
     assert again.mod_revision == written.mod_revision
 
-    await store.delete(keys.residency("a0"))
+    left = cluster_pb2.AgentResidency(agent_id="a0")
+    left.shards.append(shard("sharded", "COLD", 0, group("a0", "a1"), reason=reason("OPERATOR", "a0 is to be left")))
+    await store.put(keys.residency("a0"), left)  # which also tells why what is not there went
     assert "a0 is drained" in (await warmctl("agents", "drain", "a0")).out
     assert (await warmctl("agents", "drain", "a0", "--undo", "-o", "json")).json["control"] == ""
     assert await store.get(keys.control("a0"), cluster_pb2.AgentControl) is None
@@ -484,6 +488,9 @@ async def test_events_shows_the_newest(warmctl: Warmctl, redis: Redis, keys: Key
     of_qwen = (await warmctl("events", "--model", "qwen", "-o", "json")).json
     assert [(event["kind"], event["bytes"]) for event in of_qwen] == [("warmed", 10 * (16 << 20)), ("evicted", 0)]
     assert (await warmctl("events", "-n", "0", "-o", "json")).json == []
+    unknown = await warmctl("events", "--model", "qwem")
+    assert (unknown.status, unknown.out) == (0, "")
+    assert unknown.err == "Warning: no model 'qwem' is deployed: there is none\n"
 
 
 async def test_events_of_a_cluster_without_any(warmctl: Warmctl) -> None:

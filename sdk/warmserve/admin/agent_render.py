@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from warmserve.admin import arena_map, units
-from warmserve.admin.agent_views import AgentDescription, AgentSummary, Copy
-from warmserve.admin.drawing import because, fact_list, make_table, state_text
+from warmserve.admin.agent_views import AgentDescription, AgentSummary, Copy, Share
+from warmserve.admin.drawing import because, fact_list, make_table, noted_table, state_text
 
 
 def agents(found: Sequence[AgentSummary], now_ms: int) -> RenderableType:
@@ -46,7 +46,7 @@ def agent(description: AgentDescription, now_ms: int) -> RenderableType:
         ("version", summary.version),
         ("up", units.age(summary.started_unix_ms, now_ms).removesuffix(" ago")),
         ("arena", f"{units.size(summary.pages_total * page)} in {summary.pages_total} pages of {units.size(page)}"),
-        ("told", units.age(description.updated_unix_ms, now_ms)),
+        ("changed", units.age(description.updated_unix_ms, now_ms)),
     ]
     parts: list[RenderableType] = [Text(summary.id, style="bold"), fact_list(head), ""]
     if not description.updated_unix_ms:
@@ -69,22 +69,24 @@ def _shares(description: AgentDescription, now_ms: int) -> RenderableType:
     if not description.shares:
         return "No model is resident."
     page = description.agent.page_bytes
-    table = make_table("", "MODEL", "STATE", "SINCE", "RESIDENT", "WEIGHTS", "LENT", "KV", "RUNNING", "WORTH", "WHY")
-    for label, share in zip(arena_map.letters(len(description.shares)), description.shares, strict=True):
-        table.add_row(
+
+    def row(label: str, share: Share) -> list[str | Text]:
+        return [
             label,
             share.model,
             state_text(share.state),
-            units.age(share.since_unix_ms, now_ms),
+            units.age(share.since_unix_ms, now_ms).removesuffix(" ago"),
             units.share(share.residency),
             units.size(share.weight_pages * page),
             units.size(share.lent_pages * page) if share.lent_pages else "-",
             units.size(share.kv_pages * page) if share.kv_pages else "-",
             str(share.running) if share.instance_id else "-",
-            f"{share.score:.3g} s" if share.score else "-",
-            because(share.reason),
-        )
-    return table
+            f"{share.score:.2g} s" if share.score else "-",
+        ]
+
+    columns = ("", "MODEL", "STATE", "FOR", "SHARE", "WEIGHTS", "LENT", "KV", "RUNS", "WORTH")
+    labelled = zip(arena_map.letters(len(description.shares)), description.shares, strict=True)
+    return noted_table(columns, [(row(label, share), because(share.reason)) for label, share in labelled])
 
 
 def _copies(found: Sequence[Copy]) -> RenderableType:
@@ -163,5 +165,5 @@ def arena_bar(agent: AgentSummary) -> str:
     if not agent.registered:
         return "-"
     used = agent.pages_weights + agent.pages_kv
-    drawn = units.bar([(agent.pages_weights, "█"), (agent.pages_kv, "▓")], agent.pages_total)
+    drawn = units.bar([(agent.pages_weights, "█"), (agent.pages_kv, "▓")], agent.pages_total, 16)
     return f"{drawn} {units.share(used / agent.pages_total if agent.pages_total else 0)}"

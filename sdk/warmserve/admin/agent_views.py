@@ -38,7 +38,7 @@ class AgentSummary:
     pages_promised: int
     """Of the free ones, those that warming leaves to running instances."""
     models: list[str]
-    """Models with a shard here."""
+    """Models with a shard here that is not cold."""
     instances: int
     """Active or draining replicas with a shard here."""
     started_unix_ms: int
@@ -133,9 +133,10 @@ def agent_summaries(state: ClusterState) -> list[AgentSummary]:
 def agent_summary(state: ClusterState, record: cluster_pb2.AgentRecord) -> AgentSummary:
     """One agent; `record` has nothing but the id where it is not registered."""
     residency = state.residency.get(record.id, cluster_pb2.AgentResidency())
-    serving = [shard for shard in residency.shards if shard.instance_id]
+    present = [shard for shard in residency.shards if shard.state != common_pb2.REPLICA_STATE_COLD]
+    serving = [shard for shard in present if shard.instance_id]
     control = state.controls.get(record.id, cluster_pb2.AgentControl())
-    wish = ("draining" if residency.shards else "drained") if control.drained else "cordoned"
+    wish = ("draining" if present else "drained") if control.drained else "cordoned"
     return AgentSummary(
         id=record.id,
         registered=record.id in state.agents,
@@ -154,7 +155,7 @@ def agent_summary(state: ClusterState, record: cluster_pb2.AgentRecord) -> Agent
         pages_kv=residency.pages_kv,
         pages_free=residency.pages_free,
         pages_promised=residency.pages_promised,
-        models=sorted({shard.model for shard in residency.shards}),
+        models=sorted({shard.model for shard in present}),
         instances=len(serving),
         started_unix_ms=record.started_unix_ms,
     )
@@ -164,7 +165,7 @@ def describe_agent(state: ClusterState, agent_id: str) -> AgentDescription:
     """All about an agent that is registered, has residency or was spoken of. What it has not said is empty."""
     record = state.agents.get(agent_id, cluster_pb2.AgentRecord(id=agent_id))
     residency = state.residency.get(agent_id, cluster_pb2.AgentResidency())
-    shares = [_share(shard) for shard in residency.shards if shard.pages_resident or shard.pages_kv or _moves(shard)]
+    shares = [_share(shard) for shard in residency.shards if shard.state != common_pb2.REPLICA_STATE_COLD]
     return AgentDescription(
         agent=agent_summary(state, record),
         shares=sorted(shares, key=lambda share: (-share.weight_pages - share.kv_pages, share.model)),
@@ -177,10 +178,6 @@ def describe_agent(state: ClusterState, agent_id: str) -> AgentDescription:
         images=_images(state, residency),
         updated_unix_ms=residency.updated_unix_ms,
     )
-
-
-def _moves(shard: cluster_pb2.ResidentShard) -> bool:
-    return shard.state != common_pb2.REPLICA_STATE_COLD
 
 
 def _share(shard: cluster_pb2.ResidentShard) -> Share:

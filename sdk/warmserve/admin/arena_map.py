@@ -10,7 +10,7 @@ from rich.text import Text
 from warmserve.admin.agent_views import AgentDescription
 
 WIDTH = 64
-LEGEND = "█ weights   ▄ weights that are lent   ▓ KV   ▁ being copied in   · free, promised to KV   ░ free"
+LEGEND = "█ weights  ▄ lent weights  ▓ KV  ▁ copying in  · promised to KV  ░ free"
 _COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 
 

@@ -22,7 +22,7 @@ from warmserve.admin.arguments import ModelName, OutputOption, complete_model, t
 from warmserve.admin.plain import plain
 from warmserve.admin.simulate_command import CONTEXT, simulate
 from warmserve.admin.state import read_state
-from warmserve.admin.target import CommandError, Output, Target, console, run, show
+from warmserve.admin.target import CommandError, Output, Target, console, run, show, warn
 from warmserve.admin.timeline import Item, latest_about, newest, open_events
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
@@ -147,9 +147,13 @@ def events(
         else:
             console().print(render.event_line(document))
 
-    async def action(_: Store) -> list[Item]:
+    async def action(store: Store) -> list[Item]:
         async with open_events(target) as stream:
             items, last = await newest(stream, count, model)
+            if model is not None and count and not items:
+                state = await read_state(store, target.keys)
+                if model not in state.models:
+                    warn(views.not_deployed(model, state))
             if follow:
                 for item in items:
                     line(item)

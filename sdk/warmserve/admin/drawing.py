@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich import box
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from warmserve.admin.plain import Plain
 
+_GAP = "  "
 _STYLES = {"active": "green", "warm": "cyan", "draining": "yellow", "warming": "yellow", "cold": "dim"}
 
 
@@ -21,6 +22,24 @@ def make_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def noted_table(columns: Sequence[str], rows: Iterable[tuple[Sequence[str | Text], str]]) -> RenderableType:
+    """A table of one row or more, each with a sentence, which stands below it and takes the lines it needs."""
+    drawn = [([cell if isinstance(cell, Text) else Text(cell) for cell in cells], note) for cells, note in rows]
+    widths = [max(len(column), *(cells[i].cell_len for cells, _ in drawn)) for i, column in enumerate(columns)]
+    heading = _GAP.join(column.ljust(width) for column, width in zip(columns, widths, strict=True)).rstrip()
+    rule = "─" * (sum(widths) + len(_GAP) * (len(widths) - 1))
+    parts: list[RenderableType] = [Text(heading, style="bold"), Text(rule, no_wrap=True, overflow="crop")]
+    for cells, note in drawn:
+        line = Text()
+        for cell, width in zip(cells, widths, strict=True):
+            line.append_text(cell).append(" " * (width - cell.cell_len) + _GAP)
+        line.rstrip()
+        parts.append(line)
+        if note:
+            parts.append(Padding(Text(note, style="dim"), (0, 0, 0, 4), expand=False))
+    return Group(*parts)
 
 
 def fact_list(rows: Iterable[tuple[str, str | Text]]) -> RenderableType:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from warmserve.admin import units
 from warmserve.admin.agent_render import agent_state, arena_bar
-from warmserve.admin.drawing import because, cause, fact_list, make_table, note_lines, state_text
+from warmserve.admin.drawing import because, cause, fact_list, make_table, note_lines, noted_table, state_text
 from warmserve.admin.plain import Plain
 from warmserve.admin.views import (
     Explanation,
@@ -29,7 +29,7 @@ def models(found: Sequence[ModelSummary], now_ms: int) -> RenderableType:
         return "No model is deployed. Deploy one with: warmctl models deploy NAME --source DIR"
     table = make_table("NAME", "STATE", "REPLICAS", "ARCHITECTURE", "PARAMETERS", "TP", "CONTEXT", "DEPLOYED")
     for model in found:
-        counts = ", ".join(f"{count} {state}" for state, count in model.replicas.items() if count)
+        counts = ", ".join(f"{count} {state}" for state, count in model.replicas.items() if count and state != "cold")
         table.add_row(
             model.name,
             state_text(model.state),
@@ -188,10 +188,10 @@ def event_line(event: Plain) -> RenderableType:
 def _replicas(found: Sequence[Replica], now_ms: int) -> RenderableType:
     if not found:
         return "No replica: nothing of it is resident on any agent."
-    table = make_table("REPLICA ON", "STATE", "SINCE", "RESIDENT", "WEIGHTS", "KV", "REST FROM", "WHY")
-    for replica in found:
+
+    def row(replica: Replica) -> list[str | Text]:
         copying = f" ({units.speed(replica.bytes_per_s)})" if replica.bytes_per_s else ""
-        table.add_row(
+        return [
             " + ".join(replica.agents),
             state_text(replica.state),
             units.age(replica.since_unix_ms, now_ms),
@@ -199,9 +199,10 @@ def _replicas(found: Sequence[Replica], now_ms: int) -> RenderableType:
             units.size(replica.weight_bytes),
             units.size(replica.kv_bytes) if replica.kv_bytes else "-",
             replica.tier if replica.residency < 1 else "-",
-            because(replica.reason),
-        )
-    return table
+        ]
+
+    columns = ("REPLICA ON", "STATE", "SINCE", "RESIDENT", "WEIGHTS", "KV", "REST FROM")
+    return noted_table(columns, [(row(replica), because(replica.reason)) for replica in found])
 
 
 def _instances(found: Sequence[Instance], now_ms: int) -> Table:
@@ -218,19 +219,19 @@ def _instances(found: Sequence[Instance], now_ms: int) -> Table:
     return table
 
 
-def _events(found: Iterable[Plain], now_ms: int) -> Table:
-    table = make_table("WHEN", "EVENT", "FROM → TO", "ON", "TOOK", "BYTES", "WHY")
-    for event in found:
-        table.add_row(
+def _events(found: Iterable[Plain], now_ms: int) -> RenderableType:
+    def row(event: Plain) -> list[str | Text]:
+        return [
             units.age(event["unix_ms"], now_ms),
             event["kind"],
             _change(event),
             " + ".join(event["agent_ids"]),
             units.duration(event["duration_ms"]) if event["duration_ms"] else "",
             _moved(event),
-            because(event["reason"] or {}),
-        )
-    return table
+        ]
+
+    columns = ("WHEN", "EVENT", "FROM → TO", "ON", "TOOK", "BYTES")
+    return noted_table(columns, [(row(event), because(event["reason"] or {})) for event in found])
 
 
 def _change(event: Plain) -> Text:

@@ -138,7 +138,7 @@ class Status:
 
 
 def replicas(state: ClusterState) -> list[Replica]:
-    """All replicas that are not cold, in order of model and agents."""
+    """All replicas that agents tell of, in order of model and agents; cold ones too, with the reason why they are."""
     shards: dict[tuple[str, tuple[str, ...]], dict[str, cluster_pb2.ResidentShard]] = {}
     for agent_id, residency in state.residency.items():
         for shard in residency.shards:
