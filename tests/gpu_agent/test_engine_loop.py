@@ -148,6 +148,14 @@ def clockwork(memory: Arena, name: str, runner: Clockwork, **options: int) -> In
     return Instance(name, name, runner, cache, vocab_size=512, eos_ids=(), context_tokens=1000, max_batch=4, **options)
 
 
+def within_grammar(request_id: str, text: str) -> Sequence:
+    """A request of 50 tokens, of which token 1 is the letter a, and 0 the end."""
+    vocabulary = ["</s>", "a", *(f"<{i}>" for i in range(2, 512))]
+    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[0]))
+    params = SamplingParams(50, grammar=Grammar(GrammarKind.EBNF, text))
+    return Sequence(request_id, 0, prompt(4), params, matcher=Matcher(compiler.compile_grammar(text), 512))
+
+
 def test_instances_get_equal_shares_of_the_device_not_of_the_steps(listener: Listener) -> None:
     memory = arena(40, page_bytes=4096)
     engine = EngineLoop(listener.on_step, listener.on_failure)
@@ -322,11 +330,14 @@ def test_the_next_step_begins_before_the_last_has_ended(listener: Listener) -> N
     listener.wait_ended("alone")
     assert runner.ahead[0] == 0
     assert set(runner.ahead[1:50]) == {1}
-    # A request whose choices depend on the last token waits for it.
+    # Penalties take the last token where it is; a grammar has to be told it first.
     runner.ahead.clear()
-    penalised = Sequence("penalised", 0, prompt(4), SamplingParams(50, presence_penalty=1.0))
-    alone.submit("alone", penalised)
+    alone.submit("alone", Sequence("penalised", 0, prompt(4), SamplingParams(50, presence_penalty=1.0)))
     listener.wait_ended("penalised")
+    assert set(runner.ahead[1:50]) == {1}
+    runner.ahead.clear()
+    alone.submit("alone", within_grammar("follows", 'root ::= "a" root | "a"'))
+    listener.wait_ended("follows")
     assert set(runner.ahead[2:]) == {0}
     alone.stop()
 
@@ -399,11 +410,7 @@ def test_a_failing_instance_does_not_harm_the_other(world: World, engine: Engine
 
 
 def test_a_grammar_without_a_way_out_ends_its_own_request_only(listener: Listener) -> None:
-    text = 'root ::= "a" rest\nrest ::= rest "c"'
-    vocabulary = ["</s>", "a", *(f"<{i}>" for i in range(2, 512))]
-    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[0]))
-    trapped = Sequence("trapped", 0, prompt(4), SamplingParams(50, grammar=Grammar(GrammarKind.EBNF, text)))
-    trapped.matcher = Matcher(compiler.compile_grammar(text), 512)
+    trapped = within_grammar("trapped", 'root ::= "a" rest\nrest ::= rest "c"')
     engine = EngineLoop(listener.on_step, listener.on_failure)
     engine.activate(clockwork(arena(4, page_bytes=4096), "it", Clockwork(0.001)))
     engine.submit("it", greedy("well", prompt(4), 50))
