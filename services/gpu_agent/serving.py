@@ -120,6 +120,7 @@ class Serving:
             shard.grammars,
         )
         shard.server.start_pulling()
+        shard.active_since = time.time()
         self._transitions.instance(shard)
 
     def activate(self, shard: Shard, reason: common_pb2.Reason) -> None:
@@ -130,6 +131,7 @@ class Serving:
             shard.server.start_pulling()
         shard.want(active=False)  # for it does
         self.preparing.beside(shard)
+        shard.active_since = time.time()
         took_ms = (time.monotonic() - shard.woken) * 1e3
         self._transitions.enter(shard, ACTIVE, reason, cluster_pb2.EVENT_KIND_WOKEN, took_ms=took_ms)
         self._transitions.instance(shard)

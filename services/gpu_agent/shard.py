@@ -62,6 +62,7 @@ class Shard:
     bytes_per_s: float = 0.0
     copied_bytes: int = 0  # by the newest load
     copy_s: float = 0.0  # seconds in which it did
+    active_since: float = 0.0  # Unix seconds; of the newest instance, or since when it takes requests
     woken: float = 0.0  # when the newest wake was ordered; time.monotonic()
     cold_load_ms: float = 0.0
 

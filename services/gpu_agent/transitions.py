@@ -93,7 +93,7 @@ class Transitions:
                 group=shard.group,
                 state=DRAINING if shard.state == DRAINING else ACTIVE,
                 slots=shard.server.slots,
-                started_unix_ms=int(shard.since * 1e3),
+                started_unix_ms=int(shard.active_since * 1e3),
             )
         )
 

@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 from launcher.backing import Backing
 from services.common.queues import RequestQueue
 from services.gpu_agent.arena.weight_range import Filling
+from services.gpu_agent.copy_lane import CopyLane
 from services.gpu_agent.engine import host
 from services.gpu_agent.instance_server import InstanceServer
 from services.gpu_agent.loading import Loader
@@ -102,14 +103,14 @@ async def orders(agent: RunningAgent, tmp_path: Path) -> Orders:
 class Copying:
     """Holds each load up before a page is resident, until it is opened."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, page: int = 0) -> None:
-        """`page`: which one, counted from 0."""
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, page: int = 0, model: str = "m") -> None:
+        """`page`: which one of the model's, counted from 0."""
         self._entered, self._opened = threading.Event(), threading.Event()
         self._cancelled = asyncio.Event()
         done, abandon = Filling.done, Loader.abandon
 
         def held(filling: Filling) -> bool:
-            if filling._weights.resident_pages >= page:
+            if filling._weights.name == model and filling._weights.resident_pages >= page:
                 self._entered.set()
                 assert self._opened.wait(30)
             return done(filling)
@@ -315,17 +316,50 @@ async def test_a_wake_cancels_a_drain_and_two_are_one(
     agent: RunningAgent, orders: Orders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await orders.wake("requests wait")
-    instance = (await orders.recorded(ACTIVE, "requests wait")).instance_id
+    active = await orders.recorded(ACTIVE, "requests wait")
     gate = Gate(monkeypatch, RequestQueue, "release")  # the drain does not get on
     assert [await orders.drain("low load"), await orders.drain("again")] == [DRAINING, DRAINING]
     await orders.recorded(DRAINING, "low load")
+    [record] = agent.instances.items.values()
+    assert (record.state, record.started_unix_ms <= active.since_unix_ms) == (DRAINING, True)  # it began before
     assert [await orders.wake("a burst"), await orders.wake("again")] == [ACTIVE, ACTIVE]
     gate.open()
-    assert (await orders.recorded(ACTIVE, "a burst")).instance_id == instance
+    assert (await orders.recorded(ACTIVE, "a burst")).instance_id == active.instance_id
     assert [said(event) for event in (await orders.told(5))[3:]] == [
         ("draining", ACTIVE, DRAINING, "low load"),
         ("woken", DRAINING, ACTIVE, "a burst"),
     ]
+
+
+async def test_a_wake_goes_before_another_models_warming(
+    agent: RunningAgent, orders: Orders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.llama(tmp_path / "urgent", seed=1)
+    urgent = Orders(agent, await agent.prepare("urgent", tmp_path / "urgent"))
+    copying, preempted, preempt = Copying(monkeypatch, page=3), asyncio.Event(), CopyLane._preempt
+
+    def noted(lane: CopyLane) -> None:
+        preempt(lane)
+        if lane._current is not None and lane._current.cancel.is_set():
+            preempted.set()
+
+    monkeypatch.setattr(CopyLane, "_preempt", noted)
+    await orders.warm("the forecast")
+    await copying.reached()
+    await urgent.wake("requests wait")
+    await asyncio.wait_for(preempted.wait(), 30)
+    copying.open()
+    shard = await orders.recorded(WARM, "the forecast")
+    assert shard.residency == 1
+    told = [(event.model, said(event)[0], event.bytes // PAGE) for event in await orders.told(5)]
+    total = shard.pages_total
+    assert told[:4] == [
+        ("m", "warming", 0),
+        ("urgent", "warming", 0),
+        ("urgent", "warmed", total),
+        ("urgent", "woken", 0),
+    ]
+    assert told[4] == ("m", "warmed", total)
 
 
 async def test_what_warming_was_worth_is_counted_on_a_real_agent(
@@ -391,22 +425,6 @@ async def test_what_a_cancelled_warming_copied_is_wasted(orders: Orders, monkeyp
     copying.open()
     assert (await evicting).pages_freed == 4
     assert count("prewarmed_bytes_wasted_total", model="m") - before == 4 * PAGE
-
-
-async def test_what_an_agent_tells_of_its_arena_and_of_the_disk(agent: RunningAgent, orders: Orders) -> None:
-    await orders.warm("wanted")
-    shard = await orders.recorded(WARM, "wanted")
-    assert shard.pages_lent == shard.pages_total  # to whoever needs KV
-
-    def listed(_: object) -> bool:
-        return bool(agent.residency.items["g0"].disk.images)
-
-    await asyncio.wait_for(agent.residency.wait_for(listed), 30)
-    disk = agent.residency.items["g0"].disk
-    assert [image.bytes for image in disk.images] == [shard.pages_total * PAGE]
-    assert 0 < disk.free_bytes < disk.capacity_bytes
-    await orders.wake("wanted")
-    assert (await orders.recorded(ACTIVE, "wanted")).pages_lent == 0
 
 
 async def test_two_wakes_while_a_drain_ends_are_one(orders: Orders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,7 +311,7 @@ async def test_agents_describe_draws_the_arena_and_the_tiers(
         "host 160 MiB ██░░░░░░░░░░░░░░ 10 % 1.56 GiB 1 image(s) in memory",
         "disk 11.7 GiB ████████████░░░░ 75 % 15.6 GiB 3 image(s) of 480 MiB; 3.91 GiB free",
         "org/llama 160 MiB - - yes",
-        "qwen 160 MiB yes 3.5 s yes",
+        "qwen 160 MiB yes 3.5 requests yes",
         "no deployed model (0123-float32-4096.image) 160 MiB - - yes",
     ):
         assert piece in text

@@ -142,7 +142,7 @@ def _images(description: AgentDescription) -> RenderableType:
             _of(image.models) if image.models else f"no deployed model ({image.name})",
             units.size(image.bytes),
             "yes" if image.in_memory else "-",
-            f"{image.score:.3g} s" if image.in_memory and image.score else "-",
+            f"{image.score:.3g} requests" if image.in_memory and image.score else "-",
             "yes" if image.on_disk else "-",
         )
     return table

@@ -95,7 +95,7 @@ class ImagePlace:
     on_disk: bool
     in_memory: bool
     score: float
-    """What it is worth in memory; the lowest goes first."""
+    """What it is worth in memory: the requests that are expected, times priorities; the lowest goes first."""
 
 
 @dataclass(frozen=True)

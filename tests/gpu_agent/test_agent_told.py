@@ -1,0 +1,58 @@
+"""What a whole agent's record in etcd tells of its arena and of the tiers beside it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.backing import Backing
+from services.gpu_agent.weights.image import Image
+from tests.gpu_agent import checkpoints
+from tests.gpu_agent.agent_process import RunningAgent, running_agent
+from tests.gpu_agent.test_agent_service import Gate
+from warmserve.cluster.keys import Keys
+from warmserve.v1 import cluster_pb2
+
+PAGE = 1 << 16
+
+
+async def told(agent: RunningAgent, condition: Callable[[cluster_pb2.AgentResidency], bool]) -> None:
+    """Returns once the agent's record fulfils a condition."""
+    await asyncio.wait_for(agent.residency.wait_for(lambda items: condition(items["g0"])), 30)
+
+
+async def test_the_record_tells_what_is_lent_and_what_the_disk_holds(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
+        spec = await agent.prepare("m", tmp_path / "m")
+        await told(agent, lambda record: len(record.disk.images) == 1)
+        disk = agent.residency.items["g0"].disk
+        assert disk.images[0].name.startswith(spec.facts.fingerprint[:32])
+        assert disk.images[0].bytes == spec.facts.shard_bytes
+        assert 0 < disk.free_bytes < disk.capacity_bytes
+        await agent.warm(spec)
+        await told(agent, lambda record: record.shards[0].pages_lent == spec.facts.shard_bytes // PAGE)
+        await agent.wake(spec)
+        await told(agent, lambda record: record.shards[0].pages_lent == 0)
+
+
+async def test_the_record_tells_how_far_an_image_is_on_its_way_into_memory(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    gate = Gate(monkeypatch, Image, "fetch_page")
+    tier = {"host_tier_bytes": "4MiB", "host_tier_dir": tmp_path / "tier"}
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, **tier) as agent:
+        spec = await agent.prepare("m", tmp_path / "m")
+        await gate.reached()
+        await told(agent, lambda record: record.host_tier.filling.bytes_done > 0)
+        filling = agent.residency.items["g0"].host_tier.filling
+        assert filling.name.startswith(spec.facts.fingerprint[:32])
+        assert filling.bytes_done < filling.bytes_total == spec.facts.shard_bytes
+        gate.open()
+        await told(agent, lambda record: len(record.host_tier.images) == 1 and not record.host_tier.HasField("filling"))
