@@ -329,6 +329,16 @@ async def test_agents_describe_draws_the_arena_and_the_tiers(
     ]
 
 
+async def test_what_is_drawn_fits_where_it_is_watched(
+    warmctl: Warmctl, cluster: None, store: Store, keys: Keys
+) -> None:
+    await write_busy_agent(store, keys)
+    warmctl.environment["COLUMNS"] = "80"  # as watch(1) does
+    lines = (await warmctl("agents", "describe", "a0")).out.splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert any(line.strip() == "2 requests wait" for line in lines)
+
+
 async def test_agents_describe_of_one_that_has_little_to_say(
     warmctl: Warmctl, cluster: None, store: Store, keys: Keys
 ) -> None:

@@ -40,7 +40,7 @@ def describe_command(ctx: typer.Context, agent: AgentId, output: OutputOption = 
 
       warmctl agents describe node1-gpu0
 
-      watch -c warmctl agents describe node1-gpu0
+      watch warmctl agents describe node1-gpu0
     """
     target = target_of(ctx, output)
 

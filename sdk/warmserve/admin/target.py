@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, is_dataclass
@@ -97,4 +98,5 @@ def jsonable(document: Any) -> Any:
 def console(stderr: bool = False) -> Console:
     """Where to draw."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else _PIPE_WIDTH, highlight=False, markup=False)
+    seen = stream.isatty() or "COLUMNS" in os.environ  # as `watch` sets it for what it runs
+    return Console(file=stream, width=None if seen else _PIPE_WIDTH, highlight=False, markup=False)
