@@ -13,7 +13,7 @@ from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.kv_spec import KvSpec
 from tests.gpu_agent.serving import arena, kv_tensors
 
-LAYERS, KV_HEADS, HEAD_DIM = 2, 2, 8
+LAYERS, KV_HEADS = 2, 2
 
 
 def plain(
@@ -59,20 +59,38 @@ FEATURES: dict[str, tuple[float | None, bool]] = {
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("seed", range(2))
 def test_equals_plain_attention(window: int | None, heads: int, seed: int, features: str) -> None:
+    compare(window, heads, seed, features, torch.float32, head_dim=8, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_half_precision_is_plain_attention_rounded(
+    window: int | None, features: str, dtype: torch.dtype, head_dim: int
+) -> None:
+    compare(window, 4, 0, features, dtype, head_dim, tolerance=4 * torch.finfo(dtype).eps)
+
+
+def compare(
+    window: int | None, heads: int, seed: int, features: str, dtype: torch.dtype, head_dim: int, tolerance: float
+) -> None:
+    """Steps of decodes and chunks of prompts, in pages that held something else, against plain attention in float64."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     softcap, has_sinks = FEATURES[features]
-    sinks = torch.randn(heads) + 1 if has_sinks else None
+    sinks = (torch.randn(heads) + 1).to(dtype) if has_sinks else None
     extra = {"softcap": softcap, "s_aux": sinks}
     rng = random.Random(seed)
-    memory = arena(16, page_bytes=4096)
+    memory = arena(16, page_bytes=512 * head_dim)
     memory.kv_view(torch.uint8).fill_(0xFF)  # NaN, as another model's weights may look
-    spec = KvSpec(LAYERS, KV_HEADS, HEAD_DIM, torch.float32, block_tokens=4)
+    spec = KvSpec(LAYERS, KV_HEADS, head_dim, dtype, block_tokens=4)
     cache = KvCache(memory, "a", spec, kv_tensors(memory, spec).clear)
     lengths = [1, 2, 4, 5, 17, 33, 60]
     rng.shuffle(lengths)
     tables = [cache.try_alloc(spec.blocks_for(length)) or [] for length in lengths]
-    kv = [torch.randn(LAYERS, 2, length, KV_HEADS, HEAD_DIM) for length in lengths]
+    # Scores of about 1, however long the vectors are.
+    kv = [torch.randn(LAYERS, 2, length, KV_HEADS, head_dim).to(dtype) for length in lengths]
     done = [0] * len(lengths)
     while any(at < length for at, length in zip(done, lengths, strict=True)):
         # Some decode, some prefill a chunk, in any order.
@@ -82,7 +100,7 @@ def test_equals_plain_attention(window: int | None, heads: int, seed: int, featu
         step = PagedStep(kv_tensors(memory, spec), 4, [Span(tables[i], done[i], counts[i]) for i in some])
         assert step.positions.tolist() == [p for i in some for p in range(done[i], done[i] + counts[i])]
         for layer in range(LAYERS):
-            queries = [torch.randn(counts[i], heads, HEAD_DIM) for i in some]
+            queries = [(torch.randn(counts[i], heads, head_dim) * (8 / head_dim) ** 0.5).to(dtype) for i in some]
             new = torch.cat([kv[i][layer, :, done[i] : done[i] + counts[i]] for i in some], dim=1)
             got = step(
                 SimpleNamespace(layer_idx=layer),  # type: ignore[arg-type]
@@ -105,7 +123,7 @@ def test_equals_plain_attention(window: int | None, heads: int, seed: int, featu
                 )
                 for i, q in zip(some, queries, strict=True)
             ]
-            torch.testing.assert_close(got[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(got[0].float(), torch.cat(expected), rtol=tolerance, atol=tolerance)
         for i in some:
             done[i] += counts[i]
     cache.close()
