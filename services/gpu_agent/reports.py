@@ -18,6 +18,8 @@ from warmserve.v1 import cluster_pb2, common_pb2
 _log = logger(__name__)
 _LOOK_S = 1.0
 _CLOSE_S = 2.0
+_RETRY_S = 0.5
+_MOST_UNWRITTEN = 10_000  # events, while Redis is away; older ones are dropped
 _PAGES = Gauge(
     "warmserve_gpu_agent_pages", "Pages of the arena; those lent are of weights, those promised free", ["use"]
 )
@@ -87,6 +89,9 @@ class Reports:
         if event.copy_ms:
             tier = common_pb2.Tier.Name(event.tier).removeprefix("TIER_").lower()
             _COPY_SPEED.labels(tier).observe(event.bytes / event.copy_ms * 1e3)
+        if self._news.qsize() == _MOST_UNWRITTEN:
+            self._news.get_nowait()  # the oldest
+            self._news.task_done()
         self._news.put_nowait(event)
 
     async def close(self) -> None:
@@ -96,7 +101,7 @@ class Reports:
             async with asyncio.timeout(_CLOSE_S):
                 await self._news.join()
         except TimeoutError:
-            _log.warning("events lost, because Redis does not answer", events=self._news.qsize())
+            _log.warning("events lost, because Redis does not answer", events=self._news.qsize() + 1)
         await end_tasks(self._tasks)
         await self._write()
 
@@ -139,11 +144,19 @@ class Reports:
     async def _tell_all(self) -> None:
         while True:
             event = await self._news.get()
+            await self._tell(event)
+            self._news.task_done()
+
+    async def _tell(self, event: cluster_pb2.Event) -> None:
+        """Appends an event, as soon as Redis is there; where only its answer was lost, the event is there twice."""
+        while True:
             try:
                 await self._events.append(event)
-            except RedisError as error:
-                _log.warning("event lost", kind=cluster_pb2.EventKind.Name(event.kind), error=str(error))
-            self._news.task_done()
+            except (RedisError, OSError) as error:
+                _log.warning("events wait for Redis", waiting=self._news.qsize() + 1, error=str(error))
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
 
     def _measure(self, residency: cluster_pb2.AgentResidency) -> None:
         for use, pages in (

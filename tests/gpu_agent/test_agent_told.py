@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backing import Backing
+from launcher.backing import Backing, start_redis
+from launcher.ports import free_port
 from services.gpu_agent.weights.image import Image
 from tests.gpu_agent import checkpoints
-from tests.gpu_agent.agent_process import RunningAgent, running_agent
+from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent
 from tests.gpu_agent.test_agent_service import Gate
 from warmserve.cluster.keys import Keys
-from warmserve.v1 import cluster_pb2
+from warmserve.v1 import agent_pb2, cluster_pb2
 
 PAGE = 1 << 16
 
@@ -56,3 +57,25 @@ async def test_the_record_tells_how_far_an_image_is_on_its_way_into_memory(
         assert filling.bytes_done < filling.bytes_total == spec.facts.shard_bytes
         gate.open()
         await told(agent, lambda record: len(record.host_tier.images) == 1 and not record.host_tier.HasField("filling"))
+
+
+async def test_events_of_a_time_without_redis_are_told_when_it_is_back(
+    etcd: Backing, keys: Keys, tmp_path: Path
+) -> None:
+    checkpoints.llama(tmp_path / "m")
+    port = free_port()
+    server = start_redis(tmp_path / "one", tmp_path / "log", port)
+    try:
+        async with running_agent(etcd.address, server.address, keys.prefix, tmp_path) as agent:
+            spec = await agent.prepare("m", tmp_path / "m")
+            server.child.process.kill()
+            server.child.process.wait()
+            await agent.warm(spec)
+            await agent.stub.EvictReplica(agent_pb2.EvictReplicaRequest(model="m", reason=REASON))
+            server = start_redis(tmp_path / "two", tmp_path / "log", port)
+            following = agent.node.events.follow(after="0")
+            kinds = [(await asyncio.wait_for(anext(following), 30))[1].kind for _ in range(3)]
+            await following.aclose()
+    finally:
+        server.child.stop(5)
+    assert kinds == [cluster_pb2.EVENT_KIND_WARMING, cluster_pb2.EVENT_KIND_WARMED, cluster_pb2.EVENT_KIND_EVICTED]
