@@ -28,11 +28,13 @@ from pathlib import Path
 from benchmarks.cluster_plots import draw
 from benchmarks.cluster_rows import (
     ABLATIONS,
+    LED,
     STATIC,
     Compared,
     Sweep,
     beside,
     next_rate,
+    policies,
     run_lines,
     run_values,
     shares,
@@ -51,7 +53,6 @@ DAY_S = 300.0  # a simulated day of sixty models should not take longer, plans i
 
 OURS = ("ours", "published", "told the future")
 COMPARED = (*OURS, *STATIC, *(name for start in (0.0, *ENGINE_STARTS_S) for name in autoscaling(start)))
-LED = ("ours", "published", "static", "autoscaling", "oracle")  # whose highest rate is sought
 ON_A_DAY = ("ours", *STATIC[:1], autoscaling(0.0)[0])
 
 Run = Callable[[Iterable[tuple[Setting, str]]], None]
@@ -68,15 +69,10 @@ def settings(quick: bool) -> tuple[list[Setting], list[Setting], list[Setting], 
     return paper, tunes, [] if quick else moments, others
 
 
-def sweeps(done: dict[tuple[Setting, str], Outcome]) -> list[Sweep]:
-    """All settings of which every competitor was run, by kind and rate."""
-
-    def of(kind: str, like: Callable[[Setting], bool]) -> Sweep:
-        ran = {s for s, _ in done if s.kind == kind and like(s) and all((s, policy) in done for policy in COMPARED)}
-        return Sweep(kind, tuple(sorted(ran, key=lambda s: s.rate_per_s)))
-
-    hours = min((s.hours for s, _ in done if s.kind == "fine-tunes"), default=0.0)
-    return [of("paper", lambda s: True), of("fine-tunes", lambda s: s.hours == hours and s.window_s == 600.0)]
+def sweeps(quick: bool) -> list[Sweep]:
+    """The two of which all that is asked is told."""
+    paper, tunes, *_ = settings(quick)
+    return [Sweep("paper", tuple(paper)), Sweep("fine-tunes", tuple(tunes))]
 
 
 def run_everything(run: Run, done: dict[tuple[Setting, str], Outcome], quick: bool) -> None:
@@ -84,14 +80,14 @@ def run_everything(run: Run, done: dict[tuple[Setting, str], Outcome], quick: bo
     paper, tunes, moments, others = settings(quick)
     run((setting, policy) for setting in (*paper, *tunes) for policy in COMPARED)
     for _ in range(0 if quick else HALVINGS):
-        wanted: dict[Setting, None] = {}
-        for sweep in sweeps(done):
-            compared = Compared(done)
+        compared, wanted = Compared(done), []
+        for sweep in sweeps(quick):
             for who in LED:
-                rate = next_rate(shares(compared, sweep.settings, who))
+                rate = next_rate(shares(compared, sweep, who))
                 if rate is not None:
-                    wanted[replace(sweep.settings[0], rate_per_s=rate)] = None
-        run((setting, policy) for setting in wanted for policy in COMPARED)
+                    setting = replace(sweep.settings[0], rate_per_s=rate)
+                    wanted += [(setting, policy) for policy in policies(compared, sweep, who)]
+        run(wanted)
     usual = next(s for s in tunes if s.rate_per_s == scenarios.FINE_TUNES_PER_S)
     run((setting, policy) for setting in moments for policy in (*OURS, *STATIC, *autoscaling(0.0)))
     run((setting, policy) for setting in others for policy in (*OURS, *STATIC, *autoscaling(0.0)))
@@ -109,7 +105,7 @@ def rows(done: dict[tuple[Setting, str], Outcome], quick: bool) -> list[Row]:
     """What the issue asks of each sweep, then what else was compared."""
     compared = Compared(done)
     _, tunes, moments, others = settings(quick)
-    found = [row for sweep in sweeps(done) for row in sweep_rows(compared, sweep)]
+    found = [row for sweep in sweeps(quick) for row in sweep_rows(compared, sweep)]
     for setting in (*moments, *others):
         best = compared.best_autoscaling([setting], 0.0)
         found += beside(compared, setting, ("published", "told the future", compared.best_static(setting), best))
@@ -160,7 +156,7 @@ def main() -> None:
     print()
     print(table(result))
     if arguments.plots is not None:
-        draw(done, sweeps(done), arguments.plots)
+        draw(done, sweeps(arguments.quick), arguments.plots)
     if arguments.json is not None:
         write(arguments.json, done, result, arguments.seed)
 

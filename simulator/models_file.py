@@ -89,7 +89,9 @@ def read_models(file: Path) -> list[ModelSpec]:
     """The models of a file like EXAMPLE. Raises ModelsFileError."""
     try:
         content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ModelsFileError(f"{file} cannot be read: {error.strerror or error}; see --example-models") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ModelsFileError(f"{file} cannot be read as YAML: {error}") from error
     entries = content.get("models") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries:

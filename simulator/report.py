@@ -82,6 +82,9 @@ def headline(what_if: WhatIf) -> str:
     )
     if unserved := int((~results.served).sum()):
         text += f" {unserved:,} were not served in time."
+    if missed := what_if.tried[0].missed:
+        told = _few([f"{name} ({_s(p95)} for 95 %)" for name, p95 in missed])
+        text += f" Above their target: {told}."
     if what_if.target_s is not None:
         target = f"95 % of each model's requests within {_s(what_if.target_s)}"
         if what_if.needed is None:

@@ -179,7 +179,8 @@ def _check_model(cluster: ClusterSpec, model: ModelSpec) -> None:
         raise ImpossibleError(f"{model.name}: tp must be a power of two, not {model.tp}")
     if model.tp > cluster.gpus_per_node:
         raise ImpossibleError(
-            f"{model.name} is spread over {model.tp} GPUs of one node, and nodes have {cluster.gpus_per_node}"
+            f"{model.name} is spread over {model.tp} GPUs of one node (tp: {model.tp}), and a node has "
+            f"{cluster.gpus_per_node}: give more GPUs, or a smaller tp"
         )
     per_page = model.tokens_per_page(cluster.page_bytes)
     if per_page < 1:

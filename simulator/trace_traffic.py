@@ -13,10 +13,14 @@ import numpy as np
 from simulator.arrivals import POISSON, Floats, Integers, counts_of, in_window
 from simulator.spec import ModelSpec
 from simulator.workloads import TYPICAL_PREFILL_TOKENS_PER_S, TYPICAL_TOKEN_S, Traffic, traffic_from, traffic_of
-from warmserve.traces import TraceError, Window, detect, read_requests, read_windows
+from warmserve.traces import Format, TraceError, Window, detect, read_requests, read_windows
 from warmserve.traces.fields import TYPICAL_OUTPUT_TOKENS, TYPICAL_PROMPT_TOKENS
 from warmserve.traces.file import OnProgress
 
+_ASSUMED = (
+    f"the trace tells no lengths: each request has {TYPICAL_PROMPT_TOKENS} tokens and gets {TYPICAL_OUTPUT_TOKENS}, "
+    "the medians of Azure's conversations"
+)
 _NAMED = 5  # unknown models that an error tells
 
 
@@ -41,7 +45,8 @@ def read_traffic(
     names = [spec.name for spec in models]
     model = _whose(names, model)
     remarks: list[str] = []
-    if detect(trace).has_windows:
+    format_ = detect(trace)
+    if format_.has_windows:
         by_client = any("/" in name for name in names)
         windows = list(read_windows(trace, model=model, by_client=by_client, on_progress=on_progress))
         if by_client:
@@ -50,12 +55,12 @@ def read_traffic(
         traffic = _drawn(windows, models, np.random.default_rng(seed))
         remarks.append("the trace holds windows: requests were drawn from their rates, with Poisson arrivals")
         if all(window.prompt_tokens_per_s is None for window in windows):
-            remarks.append(
-                f"it tells no lengths: each request has {TYPICAL_PROMPT_TOKENS} tokens and gets {TYPICAL_OUTPUT_TOKENS}"
-            )
+            remarks.append(_ASSUMED)
     else:
         traffic = traffic_from(read_requests(trace, model=model, on_progress=on_progress), names)
         _refuse_unknown(trace, Counter({traffic.models[at]: n for at, n in enumerate(_counts(traffic))}), names)
+        if format_ is Format.access_log:
+            remarks.append(_ASSUMED)
     if not len(traffic):
         raise TraceError(f"{trace}: there are no requests in it")
     return _fitted(traffic, models, remarks)

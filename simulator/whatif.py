@@ -35,7 +35,7 @@ class WhatIf:
     """The answer."""
 
     results: Results  # on the GPUs asked about
-    tried: tuple[Trial, ...]
+    tried: tuple[Trial, ...]  # that on the GPUs asked about first
     target_s: float | None = None
     needed: int | None = None  # fewest GPUs of those tried that keep all targets
     remarks: tuple[str, ...] = ()

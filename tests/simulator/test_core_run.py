@@ -275,7 +275,7 @@ def test_a_request_that_no_kv_would_hold_fails_and_the_others_go_on() -> None:
         (TIGHT, [SMALL, SMALL], "two models are called small"),
         (TIGHT, [SMALL, replace(LARGE, parameters=70_000_000_000)], "large is too large.*no group"),
         (TIGHT, [replace(MEDIUM, parameters=2_000_000_000)], "medium is too large.*tp: 2 would fit"),
-        (TIGHT, [replace(LARGE, tp=4)], "large is spread over 4 GPUs.*nodes have 2"),
+        (TIGHT, [replace(LARGE, tp=4)], "large is spread over 4 GPUs.*a node has 2"),
         (TIGHT, [replace(LARGE, tp=3)], "power of two"),
         (TIGHT, [replace(SMALL, layers=0)], "small: .*layers"),
         (replace(TIGHT, pcie_gbps=0.0), [SMALL], "pcie_gbps must be above 0"),

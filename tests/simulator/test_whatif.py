@@ -86,7 +86,9 @@ def test_a_target_tells_how_many_gpus(folder: Path) -> None:
     never = figures(folder, "--gpus", "4", "--target-ttft", "0.001")
     assert never["gpus_needed"] is None
     assert all(trial["missed"] for trial in never["tried"])
-    assert "No number of GPUs up to" in simulate(folder, "--gpus", "4", "--target-ttft", "0.001").stdout
+    said = simulate(folder, "--gpus", "4", "--target-ttft", "0.001").stdout
+    assert "No number of GPUs up to" in said
+    assert "Above their target: " in said
 
 
 def test_fewer_gpus_than_a_model_needs_are_a_trial_that_says_why(folder: Path) -> None:

@@ -96,6 +96,20 @@ def test_a_wrong_models_file_is_refused_with_words(tmp_path: Path, text: str, wo
         read_models(models_file(tmp_path, text))
 
 
+def test_a_models_file_that_is_not_there_is_named_and_an_example_offered(tmp_path: Path) -> None:
+    with pytest.raises(ModelsFileError, match=r"nope.yaml cannot be read: No such file.*--example-models"):
+        read_models(tmp_path / "nope.yaml")
+
+
+def test_lengths_that_an_access_log_does_not_tell_are_said_to_be_assumed(tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+    log.write_text('10.0.0.1 - - [01/Nov/2026:12:00:00 +0000] "POST /v1/chat/completions HTTP/1.1" 200 500 "-" "x"\n')
+    (model,) = read_models(models_file(tmp_path, "models: {chat: {parameters: 8e9}}"))
+    read = read_traffic(log, [model], model=None, seed=0)
+    assert len(read.traffic) == 1
+    assert any("tells no lengths" in remark for remark in read.remarks)
+
+
 def test_a_mixture_of_experts_is_refused_and_told_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "num_experts": 64}))
     with pytest.raises(ModelsFileError, match=r"mixture of experts .* give `parameters:`"):
