@@ -174,6 +174,8 @@ def test_min_tokens_gives_way_where_the_grammar_has_ended(compiler: GrammarCompi
         ("json_schema", '{"type": "nonsense"}', 'Unsupported type "nonsense"'),
         ("json_schema", '{"$ref": "#/nope"}', "nope"),
         ("json_schema", "[1]", "object or bool"),
+        ("json_schema", '{"type": "number", "maximum": 1e400}', "1e400 is out of range"),
+        ("json_schema", '{"enum": [NaN]}', "NaN is out of range"),
         ("json_schema", '{"minimum": 5, "maximum": 1, "type": "integer"}', "minimum greater than maximum"),
         ("json_schema", '{"items":' * 70 + "{}" + "}" * 70, "more than 64 deep"),
         ("json_schema", '{"items":' * 100_000 + "{}" + "}" * 100_000, "JSON schema is"),

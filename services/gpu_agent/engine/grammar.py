@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import time
@@ -157,13 +158,21 @@ def _from_schema(schema: str) -> xgrammar.Grammar:
 
 def _check_depth(schema: str) -> None:
     try:
-        level: list[Any] = [json.loads(schema)]
+        level: list[Any] = [json.loads(schema, parse_float=_finite, parse_constant=_finite)]
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the JSON schema is not JSON: {error}") from error
     for _ in range(_MAX_SCHEMA_DEPTH + 1):
         level = [part for value in level if isinstance(value, dict | list) for part in _parts(value)]
     if level:
         raise GrammarError(f"the JSON schema is nested more than {_MAX_SCHEMA_DEPTH} deep; use $defs and $ref")
+
+
+def _finite(number: str) -> float:
+    """A number of a schema; ValueError for one at which the compiler would stop without a reason."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is out of range")
+    return value
 
 
 def _parts(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
