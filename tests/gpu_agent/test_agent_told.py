@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from redis.exceptions import RedisError
 
 from launcher.backing import Backing, start_redis
 from launcher.ports import free_port
@@ -14,6 +16,7 @@ from services.gpu_agent.weights.image import Image
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent
 from tests.gpu_agent.test_agent_service import Gate
+from warmserve.cluster.events import EventStream
 from warmserve.cluster.keys import Keys
 from warmserve.v1 import agent_pb2, cluster_pb2
 
@@ -60,8 +63,18 @@ async def test_the_record_tells_how_far_an_image_is_on_its_way_into_memory(
 
 
 async def test_events_of_a_time_without_redis_are_told_when_it_is_back(
-    etcd: Backing, keys: Keys, tmp_path: Path
+    etcd: Backing, keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    refused, append = asyncio.Event(), EventStream.append
+
+    async def noted(*arguments: Any) -> None:
+        try:
+            await append(*arguments)
+        except RedisError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(EventStream, "append", noted)
     checkpoints.llama(tmp_path / "m")
     port = free_port()
     server = start_redis(tmp_path / "one", tmp_path / "log", port)
@@ -72,6 +85,7 @@ async def test_events_of_a_time_without_redis_are_told_when_it_is_back(
             server.child.process.wait()
             await agent.warm(spec)
             await agent.stub.EvictReplica(agent_pb2.EvictReplicaRequest(model="m", reason=REASON))
+            await asyncio.wait_for(refused.wait(), 30)
             server = start_redis(tmp_path / "two", tmp_path / "log", port)
             following = agent.node.events.follow(after="0")
             kinds = [(await asyncio.wait_for(anext(following), 30))[1].kind for _ in range(3)]
