@@ -24,7 +24,8 @@ class Row:
     less elsewhere ("ms", "%")."""
 
     what: str
-    value: float
+    value: float | None
+    """None: it could not be measured here, for a reason that `what` tells."""
     unit: str
     limit: float | None = None
     """The hardware's limit or a peer's result, in the same unit, from the same run."""
@@ -38,12 +39,12 @@ class Row:
     @property
     def ratio(self) -> float | None:
         """value / limit."""
-        return self.value / self.limit if self.limit else None
+        return self.value / self.limit if self.limit and self.value is not None else None
 
     @property
     def met(self) -> bool | None:
         """Whether the target is reached; None where there is none."""
-        if self.target is None:
+        if self.target is None or self.value is None:
             return None
         return self.value >= self.target if self.more or self.unit.endswith("/s") else self.value <= self.target
 
