@@ -80,6 +80,7 @@ class Observer:
             images={name: Tier.HOST if there else Tier.DISK for name, there in zip(nodes, in_host, strict=True)},
             service_s=model.service_s,
             kv_bytes_per_request=model.tokens * spec.kv_bytes_per_token / spec.tp,
+            kv_bytes_per_context=spec.context_tokens * spec.kv_bytes_per_token / spec.tp,
             windows=model.windows,
             waiting=len(model.queue),
             running=running,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 
+from services.placer.groups import groups
 from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, Snapshot, State
 
 
@@ -54,6 +55,7 @@ class Board:
         self._by_agent: defaultdict[str, set[Key]] = defaultdict(set)
         self._by_model: defaultdict[str, set[Key]] = defaultdict(set)
         self._promised: defaultdict[str, int] = defaultdict(int)
+        self._groups: dict[int, list[GroupIds]] = {}
         for replica in snapshot.replicas:
             self.put(replica)
 
@@ -104,6 +106,12 @@ class Board:
     def open_agents(self) -> list[Agent]:
         """The agents on which something new may be placed."""
         return [agent for agent in self.snapshot.agents.values() if not agent.cordoned and not agent.drained]
+
+    def groups(self, size: int) -> list[GroupIds]:
+        """All groups of so many agents on which something new may be placed."""
+        if size not in self._groups:
+            self._groups[size] = groups(self.open_agents, size)
+        return self._groups[size]
 
     def usable(self, replica: Replica) -> bool:
         """Whether a replica's agents are there and may serve more."""

@@ -9,7 +9,7 @@ from typing import Protocol
 from services.placer.snapshot import Agent, Model, Replica, Snapshot, State
 from services.placer.value import Stakes
 
-_FIRST_SHARE = 16  # of an arena: no instance begins with more KV pages
+_FIRST_SHARE = 16  # of an arena: an instance begins with the KV of one context, and at most with this part
 
 
 class Lending(Protocol):
@@ -108,9 +108,11 @@ def for_instance(snapshot: Snapshot, agent: Agent, model: Model, requests: float
     At least what an agent gives an instance to begin with. Fewer where the model's shard could else not even be
     alone on the agent.
     """
-    shard = snapshot.shard_pages(model, agent.id)
+    first = agent.pages_total // _FIRST_SHARE
+    if model.kv_bytes_per_context:
+        first = min(first, math.ceil(model.kv_bytes_per_context / agent.page_bytes))
     needed = math.ceil((requests + 1) * model.kv_bytes_per_request / agent.page_bytes)
-    return max(1, min(max(needed, agent.pages_total // _FIRST_SHARE), agent.pages_total - shard))
+    return max(1, min(max(needed, first), agent.pages_total - snapshot.shard_pages(model, agent.id)))
 
 
 def kept(agent: Agent, on_agent: Iterable[Replica], lending: Lending) -> int:

@@ -134,6 +134,7 @@ class Memory:
             images=dict(self.measured.images(spec.name)),
             service_s=traffic.service_s,
             kv_bytes_per_request=traffic.kv_bytes_per_request,
+            kv_bytes_per_context=spec.facts.kv_bytes_per_token * spec.facts.context_tokens,
             windows=traffic.windows,
         )
 

@@ -96,6 +96,7 @@ class Model:
     images: Mapping[str, Tier] = field(default_factory=dict)  # per node: the best tier that has its shards (not PEER)
     service_s: float = 0.0  # mean seconds that a request is in progress; 0: not known
     kv_bytes_per_request: float = 0.0  # mean on one agent while a request runs; 0: not known
+    kv_bytes_per_context: float = 0.0  # on one agent, of a request as long as the model takes any; 0: not known
     windows: tuple[WindowLoad, ...] = ()  # forecast, in order of time, the current window first
     waiting: int = 0  # requests that no instance has taken
     running: int = 0  # requests that instances have taken

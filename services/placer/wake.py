@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from services.placer.board import Board, Room, Source, Step
 from services.placer.decisions import Outcome, Reason, Wake
-from services.placer.groups import groups
 from services.placer.loading import load_s
 from services.placer.rule import Rule
 from services.placer.snapshot import GroupIds, Model, Replica, State
+from services.placer.value import serves
 from services.placer.words import count, names, share
 from warmserve.v1 import common_pb2
 
@@ -29,7 +29,7 @@ class Wish:
     text: str
     limit: float | None = None  # of a further instance, its score: only what scores less is evicted for it, and only
     # instances that have long been idle drain
-    gain: float | None = None  # of one that only spreads what others carry: nothing drains for it, and it costs less
+    gain: float | None = None  # of one that only spreads what others carry: it costs less, and is all resident already
 
 
 _Rank = tuple[int, float, int, str, int, GroupIds]
@@ -59,14 +59,18 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     snapshot = board.snapshot
     if not snapshot.agents:
         return _impossible(wish, common_pb2.CAUSE_NO_AGENT, "no agent is registered")
-    all_groups = groups(board.open_agents, model.tp)
+    all_groups = board.groups(model.tp)
     if not all_groups:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _no_group(board, model))
     tried = [group for group in all_groups if _possible(board, model, group)]
     usable = [group for group in tried if (model.name, group) not in snapshot.refused]
     best: tuple[_Rank, _Candidate] | None = None
     for at_least, own, group in sorted(
-        ((_rank(board, rule, model, group, own, Room()), own, group) for group, own in _owns(board, model, usable)),
+        (
+            (_rank(board, rule, model, group, own, Room()), own, group)
+            for group, own in _owns(board, model, usable)
+            if wish.gain is None or _whole(own)
+        ),
         key=lambda place: place[0],
     ):
         if best is not None and best[0] <= at_least:
@@ -81,12 +85,18 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
                 best = rank, _Candidate(group, own, room)
     if best is not None:
         return _decide(best[1], model, wish, snapshot.agents[best[1].group[0]].node)
+    if wish.gain is not None:
+        return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, "it would cost others more")
     if tried and not usable:
         text = "; ".join(f"{names(group)}: {snapshot.refused[model.name, group]}" for group in tried)
         return _impossible(wish, common_pb2.CAUSE_FAILURE, f"the last try failed and will be repeated soon: {text}")
     if not usable:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, "it has a replica on every group of agents already")
     return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _in_the_way(board, rule, model, usable))
+
+
+def _whole(replica: Replica | None) -> bool:
+    return replica is not None and replica.residency == 1
 
 
 def _kv(board: Board, rule: Rule, model: Model, group: GroupIds) -> tuple[dict[str, int], dict[str, int]]:
@@ -143,7 +153,7 @@ def _owns(board: Board, model: Model, usable: list[GroupIds]) -> list[tuple[Grou
 
 def _rank(board: Board, rule: Rule, model: Model, group: GroupIds, own: Replica | None, room: Room) -> _Rank:
     missing = 1 - (own.residency if own else 0)
-    neighbours = sum(r.state in (State.ACTIVE, State.WAKING) for r in board.on(group))
+    neighbours = sum(map(serves, board.on(group)))
     first = board.snapshot.agents[group[0]]
     cost = room.cost + rule.sharing(model, group) + (rule.loading(model, group, missing) if missing else 0.0)
     return room.last_resorts, cost, neighbours, first.node, first.device_index, group

@@ -129,8 +129,10 @@ def test_an_instance_more_where_a_peak_exceeds_what_one_carries() -> None:
     agents = [agent(f"g{i}") for i in range(2)]
     one = [replica("a", "g0", State.ACTIVE, running=1)]
     made = plan(snapshot(agents, [model("a", running=1, mean=1, peak=12)], one))
+    assert (done(made, Do.WAKE), done(made, Do.WARM)) == ([], [("a", "g1")])  # nobody waits, so it is not hurried
+    one.append(replica("a", "g1"))
+    made = plan(snapshot(agents, [model("a", running=1, mean=1, peak=12)], one))
     assert done(made, Do.WAKE) == [("a", "g1")]
-    assert plan(snapshot(agents[:1], [model("a", running=1, mean=1, peak=12)], one)).wakes == {}
     crowded = [*one, replica("b", "g1", State.ACTIVE, running=8)]
     models = [model("a", running=1, mean=1, peak=12), model("b", running=8, max_replicas=1, priority=9.0)]
     assert done(plan(snapshot(agents, models, crowded)), Do.WAKE) == []  # it would cost b more
