@@ -34,5 +34,5 @@ def test_each_peer_has_a_row_for_the_page_cache_and_one_for_the_disk(checkpoint:
 
 def test_a_peer_that_fails_says_so(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(RuntimeError, match="--measure transformers failed"):
-        peers(tmp_path)
+    failed = [row for row in peers(tmp_path) if "transformers" in row.what]
+    assert [(row.value, ": failed: " in row.what) for row in failed] == [(None, True)] * 2
