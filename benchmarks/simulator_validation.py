@@ -6,10 +6,10 @@ The real system is `warmserve up`'s: etcd, Redis, router, placer, forecaster and
 room for one of three tiny models, which take turns of six seconds. Azure's conversations, at half their speed and with
 a tenth of their tokens, are sent to it as clients would send them.
 
-First, on a cluster of its own, what the machine does is measured, as a client sees it: prompts of some lengths and
+Before it, on a cluster of its own, what the machine does is measured, as a client sees it: prompts of some lengths and
 batches of some sizes on an active instance, which the simulator's cost model is fitted to, and what a warm and a cold
-replica take to serve. From these figures and the requests alone the simulator foretells the replay. Ten minutes, and
-two to measure; on a machine that does nothing else, or it measures that.
+replica take to serve; after it the steps once more. From these figures and the requests alone the simulator foretells
+the replay. Ten minutes, and four to measure; on a machine that does nothing else, or it measures that.
 """
 
 from __future__ import annotations
@@ -82,6 +82,20 @@ def specs(folder: Path) -> list[ModelSpec]:
     ]
 
 
+def machine_of(
+    models: Sequence[ModelSpec], steps: Sequence[Measurement], warm: Sequence[float], cold: Sequence[float]
+) -> Machine:
+    """What the measurements say."""
+    cost = fit(steps)
+    loading_s = statistics.median(cold) - statistics.median(warm)
+    if loading_s <= 0:
+        raise RuntimeError("cold models served no later than warm ones: the machine is too busy to measure anything")
+    shard = statistics.mean(model.shard_bytes for model in models)
+    quarters = statistics.quantiles(warm, n=4)
+    errors = [abs(error) for error in cost.error(steps)]
+    return Machine(cost, statistics.mean(errors), (quarters[0], quarters[2]), shard / loading_s / 1e9)
+
+
 class Lab:
     """Measures a running cluster, as a client sees it."""
 
@@ -89,23 +103,16 @@ class Lab:
         self._address = address
         self._models = models
         self._seed = 0
+        self._first: dict[str, float] = {}  # seconds of a short prompt on an active instance
 
-    async def measure(self) -> Machine:
-        """All that the simulator needs to know."""
-        steps: list[Measurement] = []
-        first: dict[str, float] = {}  # of a short prompt on an active instance
-        for model in self._models:
-            found = await self._steps(model)
-            steps += found
-            first[model.name] = found[0].seconds
-        cost = fit(steps)
-        warm = [await self._wake("warm", first) for _ in range(WAKES)]
-        cold = [await self._wake("cold", first) for _ in range(WAKES)]
-        loading_s = statistics.median(cold) - statistics.median(warm)
-        shard = statistics.mean(model.shard_bytes for model in self._models)
-        errors = [abs(error) for error in cost.error(steps)]
-        quarters = statistics.quantiles(warm, n=4)
-        return Machine(cost, statistics.mean(errors), (quarters[0], quarters[2]), shard / loading_s / 1e9)
+    async def steps(self) -> list[Measurement]:
+        """Of all models, each active and alone."""
+        return [step for model in self._models for step in await self._steps(model)]
+
+    async def switches(self) -> tuple[list[float], list[float]]:
+        """Seconds until warm and cold models serve, beyond what active ones took for the same prompt in `steps`."""
+        warm = [await self._wake("warm") for _ in range(WAKES)]
+        return warm, [await self._wake("cold") for _ in range(WAKES)]
 
     async def _steps(self, model: ModelSpec) -> list[Measurement]:
         delays = Delays()
@@ -114,6 +121,7 @@ class Lab:
             seconds = [one.ttft_s for one in await self._active(model, prompt, 1, REPEATS, 1)]
             taken = statistics.median(seconds) - delays.hop_s - delays.reply_s
             steps.append(Measurement(model, taken, prefill=prompt))
+        self._first[model.name] = steps[0].seconds
         for batch in BATCHES:
             outcomes = await self._active(model, PROMPTS[0], 40, 2, batch)
             token = statistics.median((one.total_s - one.ttft_s) / (one.output_tokens - 1) for one in outcomes)
@@ -129,11 +137,11 @@ class Lab:
                 outcomes += found
         return outcomes
 
-    async def _wake(self, state: str, first: dict[str, float]) -> float:
+    async def _wake(self, state: str) -> float:
         """What a model in this state takes until it serves, more than an active one, with nothing else active."""
         name = await self._resting(state)
         (outcome,) = await self._ask([Request(0.0, name, PROMPTS[0], 1)])
-        return max(0.0, outcome.ttft_s - first[name])
+        return max(0.0, outcome.ttft_s - self._first[name])
 
     async def _resting(self, state: str) -> str:
         """The name of a model in `state`, once no model is active."""
@@ -263,8 +271,9 @@ async def observe(duration_s: float, trace: Path | None) -> Observed:
         with DataFolder(Path(temporary) / "measuring") as folder:
             async with Cluster(folder, config, say) as cluster:
                 await start(cluster)
-                machine = await Lab(cluster.router_address, models).measure()
-        say(f"measured: {machine}")
+                lab = Lab(cluster.router_address, models)
+                steps = await lab.steps()
+                warm, cold = await lab.switches()
         with DataFolder(Path(temporary) / "replay") as folder:
             async with Cluster(folder, config, say) as cluster:
                 await start(cluster)
@@ -280,6 +289,11 @@ async def observe(duration_s: float, trace: Path | None) -> Observed:
                     on_sent=lambda request: None,
                     on_outcome=lambda outcome: None,
                 )
+                steps += await Lab(
+                    cluster.router_address, models
+                ).steps()  # a machine's speed may have changed meanwhile
+    machine = machine_of(models, steps, warm, cold)
+    say(f"measured: {machine}")
     sent = [
         replace(request, prompt_tokens=outcome.prompt_tokens or request.prompt_tokens)
         for request, outcome in zip(requests, outcomes, strict=True)
