@@ -22,8 +22,8 @@ _STEPS = 12  # windows ahead that it tells
 
 @dataclass
 class Oracle:
-    """Knows every arrival. Forecasts are the true loads, in steps of 10 s and without spread; and requests that will
-    come before a model could be loaded count as waiting already, so that its instances are there when they come."""
+    """Knows every arrival. Forecasts are the true loads, in steps of 10 s and without spread. Of a model without an
+    instance, requests that come before it could be loaded count as waiting already, so that one is there for them."""
 
     name: str = "oracle"
     start_s: float = 0.0
@@ -51,9 +51,11 @@ class Oracle:
     def _told(self, cluster: Cluster, model: ModelState, seen: Snapshot) -> Model:
         now = cluster.clock.now
         lead = model.load_s + cluster.settings.tick_s
-        arrivals = self._arrivals[model.index]
-        soon = int(np.searchsorted(arrivals, now + lead) - np.searchsorted(arrivals, now))
         known = seen.models[model.name]
+        arrivals = self._arrivals[model.index]
+        soon = 0
+        if not model.instances:
+            soon = int(np.searchsorted(arrivals, now + lead) - np.searchsorted(arrivals, now))
         return replace(known, windows=self._windows(model, now), waiting=known.waiting + soon)
 
     def _windows(self, model: ModelState, now: float) -> tuple[WindowLoad, ...]:
