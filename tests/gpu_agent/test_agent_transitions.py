@@ -143,17 +143,17 @@ def count(name: str, **labels: str) -> float:
 
 
 async def test_each_order_given_twice_is_one_transition(agent: RunningAgent, orders: Orders) -> None:
-    await orders.warm("first")
-    warm = await orders.recorded(WARM, "first")
+    await orders.warm("warm")
+    warm = await orders.recorded(WARM, "warm")
     assert await orders.warm("again") == WARM
-    await orders.wake("first")
-    active = await orders.recorded(ACTIVE, "first")
+    await orders.wake("wake")
+    active = await orders.recorded(ACTIVE, "wake")
     assert await orders.wake("again") == ACTIVE
-    await orders.drain("first")
-    await orders.recorded(WARM, "first")
+    await orders.drain("drain")
+    await orders.recorded(WARM, "drain")
     assert await orders.drain("again") == WARM
-    half = await orders.evict("first", keep=0.5)
-    kept = await orders.recorded(WARM, "first")
+    half = await orders.evict("half", keep=0.5)
+    kept = await orders.recorded(WARM, "half")
     assert (await orders.evict("again", keep=0.5)).pages_freed == 0
     assert (await orders.evict("again", keep=1.0)).pages_freed == 0
     rest = await orders.evict("last")
@@ -164,12 +164,12 @@ async def test_each_order_given_twice_is_one_transition(agent: RunningAgent, ord
     assert active.since_unix_ms >= warm.since_unix_ms
     told = await orders.told(7)
     assert [said(event) for event in told] == [
-        ("warming", COLD, WARMING, "first"),
-        ("warmed", WARMING, WARM, "first"),
-        ("woken", WARM, ACTIVE, "first"),
-        ("draining", ACTIVE, DRAINING, "first"),
-        ("drained", DRAINING, WARM, "first"),
-        ("evicted", WARM, WARM, "first"),
+        ("warming", COLD, WARMING, "warm"),
+        ("warmed", WARMING, WARM, "warm"),
+        ("woken", WARM, ACTIVE, "wake"),
+        ("draining", ACTIVE, DRAINING, "drain"),
+        ("drained", DRAINING, WARM, "drain"),
+        ("evicted", WARM, WARM, "half"),
         ("evicted", WARM, COLD, "last"),
     ]
     assert all(list(event.agent_ids) == ["g0"] and event.model == "m" for event in told)
