@@ -50,7 +50,7 @@ class Oracle:
 
     def _told(self, cluster: Cluster, model: ModelState, seen: Snapshot) -> Model:
         now = cluster.clock.now
-        lead = model.load_s + cluster.settings.tick_s
+        lead = model.load_s + 2 * cluster.settings.tick_s  # one plan drains what is in the way, the next wakes
         known = seen.models[model.name]
         arrivals = self._arrivals[model.index]
         soon = 0

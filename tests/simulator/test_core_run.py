@@ -187,7 +187,8 @@ def test_a_cold_model_waits_for_its_copy_and_a_warm_one_for_milliseconds() -> No
     model, delays = llama2_7b("one"), Delays()
     requests_ = [Request(0.0, "one", 100, 10), Request(30.0, "one", 100, 10)]
     cluster = ClusterSpec(1, 1, pcie_gbps=50.0)
-    results = simulate(cluster, [model], requests_, Ours(), settings=QUICK)
+    as_asked = Scripted((0.001, Do.WAKE), (15.0, Do.DRAIN), (30.001, Do.WAKE))
+    results = simulate(cluster, [model], requests_, as_asked, settings=QUICK)
     copy = model.weight_bytes / 50e9
     cold, warm = results.ttft_s[0], results.ttft_s[1] - results.unloaded_ttft_s[1]
     assert results.found.tolist() == [Found.COLD, Found.WARM]
