@@ -16,7 +16,7 @@ from services.gpu_agent.engine.backend import Backend
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.model import UnsupportedArchitecture, inspect_model
 from services.gpu_agent.settings import GpuAgentSettings
-from services.gpu_agent.weights.building import prepare_image
+from services.gpu_agent.weights.building import prepare_image, remove_unfinished, unfinished
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
 from services.gpu_agent.weights.host_tier import HostTier
@@ -174,10 +174,23 @@ class Images:
         return sizes
 
     def discard(self, fingerprint: str) -> None:
-        """Deletes a checkpoint's images, on the disk and in memory. Nothing happens where they are gone already."""
-        for path in self._folder.glob(f"{fingerprint[:32]}-*-{self._page_bytes}.image"):
+        """Deletes a checkpoint's images on the disk, half made or whole, and in memory. Nothing without any."""
+        pattern = f"{fingerprint[:32]}-*-{self._page_bytes}.image"
+        for path in self._folder.glob(pattern):
             self.tier.discard(path.name)
             delete_image(path)
+        for path in unfinished(self._folder, pattern):
+            remove_unfinished(path)
+
+    def mend(self, blueprint: Blueprint, image: Image, abandoned: threading.Event) -> Image:
+        """Another image for one that is damaged, which is closed: built anew, unless another agent has done that.
+
+        Raises as `open`.
+        """
+        with image:
+            if image.is_current:
+                delete_image(image.path)
+        return self.open(blueprint, abandoned)
 
 
 def _context_tokens(spec: cluster_pb2.ModelSpec, checkpoint: Checkpoint) -> int:

@@ -55,7 +55,7 @@ class Loader:
         Raises CheckpointError, ImageCorrupt, OutOfPages (what is resident stays), OSError.
         """
         image: Image | None = None
-        mended = False
+        damaged = mended = False
         try:
             image = await self._bind(shard)
             while not shard.complete and not shard.abandoned.is_set():
@@ -78,10 +78,11 @@ class Loader:
                         if mended:
                             raise
                         _log.warning("image is damaged; building it anew", model=shard.name, error=str(error))
-                        mended = True
-                        image.close()
-                        image = None
-                        image = await self._rebuild(shard)
+                        mended = damaged = True
+                if damaged:  # not in its turn: others may copy meanwhile
+                    old, image, damaged = image, None, False
+                    assert shard.blueprint is not None
+                    image = await asyncio.to_thread(self._images.mend, shard.blueprint, old, shard.abandoned)
         except AbandonedError:
             return
         finally:
@@ -173,8 +174,3 @@ class Loader:
         finally:
             shard.copy_s += time.monotonic() - began
             self._on_progress()
-
-    async def _rebuild(self, shard: Shard) -> Image:
-        assert shard.blueprint is not None
-        await asyncio.to_thread(self._images.discard, shard.blueprint.checkpoint.fingerprint)
-        return await asyncio.to_thread(self._images.open, shard.blueprint, shard.abandoned)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from launcher.backing import Backing
+from services.common.grpc_frame import channel
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent, status_of
 from tests.gpu_agent.test_agent_host_tier import deploy, kept
@@ -20,7 +23,9 @@ from tests.gpu_agent.test_agent_service import PROMPT, expected
 from tests.gpu_agent.test_weights_building import half_built, largest_file
 from tests.gpu_agent.test_weights_image import damage
 from warmserve.cluster.keys import Keys
-from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2
+from warmserve.cluster.mirror import Mirror
+from warmserve.cluster.store import Store
+from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2, common_pb2
 
 PAGE = 64 << 10  # of running_agent
 
@@ -204,3 +209,65 @@ async def test_a_full_disk_refuses_a_deployment_with_numbers_and_it_works_once_t
     assert "free space there" in message
     assert list((tmp_path / "images").iterdir()) == []
     await assert_serves(agent, await agent.prepare("m", tmp_path / "m"), model)
+
+
+async def test_an_agent_killed_while_warming_leaves_nothing_registered_and_the_next_serves(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path, store: Store
+) -> None:
+    """It warms a model whose image is still being written, and so stands still until it is killed."""
+    model = checkpoints.llama(tmp_path / "m")
+    where = (etcd.address, redis_server.address, keys.prefix, tmp_path)
+    async with running_agent(*where) as agent:
+        spec = await agent.prepare("m", tmp_path / "m")
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+    agents = Mirror(store, keys.agents(), cluster_pb2.AgentRecord)
+    residency = Mirror(store, keys.residencies(), cluster_pb2.AgentResidency)
+    for mirror in (agents, residency):
+        await mirror.start()
+    with half_built(tmp_path / "m", tmp_path / "images", 4, PAGE):
+        doomed = _start(etcd, redis_server, keys, tmp_path)
+        try:
+            await asyncio.wait_for(agents.wait_for(lambda items: "k0" in items), 120)
+            async with channel(agents.items["k0"].address) as connection:
+                stub = agent_pb2_grpc.AgentServiceStub(connection)
+                group = common_pb2.Group(agent_ids=["k0"], node="n0")
+                await stub.WarmReplica(agent_pb2.WarmReplicaRequest(spec=spec, group=group, reason=REASON))
+
+                def warming(items: Mapping[str, cluster_pb2.AgentResidency]) -> bool:
+                    states = [shard.state for record in items.values() for shard in record.shards]
+                    return states == [common_pb2.REPLICA_STATE_WARMING]
+
+                await asyncio.wait_for(residency.wait_for(warming), 60)
+        finally:
+            doomed.kill()
+            doomed.wait()
+        await asyncio.wait_for(residency.wait_for(lambda items: not items), 60)
+        await asyncio.wait_for(agents.wait_for(lambda items: not items), 60)
+        assert await store.get_all(keys.instances(), cluster_pb2.InstanceRecord) == []
+    for mirror in (agents, residency):
+        await mirror.close()
+    async with running_agent(*where) as agent:
+        assert agent.shard("m") is None
+        await assert_serves(agent, spec, model)
+        assert files(tmp_path / "images") == [".image", ".json"]
+
+
+def _start(etcd: Backing, redis: Backing, keys: Keys, folder: Path) -> subprocess.Popen[bytes]:
+    """An agent as a process of its own."""
+    settings = {
+        "ID": "k0",
+        "NODE": "n0",
+        "BACKEND": "host",
+        "ETCD_ENDPOINTS": etcd.address,
+        "REDIS_URL": f"redis://{redis.address}/0",
+        "PREFIX": keys.prefix,
+        "LEASE_TTL_S": "8",
+        "ARENA_BYTES": "16MiB",
+        "PAGE_BYTES": str(PAGE),
+        "MODEL_ROOTS": str(folder),
+        "IMAGE_DIR": str(folder / "images"),
+    }
+    environment = {**os.environ, **{f"WARMSERVE_{name}": value for name, value in settings.items()}}
+    with (folder / "agent.log").open("wb") as log:
+        return subprocess.Popen([sys.executable, "-m", "services.gpu_agent"], env=environment, stderr=log, stdout=log)

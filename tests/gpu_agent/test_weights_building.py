@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.gpu_agent.weights.building import prepare_image, remove_stale, remove_unfinished
+from services.gpu_agent.weights.building import prepare_image, remove_stale, remove_unfinished, unfinished
 from services.gpu_agent.weights.conversion import TensorSource
 from services.gpu_agent.weights.errors import CheckpointError, Problem
 from services.gpu_agent.weights.image import delete_image, open_image
@@ -233,6 +233,8 @@ def test_what_nobody_goes_on_with_is_removed_after_a_day_unless_somebody_is_at_i
         os.utime(journal, (0, time.time() - 2 * DAY_S))
         assert remove_stale(images) == 0
         assert not remove_unfinished(path)
+    assert unfinished(images, path.name[:5] + "*") == [path]
+    assert unfinished(images, "another*") == []
     os.utime(journal)
     assert remove_stale(images) == 0
     os.utime(journal, (0, time.time() - 2 * DAY_S))

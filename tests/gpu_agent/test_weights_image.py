@@ -219,10 +219,14 @@ def test_preparing_again_mends_a_broken_image(prepared: Prepared, broken: str) -
 
 
 def test_a_deleted_image_is_gone_but_readable_by_those_who_have_it_open(image: Image, prepared: Prepared) -> None:
+    assert image.is_current
     delete_image(prepared.path)
     delete_image(prepared.path)
     assert os.listdir(prepared.images) == []
+    assert not image.is_current
     image.read_page(0, torch.empty(PAGE, dtype=torch.uint8))
+    prepare_image(prepared.checkpoint, prepared.layout, prepared.images, no_progress)
+    assert not image.is_current  # that is another one
 
 
 # Loading

@@ -47,15 +47,22 @@ def prepare_image(checkpoint: Checkpoint, layout: ImageLayout, folder: Path, pro
     path = image_path(folder, checkpoint, layout)
     folder.mkdir(parents=True, exist_ok=True)
     header = describe(checkpoint.fingerprint, layout, []) + b"\n"
-    total = layout.total_bytes
+    total, furthest = layout.total_bytes, 0
+
+    def advance(done: int, _: int) -> None:
+        """It never goes back, although what a killed agent had written is looked through again."""
+        nonlocal furthest
+        furthest = max(furthest, done)
+        progress(furthest, total)
+
     with _disk_full_said(total, folder):
         while not _is_there(path, checkpoint, layout):
             with _working(path) as journal:
                 if journal is None:
-                    progress(_written(path, len(header), layout), total)
+                    advance(_written(path, len(header), layout), total)
                     time.sleep(_LOOK_S)
                 elif not _is_there(path, checkpoint, layout):  # another may have finished it meanwhile
-                    _build(checkpoint, layout, path, journal, header, progress)
+                    _build(checkpoint, layout, path, journal, header, advance)
     return path
 
 
@@ -70,11 +77,16 @@ def remove_unfinished(path: Path) -> bool:
 def remove_stale(folder: Path) -> int:
     """Deletes what nobody has gone on with for a day; returns how many images' parts."""
     removed = 0
-    for found in folder.glob(f"*{_JOURNAL}"):
+    for path in unfinished(folder):
         with suppress(FileNotFoundError):  # finished in this moment
-            if time.time() - found.stat().st_mtime > _STALE_S:
-                removed += remove_unfinished(found.with_name(found.name.removesuffix(_JOURNAL)))
+            if time.time() - _beside(path, _JOURNAL).stat().st_mtime > _STALE_S:
+                removed += remove_unfinished(path)
     return removed
+
+
+def unfinished(folder: Path, pattern: str = "*") -> list[Path]:
+    """Where the images are to be that were begun and not finished, of those whose name fits."""
+    return [path.with_name(path.name.removesuffix(_JOURNAL)) for path in folder.glob(f"{pattern}{_JOURNAL}")]
 
 
 def _is_there(path: Path, checkpoint: Checkpoint, layout: ImageLayout) -> bool:

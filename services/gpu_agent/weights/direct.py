@@ -36,6 +36,13 @@ class DirectFile:
         """Its size now, in bytes."""
         return os.fstat(self._plain).st_size
 
+    def is_at(self, path: Path) -> bool:
+        """Whether it is the file that is there now."""
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._plain))
+        except FileNotFoundError:
+            return False
+
     def read(self, offset: int, into: memoryview) -> None:
         """Fills `into` from `offset` on; both are multiples of 4,096 bytes. OSError where the disk fails, FileEnds.
 

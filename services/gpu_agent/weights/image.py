@@ -64,6 +64,11 @@ class Image:
         if not self.is_page(index, found):
             raise ImageCorrupt(f"page {index} of {self.path} does not have its checksum")
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the file is still the one of its name; False where it was deleted or replaced."""
+        return self._file.is_at(self.path)
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
