@@ -45,6 +45,7 @@ class Item:
     used: int  # pages on each agent
     fixed: bool = False  # not to be taken out
     rank: int = -1
+    stays: int = -1  # its rank among those that are resident already
     crowd: int = 0  # sum of the popularity of those that share an agent
     chance: float = 0.0
     worth: float = 0.0
@@ -79,7 +80,7 @@ class Layout:
         item.heat = self.heat(item.agents)
         item.crowd = CERTAIN * self._serving(item.agents) + sum(other.seat.stakes.popularity for other in near)
         item.chance = item.worth = item.bonus = 0.0
-        item.rank = -1
+        item.rank = item.stays = -1
         for agent in item.agents:
             self.free[agent] -= item.used
             self._on[agent].append(item)
@@ -175,11 +176,14 @@ class Layout:
     def _rank(self, seat: Seat) -> None:
         if len(seat.order) > 1:
             seat.order.sort(key=lambda item: (-item.used / item.pages, item.crowd, item.agents))
+        stays = seat.serving
         for rank, item in enumerate(seat.order, start=seat.serving):
-            if item.rank != rank:
-                item.rank = rank
+            if item.rank != rank or item.stays != stays:
+                item.rank, item.stays = rank, stays
                 worth = self.worth(seat, rank, item.agents, item.used)
-                self._set(item, seat.stakes.chance(rank), worth, self.bonus(seat, rank, item.agents, item.used))
+                # One more replica, before it in rank, takes nothing of what staying counts.
+                self._set(item, seat.stakes.chance(rank), worth, self.bonus(seat, stays, item.agents, item.used))
+            stays += item.agents in seat.held
 
     def _set(self, item: Item, chance: float, worth: float, bonus: float) -> None:
         before = self.net(item)
