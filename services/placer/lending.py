@@ -117,7 +117,8 @@ def for_instance(snapshot: Snapshot, agent: Agent, model: Model, requests: float
 
 def kept(agent: Agent, on_agent: Iterable[Replica], lending: Lending) -> int:
     """KV pages that weights of warm replicas leave free on an agent."""
+    held = agent.pages_kv + agent.pages_promised
     instances = [r for r in on_agent if r.state in (State.ACTIVE, State.WAKING)]
     if not instances:
-        return max(agent.pages_kv, lending.reserve(agent))
-    return min(agent.pages_total, max(agent.pages_kv, sum(lending.keeps(agent, r) for r in instances)))
+        return max(held, lending.reserve(agent))
+    return min(agent.pages_total, max(held, sum(lending.keeps(agent, r) for r in instances)))

@@ -157,7 +157,7 @@ class Orders:
             self.memory.succeeded(key)
         else:
             self._clearing.succeeded((order.action.do, key))
-        if order.action.do is Do.WARM:
+        if order.action.do is Do.WARM and order.copies:
             self._prewarms.warmed(key, order.copies)
 
     def _failed(self, key: Key, order: _Order, error: str, now: float) -> None:

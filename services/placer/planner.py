@@ -19,6 +19,8 @@ from services.placer.words import count, load, names
 from warmserve.v1 import common_pb2
 
 RULE = "expected value"
+_CHANGE = 0.3  # of a replica's worth, and at least so many seconds: for less nobody is told
+_LEAST_CHANGE_S = 0.01
 
 
 def plan(snapshot: Snapshot) -> Plan:
@@ -62,6 +64,7 @@ class _Planner:
         self._drain_low_load()
         prewarming = self._rule.prewarm()
         self._actions += prewarming.actions
+        self._tell_scores()
         return self._done(self._models, prewarming)
 
     def wake(self, name: str) -> Plan:
@@ -204,6 +207,17 @@ class _Planner:
                 if self._rule.may_rest(model, replica):
                     surplus -= 1
                     self._drain(replica, self._low_load(model, needed, replica, len(serving)))
+
+    def _tell_scores(self) -> None:
+        """Agents evict what is worth least: they are told where a warm replica's worth has changed much."""
+        for replica in self._board.all():
+            if replica.state is not State.WARM or replica.residency < 1 or replica.score is None:
+                continue
+            score = self._rule.worth(replica).score
+            if abs(score - replica.score) > max(_LEAST_CHANGE_S, _CHANGE * max(score, replica.score)):
+                text = f"worth {score:.2f} s now, {replica.score:.2f} s before"
+                reason = Reason(common_pb2.CAUSE_FOUNDATION, text, score=score)
+                self._actions.append(Action(Do.WARM, replica.model, replica.group, reason))
 
     def _low_load(self, model: Model, needed: Demand, replica: Replica, serving: int) -> Reason:
         in_progress = model.waiting + model.running

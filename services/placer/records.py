@@ -52,6 +52,7 @@ def agents(records: Records) -> dict[str, Agent]:
             page_bytes=record.page_bytes,
             pages_total=record.pages_total,
             pages_kv=residency.pages_kv,
+            pages_promised=residency.pages_promised,
             cordoned=control.cordoned or control.drained or record.stopping,
             drained=control.drained and not record.stopping,  # one that stops drains itself
         )
@@ -106,6 +107,7 @@ def _replica(
         resident=resident if whole else 0,
         kv_pages=kv_pages,
         running=running,
+        score=min(shard.score for shard in shards) if whole else None,
         slots=max((slots.get(shard.instance_id, 0) for shard in shards), default=0),
     )
 

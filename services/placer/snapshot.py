@@ -49,6 +49,7 @@ class Agent:
     page_bytes: int
     pages_total: int
     pages_kv: int = 0  # pages that hold KV blocks, or are kept for requests that run: never given to weights
+    pages_promised: int = 0  # further pages that the agent keeps for the KV of what runs: only a wake may fill them
     cordoned: bool = False  # nothing new here: the operator said so, or the agent is stopping
     drained: bool = False  # what is here has to go; implies cordoned
 
@@ -117,6 +118,7 @@ class Replica:
     in_state_s: float = 0.0  # how long it has been in this state
     idle_s: float = 0.0  # since it was last loaded, woken or busy
     slots: int = 0  # requests it can run at a time, where it has told so
+    score: float | None = None  # what its agents were last told it is worth; None: nobody needs to be told
     loading: int = 0  # of one that is WARMING: pages it is to have in the end; 0: all
 
     @property

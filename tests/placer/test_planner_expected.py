@@ -198,3 +198,22 @@ def test_a_wake_loads_where_the_image_is_near() -> None:
     made = plan(snapshot(agents, [replace(spec, cold_load_measured=True)]))
     assert done(made, Do.WAKE) == [("a", "g1")]
     assert made.wakes["a"].estimated_s == 0.3
+
+
+def test_agents_are_told_where_a_warm_replicas_worth_has_changed_much() -> None:
+    def made(score: float | None):
+        models = [model("a", mean=1, cold_load_s=2.0)]
+        return plan(snapshot([agent("g0")], models, [replica("a", "g0", score=score)]))
+
+    told = action(made(0.0), Do.WARM, "a")
+    assert told.reason.score > 0
+    assert made(told.reason.score * 1.1).actions == ()
+    assert len(made(told.reason.score * 2).actions) == 1
+    assert made(None).actions == ()
+
+
+def test_pages_that_an_agent_has_promised_to_kv_are_not_warmed_into() -> None:
+    models = [model("a", 24, running=1), model("b", 24, mean=1)]
+    there = [replica("a", "g0", State.ACTIVE, pages=24, running=1, slots=64)]
+    assert done(plan(snapshot([agent("g0")], models, there)), Do.WARM) == [("b", "g0")]
+    assert done(plan(snapshot([agent("g0", pages_promised=20)], models, there)), Do.WARM) == []
