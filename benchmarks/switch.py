@@ -22,12 +22,13 @@ from mmap import mmap
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from benchmarks.models import llama_1b, llama_3b, llama_8b
-from benchmarks.one_agent import PROMPT, Cluster, running
-from benchmarks.random_checkpoint import VOCABULARY, write_checkpoint
+from benchmarks.one_agent import Cluster, running
+from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.report import Row, report
+from benchmarks.switch_peers import peers
 from services.gpu_agent.weights.direct import DirectFile
 from warmserve.v1 import cluster_pb2
 
@@ -183,23 +184,6 @@ async def from_disk(chosen: Scale, folder: Path, source: Path) -> list[Row]:
     return [Row("disk to ready, cold page cache", statistics.median(times), "ms", limit, "reading alone", 1.05 * limit)]
 
 
-def peers(source: Path) -> list[Row]:
-    """transformers: from_pretrained and one token, from the page cache and from the disk."""
-    rows = []
-    for what, cold in (("page cache", False), ("disk", True)):
-        for path in source.glob("*.safetensors"):
-            _forget(path) if cold else path.read_bytes()
-        began = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16 if ON_GPU else torch.float32)
-        device = "cuda" if ON_GPU else "cpu"
-        model.to(device)
-        with torch.inference_mode():
-            model(torch.randint(VOCABULARY, (1, PROMPT), device=device)).logits[0, -1].argmax().item()
-        rows.append(Row(f"peer: from_pretrained and a first token, {what}", (time.perf_counter() - began) * 1e3, "ms"))
-        del model
-    return rows
-
-
 def copy_rate() -> float:
     """Bytes per second of copies from pinned memory to the GPU, or within memory where there is none."""
     nbytes = 1 << (30 if ON_GPU else 26)
@@ -239,7 +223,7 @@ def _read_time(path: Path) -> float:
 
 
 async def measure(switches: int, folder: Path) -> list[Row]:
-    """All rows."""
+    """All rows. `folder` holds the models twice over: checkpoints and images."""
     chosen, bus = scale(), copy_rate()
     shapes = [("large", chosen.large), ("medium", chosen.medium)]
     shapes += [(f"small{n}", chosen.small) for n in range(chosen.smalls)]
@@ -251,7 +235,7 @@ async def measure(switches: int, folder: Path) -> list[Row]:
     def tell(found: list[Row]) -> None:
         rows.extend(found)
         for row in found:
-            say(f"{row.what}: {row.value:.4g} {row.unit}")
+            say(row.what if row.value is None else f"{row.what}: {row.value:.4g} {row.unit}")
 
     async with running(chosen.arena, chosen.tier, folder / "main") as cluster:
         say("preparing images")
