@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -88,7 +89,7 @@ def expect(windows: Sequence[WindowLoad], now_s: float, rules: Rules, lookahead_
     Windows that are not finite, negative or without length are left out. After the last window its values go on for a
     day, widened with its age.
     """
-    usable = [window for window in map(_cleaned, windows) if window is not None]
+    usable = _usable(tuple(windows))
     if not usable:
         return Expectation(problem="its forecast holds no usable number" if windows else "")
     ahead = [window for window in usable if window.end_s > now_s]
@@ -131,6 +132,12 @@ def needed(expected: Quantiles, capacity: int, most: int, least_chance: float) -
 def instances(load: float, capacity: int) -> int:
     """Instances that carry a load of requests in progress."""
     return math.ceil(load / capacity) if load >= _NO_LOAD else 0
+
+
+@functools.lru_cache(maxsize=4096)  # a forecast stays for minutes, and each plan asks for all of them
+def _usable(windows: tuple[WindowLoad, ...]) -> tuple[WindowLoad, ...]:
+    """What can be counted on."""
+    return tuple(window for window in map(_cleaned, windows) if window is not None)
 
 
 def _cleaned(window: WindowLoad) -> WindowLoad | None:
