@@ -3,8 +3,8 @@
 Quality: random small clusters (at most 8 GPUs, 8 models, tensor parallelism 1 to 4), on which some instances serve and
 nothing is warm. Plans are made and carried out until there is nothing left to do; the expected value of what is warm
 then (`services.placer.value.expected_value`) is divided by the optimum that a mixed-integer program finds for the same
-objective (HiGHS; where it is not done in time, by the bound that it has proved). The published rule goes the same way.
-A second run begins with what an earlier forecast left warm: a plan then moves things only where that pays, and is held
+objective (HiGHS; where it is not done in time, by the best it found and by its bound, in rows of their own). The
+published rule goes the same way. A second run begins with what an earlier forecast left warm: a plan then moves things only where that pays, and is held
 against the same free optimum.
 
 Speed: one plan of a cluster that has come to rest and now gets other forecasts, so that much is to be decided.
@@ -203,8 +203,17 @@ class _Candidate:
     chance: float
 
 
-def optimum(snapshot: Snapshot) -> tuple[float, bool]:
-    """No placement beside the instances that serve has a larger expected value; whether one has as large a one.
+@dataclass(frozen=True)
+class Optimum:
+    """What a mixed-integer program has found out."""
+
+    bound: float  # no placement beside the instances that serve has a larger expected value
+    found: float  # of the best placement it found; the same where it was done in time
+    proved: bool  # whether it was
+
+
+def optimum(snapshot: Snapshot) -> Optimum:
+    """The largest expected value of any placement beside the instances that serve.
 
     What is warm now counts for nothing: the program places everything anew. Of each possible replica (model, rank,
     group) a binary variable says whether it is there and a continuous one, how much of it is resident, in parts of
@@ -232,7 +241,7 @@ def optimum(snapshot: Snapshot) -> tuple[float, bool]:
                     lines = _lines(own, rank, node)
                     candidates.append(_Candidate(name, rank, group, pages, worth, lines, own.chance(rank)))
     if not candidates:
-        return 0.0, True
+        return Optimum(0.0, 0.0, True)
     return _solve(snapshot, serving, rooms, candidates)
 
 
@@ -251,7 +260,7 @@ def _lines(own: Stakes, rank: int, node: str) -> list[tuple[float, float]]:
 
 def _solve(
     snapshot: Snapshot, serving: list[Replica], rooms: Mapping[str, int], candidates: list[_Candidate]
-) -> tuple[float, bool]:
+) -> Optimum:
     n = len(candidates)
     there, part, worth, lost, loss, all_lost = (range(k * n, (k + 1) * n) for k in range(6))
     rows: list[dict[int, float]] = []
@@ -308,7 +317,10 @@ def _solve(
     )
     if found.mip_dual_bound is None:
         raise RuntimeError(f"the program was not solved: {found.message}")
-    return -float(found.mip_dual_bound) * unit, found.status == 0
+    bound, proved = -float(found.mip_dual_bound) * unit, found.status == 0
+    if proved:
+        return Optimum(bound, bound, True)
+    return Optimum(bound, -float(found.fun) * unit if found.fun is not None else 0.0, False)
 
 
 def _hottest(candidates: list[_Candidate], others: dict[int, float]) -> float:
@@ -331,32 +343,44 @@ def quality(number: int, parts: bool, progress: bool) -> list[Row]:
     """How the expected value of plans compares to the optimum, over so many random clusters."""
     ours: list[float] = []
     published: list[float] = []
-    worse = unproved = 0
+    open_: list[tuple[float, float]] = []  # where the program was not done: ours over its bound, and over what it found
+    worse = 0
     for seed in range(number):
         rng = random.Random(seed)
         start = cluster(seed, rng.choice([1, 2, 3, 4, 6, 8]), rng.randint(2, 8), parts=parts)
-        best, proved = optimum(start)
-        if best <= _NOTHING:
+        best = optimum(start)
+        if best.bound <= _NOTHING:
             continue
-        unproved += not proved
-        rest = at_rest(start, plan_ours)
-        theirs = at_rest(start, plan_published)
+        rest, theirs = at_rest(start, plan_ours), at_rest(start, plan_published)
+        value = expected_value(rest, rest.replicas)
+        other = expected_value(theirs, theirs.replicas)
+        worse += value < min(other, best.bound) - 1e-9
+        if not best.proved:
+            open_.append((value / best.bound, value / best.found if best.found > 0 else 1.0))
+            continue
         # Parts that evictions left may be worth more than the program's whole replicas: no credit for that.
-        ours.append(min(1.0, expected_value(rest, rest.replicas) / best))
-        published.append(min(1.0, expected_value(theirs, theirs.replicas) / best))
-        worse += ours[-1] < published[-1] - 1e-9
+        ours.append(min(1.0, value / best.bound))
+        published.append(min(1.0, other / best.bound))
         if progress and seed % 25 == 24:
             print(
                 f"{seed + 1} of {number} clusters, mean {statistics.mean(ours):.4f}, worst {min(ours):.4f}", flush=True
             )
     what = f"{len(ours)} clusters" + (", parts may be loaded" if parts else "")
-    source = "optimum by HiGHS" + (f", bound only for {unproved}" if unproved else "")
-    return [
+    source = "optimum by HiGHS"
+    rows = [
         Row(f"value missed, mean ({what})", 100 * (1 - statistics.mean(ours)), "%", target=3.0, limit_source=source),
         Row(f"value missed, worst ({what})", 100 * (1 - min(ours)), "%", target=10.0, limit_source=source),
         Row(f"clusters worse than by the published rule ({what})", worse, "clusters", target=0),
         Row(f"value missed by the published rule, mean ({what})", 100 * (1 - statistics.mean(published)), "%"),
     ]
+    if open_:
+        late = f"{len(open_)} more, where HiGHS was not done in {_SECONDS_PER_MILP:g} s"
+        least, found = (100 * (1 - min(pair[i] for pair in open_)) for i in (0, 1))
+        rows += [
+            Row(f"value missed, worst ({late})", found, "%", target=10.0, limit_source="the best that it found"),
+            Row(f"value missed, worst ({late})", least, "%", limit_source="its bound, which nothing may reach"),
+        ]
+    return rows
 
 
 def quality_later(number: int) -> Row:
@@ -367,7 +391,7 @@ def quality_later(number: int) -> Row:
         gpus, models = rng.choice([1, 2, 3, 4, 6, 8]), rng.randint(2, 8)
         rest = at_rest(cluster(seed, gpus, models), plan_ours)
         changed = with_forecasts(rest, seed + 1_000_000)
-        best, _ = optimum(changed)
+        best = optimum(changed).bound
         if best > _NOTHING:
             then = at_rest(changed, plan_ours)
             ratios.append(expected_value(then, then.replicas) / best)
