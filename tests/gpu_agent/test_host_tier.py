@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from services.gpu_agent.arena.arena import Arena
@@ -22,7 +24,7 @@ from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.weights.direct import DirectFile
 from services.gpu_agent.weights.errors import ImageCorrupt
 from services.gpu_agent.weights.host_image import HostImageCorrupt
-from services.gpu_agent.weights.host_tier import HostTier
+from services.gpu_agent.weights.host_tier import HostTier, Kept, most_valuable
 from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.layout import plan_layout
 from services.gpu_agent.weights.loader import load
@@ -66,6 +68,39 @@ def test_the_least_valuable_go_first_and_only_for_what_is_worth_more(tmp_path: P
     tier.appraise(one.path.name, 0.5)
     assert HostTier(tier_folder, 2 * one.layout.total_bytes).fill(three, 1.0)  # as another agent of the node sees it
     assert names(tier) == [three.path.name, four.path.name]
+
+
+kept_images = st.lists(
+    st.builds(
+        Kept,
+        name=st.integers(0, 999).map(str),
+        nbytes=st.integers(1, 50),
+        value=st.floats(0, 1e6),
+    ),
+    unique_by=lambda image: image.name,
+)
+
+
+@given(kept_images, st.integers(0, 200), st.sets(st.integers(0, 999).map(str)))
+def test_the_most_valuable_are_chosen_as_far_as_the_budget_goes(
+    images: list[Kept], budget: int, there: set[str]
+) -> None:
+    chosen = most_valuable(images, there, budget)
+    taken = sum(image.nbytes for image in chosen)
+    assert taken <= budget
+    assert len({image.name for image in chosen}) == len(chosen)
+    for image in images:
+        if image not in chosen:  # it does not fit beside those that are clearly worth no less
+            before = [c for c in chosen if c.value * 1.25 >= image.value]
+            assert sum(c.nbytes for c in before) + image.nbytes > budget
+
+
+def test_what_is_there_gives_way_only_to_what_is_clearly_worth_more() -> None:
+    def chosen(value: float) -> list[str]:
+        images = [Kept("new", 1, value), Kept("old", 1, 4.0)]
+        return [image.name for image in most_valuable(images, {"old"}, 1)]
+
+    assert [chosen(value) for value in (4.0, 4.9, 5.1)] == [["old"], ["old"], ["new"]]
 
 
 def test_what_is_read_stays_and_what_is_removed_is_given_back(tmp_path: Path, tier_folder: Path) -> None:
