@@ -16,20 +16,21 @@ import numpy as np
 from services.forecaster.features import TINY, Features, Floats
 from services.forecaster.predictors import LEVELS
 
-ROUNDS = 200
-_MEDIAN_LEAVES = 31  # a median bears more detail than what is far from it
+_LEAVES = (31, 8, 8)  # per level: a median bears more detail than what is far from it
+_ROUNDS = 200
+_NEAR_ROUNDS = 400  # of the next window's median, of which the last ones tell most
 _OFFSET = 0.02  # scales added before roots, which are steep near 0
 _CLASSES = 4
-_FACTORS = (1.0, 4.0)  # calibration never narrows a spread: two days show too little to be bolder than all days
+_FACTORS = (0.8, 4.0)  # two days show too little to be much bolder than all days
 _AIMS = (0.9, 0.993)  # coverage that p90 and p99 are calibrated to; two days hold few of the rarest windows
 _WEIGHT = 0.25  # power of the scale that rows weigh: between each series alike and each request alike
+_CALIBRATION_WEIGHT = 0.5  # the same, of rows calibrated on: large series stray more from their past than small ones
 _THREADS = 2  # to forecast with
 _PARAMETERS: dict[str, Any] = {
     "objective": "quantile",
     "learning_rate": 0.05,
-    "num_leaves": 15,
     "min_data_in_leaf": 100,
-    "feature_fraction": 0.5,
+    "feature_fraction": 0.3,
     "bagging_fraction": 0.7,
     "bagging_freq": 1,
     "lambda_l2": 1.0,
@@ -94,8 +95,9 @@ def learn(seen: Features, actual: Floats, distance: int, pool: Executor) -> Boos
     # The further ahead, the less the last windows say by themselves.
     sums = _dataset(seen, actual - seen.base / distance, weight)
     roots = _dataset(seen, _root(actual) - _root(seen.base) / np.sqrt(distance), weight * _root(seen.base))
-    jobs = [pool.submit(_boost, sums, level, seed=1) for level in LEVELS]
-    root = pool.submit(_boost, roots, LEVELS[0], seed=2)  # another seed: errors of their own cancel out
+    rounds = (_NEAR_ROUNDS if distance == 1 else _ROUNDS, _ROUNDS, _ROUNDS)
+    jobs = [pool.submit(_boost, sums, level, rounds[level], seed=1) for level in range(len(LEVELS))]
+    root = pool.submit(_boost, roots, 0, rounds[0], seed=2)  # another seed: errors of their own cancel out
     return Boosters(distance, tuple(job.result() for job in jobs), root.result())
 
 
@@ -105,24 +107,18 @@ def calibrate(boosters: Boosters, seen: Features, actual: Floats) -> Calibration
     seen, actual = seen.rows(known), actual[known]
     quantiles = boosters.quantiles(seen)
     roughness = np.nan_to_num(seen.roughness, nan=np.inf)
+    weight = seen.scale**_CALIBRATION_WEIGHT
     edges = np.quantile(roughness, np.arange(1, _CLASSES) / _CLASSES)
     classes = np.searchsorted(edges, roughness)
     factors = np.ones((_CLASSES, len(LEVELS) - 1))
     for column, aim in enumerate(_AIMS):
         spread = np.maximum(quantiles[:, column + 1] - quantiles[:, 0], TINY)
         score = (actual - quantiles[:, 0]) / spread
-        of_all = _reach(score, aim)
-        for number in range(_CLASSES):
-            of_class = score[classes == number]
-            own = _reach(of_class, aim) if len(of_class) else of_all
-            # Two days tell a class's own factor from that of all only half.
-            factors[number, column] = np.clip(np.sqrt(own * of_all), *_FACTORS)
+        for number in np.unique(classes):
+            own = classes == number
+            reach = np.quantile(score[own], aim, weights=weight[own], method="inverted_cdf")
+            factors[number, column] = np.clip(reach, *_FACTORS)
     return Calibration(edges, factors)
-
-
-def _reach(score: Floats, aim: float) -> float:
-    """The factor that covers a share `aim` of windows, and one more for there being finitely many."""
-    return max(float(np.quantile(score, min(1.0, aim * (1 + 1 / len(score))))), TINY)
 
 
 def _predict(booster: lightgbm.Booster, seen: Features) -> Floats:
@@ -133,9 +129,9 @@ def _dataset(seen: Features, target: Floats, weight: Floats) -> lightgbm.Dataset
     return lightgbm.Dataset(seen.values, target, weight=weight / weight.mean(), params=_PARAMETERS).construct()
 
 
-def _boost(data: lightgbm.Dataset, level: float, seed: int) -> lightgbm.Booster:
-    leaves = _MEDIAN_LEAVES if level == LEVELS[0] else _PARAMETERS["num_leaves"]
-    return lightgbm.train({**_PARAMETERS, "alpha": level, "num_leaves": leaves, "seed": seed}, data, ROUNDS)
+def _boost(data: lightgbm.Dataset, level: int, rounds: int, seed: int) -> lightgbm.Booster:
+    own = {"alpha": LEVELS[level], "num_leaves": _LEAVES[level], "seed": seed}
+    return lightgbm.train({**_PARAMETERS, **own}, data, rounds)
 
 
 def _root(value: Floats) -> Floats:

@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Moments = NDArray[np.int64]
 
-LAGS = (0, 1, 2, 3, 4, 5, 6, 8, 11)
+LAGS = (0, 1, 2, 3, 4, 5, 6, 8, 11, 12, 17, 23, 35, 47)
 DRIFT = 10  # residuals that the published predictor looks back on
 DAYS = 28  # past days that seasonal means look back on
 _CHANGES = 10  # past days whose change from the origin's hour to the target's is looked at
 _FADING = 0.6  # weight of a day's change, one day later
 _SPANS = (3, 6, 18, 36)
+_MEDIANS = (3, 5, 9, 18)  # windows; a dip of one window moves a mean, not a median
+_DAY_QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+_HOURS = (6, 24)  # past hours whose habits are looked at
 TINY = 1e-9
 _QUIET = 0.05  # of the mean of all windows: the least scale
 _ROWS = 20_000  # rows worked on at once, for the memory's sake
@@ -70,8 +73,9 @@ def features(series: Floats, origins: Moments, distances: Sequence[int], season:
 
 
 def _features(series: Floats, origins: Moments, distances: Sequence[int], season: int) -> list[Features]:
-    # `past` holds enough unknown windows in front that every origin can look back on a whole season and its drift.
-    front = max(0, season + DRIFT - int(origins.min()))
+    # `past` holds enough unknown windows in front that every origin can look back on a whole season and its drift, and
+    # has all lags.
+    front = max(0, max(season + DRIFT, *LAGS) - int(origins.min()))
     usual = _mean_so_far(series, origins)
     past = np.concatenate([np.full((len(series), front), np.nan), series], axis=1)
     at = origins + front
@@ -104,25 +108,43 @@ def _features(series: Floats, origins: Moments, distances: Sequence[int], season
         columns += [np.nanmin(recent, axis=2)]
     then = np.nanmean(np.stack([_known(past, at - lag - season, at) for lag in range(6)]), axis=0)
     columns += [then, drift, residual[:, :, 0], slow, slower, level - slow, slow - slower]
-    steps = np.abs(np.diff(day, axis=2))
+    moves = np.diff(day, axis=2)
+    steps = np.abs(moves)
     roughness = np.nanmean(steps, axis=2) / scale
     columns += [np.nanmean(steps[:, :, -12:], axis=2), np.nanmean(np.abs(residual), axis=2)]
+    columns += [column for span in _MEDIANS for column in _quantiles(day[:, :, -span:], (0.5,))]
+    columns += _quantiles(day, _DAY_QUANTILES)
+    usual_step, recent_step = _quantiles(steps, (0.5,))[0], _quantiles(steps[:, :, -12:], (0.5,))[0]
+    columns += [usual_step, recent_step]
     shared = [column / scale for column in columns]
+    newest = past[:, at]
     shared += [
+        (newest - _quantiles(day[:, :, -9:], (0.5,))[0]) / (usual_step + 1e-3 * scale),
+        np.mean(day < newest[:, :, None], axis=2),
+        # Below 0 where what goes up comes down at once.
+        np.nansum(moves[:, :, 1:] * moves[:, :, :-1], axis=2) / (np.nansum(moves**2, axis=2) + TINY),
         roughness,
         np.nanmean(day == 0, axis=2),
         np.log(scale),
-        past[:, at] / np.maximum(level, TINY),
+        newest / np.maximum(level, TINY),
         level / np.maximum(then, 0.01 * scale),
         (np.isnan(day)).mean(axis=2),
     ]
+    hour = max(1, season // _HOURS[-1])
+    count = season // hour
+    hours = day[:, :, -count * hour :].reshape(len(series), len(at), count, hour)  # the newest ends at the origin
     result = []
     for distance, phase in zip(distances, phases, strict=True):
         own = _of_distance(past, at, distance, phase, drift, season)
         own += _changes(past, at, distance, level, season)
-        hour = (at + distance - front) * (2 * np.pi / season)
-        wave = [np.broadcast_to(of(hour), scale.shape) for of in (np.sin, np.cos)]
-        columns = [*shared, *(column / scale for column in own), *wave]
+        own += _habits(hours, distance)
+        target = at + distance - front
+        clock = [
+            np.sin(target * (2 * np.pi / season)),
+            np.cos(target * (2 * np.pi / season)),
+            target % season % hour / hour,
+        ]
+        columns = [*shared, *(column / scale for column in own), *(np.broadcast_to(of, scale.shape) for of in clock)]
         values = np.stack(columns, axis=2).reshape(base.size, len(columns))
         values = np.clip(values, -1e6, 1e6, out=values).astype(np.float32)
         result.append(Features(values, base.ravel(), scale.ravel(), roughness.ravel()))
@@ -170,6 +192,19 @@ def _changes(past: Floats, at: Moments, distance: int, level: Floats, season: in
         np.nanmean(wide, axis=2),
         _weighted_mean(wide, weights),
     ]
+
+
+def _habits(hours: Floats, distance: int) -> list[Floats]:
+    """How far the target's place in the hour was above the rest of its hour, of late: jobs start on the full hour."""
+    above = hours[:, :, :, (distance - 1) % hours.shape[3]] - np.nanmean(hours, axis=3)
+    return [np.nanmean(above[:, :, -count:], axis=2) for count in _HOURS]
+
+
+def _quantiles(values: Floats, levels: Sequence[float]) -> list[Floats]:
+    """Along the last axis, of what is known, no value between two; NaN where nothing is known."""
+    order = np.sort(values, axis=-1)  # NaN last
+    last = np.maximum((~np.isnan(order)).sum(axis=-1, keepdims=True) - 1, 0)
+    return [np.take_along_axis(order, (last * level).astype(int), axis=-1)[..., 0] for level in levels]
 
 
 def _fading_mean(past: Floats, at: Moments, keep: float, count: int) -> Floats:

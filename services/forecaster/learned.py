@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,7 +32,7 @@ _THREADS = 2
 # Of a series of which n windows are known the published predictor's share is _PUBLISHED_SAY / max(n, _FIRST_WINDOWS).
 _FIRST_WINDOWS = 3
 _PUBLISHED_SAY = 2.25
-_HEAD = b"warmserve learned 1 "  # the number changes with the features, the anchors, or what is saved
+_HEAD = b"warmserve learned 2 "  # the number changes with the features, the anchors, or what is saved
 
 
 class LearnedPredictor:
@@ -175,8 +176,11 @@ def fit(history: Floats, season: int) -> LearnedPredictor:
     if windows < MIN_DAYS * season:
         raise ValueError(f"{windows} windows are too few to learn from; {MIN_DAYS * season} are needed")
     split = windows - _HELD_OUT_DAYS * season
-    # Moments to learn from, thinned out evenly where there are too many.
-    origins = np.arange(0, windows - 1, max(1, -(-series.size // _MAX_ROWS)))
+    # Moments to learn from, thinned out evenly where there are too many, at every place in the hour and day.
+    step = max(1, -(-series.size // _MAX_ROWS))
+    while math.gcd(step, season) > 1:
+        step += 1
+    origins = np.arange(0, windows - 1, step)
     anchors = {}
     trials = {}
     seen_by = features(series, origins, ANCHORS, season)
@@ -184,8 +188,10 @@ def fit(history: Floats, season: int) -> LearnedPredictor:
     with ThreadPoolExecutor(_THREADS) as pool:
         for distance, seen in zip(ANCHORS, seen_by, strict=True):
             actual = _actual(series, origins, distance, seen)
-            # The trial learns from every other moment: they tell almost what their neighbours tell.
-            early = np.tile((np.arange(len(origins)) % 2 == 0) & (origins + distance < split), len(series))
+            # The trial learns from every other moment: they tell almost what their neighbours tell. The other half of
+            # them in every second series, so that it sees every place in the hour.
+            half = (np.arange(len(series))[:, None] + np.arange(len(origins))) % 2 == 0
+            early = (half & (origins + distance < split)).ravel()
             late = np.tile(origins + 1 >= split, len(series))  # no window of these was learnt from, nor that before
             if np.isnan(actual[early]).all() or np.isnan(actual[late]).all():
                 raise ValueError("no traffic to learn from, or none in the last two seasons to calibrate on")
