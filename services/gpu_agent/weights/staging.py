@@ -14,7 +14,7 @@ import torch
 
 from services.gpu_agent.weights.host_image import HostImage, HostImageCorrupt
 from services.gpu_agent.weights.image import Image
-from services.gpu_agent.weights.sums import device_sum, host_sum
+from services.gpu_agent.weights.sums import device_sum, host_sum, prepare_sums
 
 # Pinned memory between the disk and a GPU: one page of it is copied while the others are read. One read of a large page
 # keeps a disk busy; of small ones it takes more.
@@ -233,7 +233,7 @@ def _streams(page_bytes: int, device: torch.device) -> tuple[torch.cuda.Stream, 
     wait for its steps, and be recorded rather than done while a graph is captured there.
     """
     streams = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(streams[1]):
-        device_sum(torch.zeros(page_bytes, dtype=torch.uint8, device=device))  # what it needs is taken now, not later
+    with torch.cuda.stream(streams[1]):  # what summing up needs is taken now, not later
+        prepare_sums(page_bytes, device)
     streams[1].synchronize()
     return streams

@@ -28,6 +28,12 @@ def device_sum(page: torch.Tensor) -> torch.Tensor:
     return (blocks * _device_weights(len(blocks), page.device)).sum()
 
 
+def prepare_sums(page_bytes: int, device: torch.device) -> None:
+    """Has what `device_sum` needs there for pages of this size: weights, kernels, and memory on the current stream."""
+    _device_weights(page_bytes // (8 * _WORDS), device)
+    device_sum(torch.zeros(8 * _WORDS, dtype=torch.uint8, device=device))
+
+
 @cache
 def _weights(blocks: int) -> NDArray[np.int64]:
     return np.arange(1, 2 * blocks, 2, dtype=np.int64)
