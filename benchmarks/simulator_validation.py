@@ -60,7 +60,7 @@ class Machine:
 
     cost: CostModel
     fit_error: float  # mean of the relative errors' sizes
-    wake_s: tuple[float, float]  # lower and upper quartile, of a replica all resident
+    wake_s: tuple[float, float]  # lower and upper quartile, of a replica all resident; assumed where too few were
     load_gbps: float
 
 
@@ -87,13 +87,19 @@ def machine_of(
 ) -> Machine:
     """What the measurements say."""
     cost = fit(steps)
-    loading_s = statistics.median(cold) - statistics.median(warm)
+    delays = Delays()
+    wake_s = delays.wake_s
+    if len(warm) >= WAKES:
+        quarters = statistics.quantiles(warm, n=4)
+        wake_s = quarters[0], quarters[2]
+    loading_s = statistics.median(cold) - statistics.mean(wake_s) - delays.replan_s  # what is in the way drains first
     if loading_s <= 0:
-        raise RuntimeError("cold models served no later than warm ones: the machine is too busy to measure anything")
+        raise RuntimeError(
+            "a cold model served as soon as a warm one would: the machine is too busy to measure anything"
+        )
     shard = statistics.mean(model.shard_bytes for model in models)
-    quarters = statistics.quantiles(warm, n=4)
     errors = [abs(error) for error in cost.error(steps)]
-    return Machine(cost, statistics.mean(errors), (quarters[0], quarters[2]), shard / loading_s / 1e9)
+    return Machine(cost, statistics.mean(errors), wake_s, shard / loading_s / 1e9)
 
 
 class Lab:
@@ -110,9 +116,16 @@ class Lab:
         return [step for model in self._models for step in await self._steps(model)]
 
     async def switches(self) -> tuple[list[float], list[float]]:
-        """Seconds until warm and cold models serve, beyond what active ones took for the same prompt in `steps`."""
-        warm = [await self._wake("warm") for _ in range(WAKES)]
-        return warm, [await self._wake("cold") for _ in range(WAKES)]
+        """Seconds until warm and cold models serve, beyond what active ones took for the same prompt in `steps`.
+
+        Idle instances stay until somebody wants their pages, so what is in a cold one's way drains first, as it does in
+        the replay. Whether any is found warm is up to the forecasts.
+        """
+        found: dict[str, list[float]] = {"warm": [], "cold": []}
+        while len(found["cold"]) < WAKES:
+            state, seconds = await self._wake()
+            found.setdefault(state, []).append(seconds)
+        return found["warm"], found["cold"]
 
     async def _steps(self, model: ModelSpec) -> list[Measurement]:
         delays = Delays()
@@ -137,19 +150,20 @@ class Lab:
                 outcomes += found
         return outcomes
 
-    async def _wake(self, state: str) -> float:
-        """What a model in this state takes until it serves, more than an active one, with nothing else active."""
-        name = await self._resting(state)
+    async def _wake(self) -> tuple[str, float]:
+        """How a request found a model that was not active, and how much longer it waited than at an active one."""
+        await asyncio.sleep(2 * Rules().min_stay_s)  # then instances may go
+        name = await self._inactive()
         (outcome,) = await self._ask([Request(0.0, name, PROMPTS[0], 1)])
-        return max(0.0, outcome.ttft_s - self._first[name])
+        return outcome.found_state, max(0.0, outcome.ttft_s - self._first[name])
 
-    async def _resting(self, state: str) -> str:
-        """The name of a model in `state`, once no model is active."""
+    async def _inactive(self) -> str:
+        """The name of a model without an instance: agents have room for all models but one."""
         async with AsyncClient(self._address) as client, asyncio.timeout(_TIMEOUT_S):
             while True:
-                states = {info.name: info.state for info in await client.models()}
-                if set(states.values()) <= {"warm", "cold"} and state in states.values():
-                    return next(name for name, found in states.items() if found == state)
+                for info in await client.models():
+                    if info.state in ("warm", "cold"):
+                        return info.name
                 await asyncio.sleep(0.1)
 
     async def _ask(self, requests: Sequence[Request]) -> list[Outcome]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cluster
+from benchmarks.cluster_plots import draw
 from benchmarks.cluster_rows import Compared, Sweep, goodput, next_rate, sweep_rows
 from benchmarks.cluster_runs import CURVE, POLICIES, Case, Outcome, Runner, Setting, autoscaling, run
 from tests.simulator.test_workloads import TRACES, needs_traces
@@ -127,6 +128,9 @@ def test_all_that_rows_need_is_run_and_nothing_twice(tmp_path: Path) -> None:
         file = tmp_path / f"{quick}.json"
         cluster.write(file, done, rows, 7)
         assert json.loads(file.read_text())["seed"] == 7
+    draw(done, cluster.sweeps(quick=False), tmp_path)
+    plots = {plot.stem for plot in tmp_path.glob("*.png")}
+    assert {"cluster-paper-p99", "cluster-fine-tunes-within", "cluster-fine-tunes-ablations"} <= plots
 
 
 @needs_traces
