@@ -4,8 +4,8 @@ Quality: random small clusters (at most 8 GPUs, 8 models, tensor parallelism 1 t
 nothing is warm. Plans are made and carried out until there is nothing left to do; the expected value of what is warm
 then (`services.placer.value.expected_value`) is divided by the optimum that a mixed-integer program finds for the same
 objective (HiGHS; where it is not done in time, by the best it found and by its bound, in rows of their own). The
-published rule goes the same way. A second run begins with what an earlier forecast left warm: a plan then moves things only where that pays, and is held
-against the same free optimum.
+published rule goes the same way. A second run begins with what an earlier forecast left warm: a plan then moves things
+only where that pays, and is held against the same free optimum.
 
 Speed: one plan of a cluster that has come to rest and now gets other forecasts, so that much is to be decided.
 """
