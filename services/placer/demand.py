@@ -114,7 +114,8 @@ def expect(windows: Sequence[WindowLoad], now_s: float, rules: Rules, lookahead_
     )
 
 
-def needed(expected: Quantiles, capacity: int, most: int, least_chance: float) -> list[tuple[float, float]]:
+@functools.lru_cache(maxsize=4096)  # forecasts outlive many plans
+def needed(expected: Quantiles, capacity: int, most: int, least_chance: float) -> tuple[tuple[float, float], ...]:
     """For each of a model's instances, the first first: (P(needed), expected requests for it).
 
     The n-th instance is for the load above what n - 1 carry, as far as it carries it. A load of less than one request
@@ -126,7 +127,7 @@ def needed(expected: Quantiles, capacity: int, most: int, least_chance: float) -
         if chance < least_chance:
             break
         found.append((chance, chances.between(low, low + capacity)))
-    return found
+    return tuple(found)
 
 
 def instances(load: float, capacity: int) -> int:

@@ -25,6 +25,7 @@ class ExpectedRule:
         self._board = board
         self._stakes: dict[str, Stakes] = {}
         self._worths: dict[str, dict[Key, Worth]] = {}
+        self._parts: dict[tuple[str, int, int], Part] = {}
         snapshot = board.snapshot
         self._nodes = sorted({agent.node for agent in board.open_agents})
         # As it was when the rule was made: what is decided meanwhile does not change what anything is worth.
@@ -122,8 +123,11 @@ class ExpectedRule:
 
     def _part(self, model: Model, instances: int, running: int = 0) -> Part:
         """What an instance of a model has to do, if there are so many."""
-        expected = max(self.demand(model).mean, model.waiting + model.running) / instances
-        return Part(max(running, expected), model.priority)
+        key = model.name, instances, running
+        if key not in self._parts:
+            expected = max(self.demand(model).mean, model.waiting + model.running) / instances
+            self._parts[key] = Part(max(running, expected), model.priority)
+        return self._parts[key]
 
     def prewarm(self) -> Prewarming:
         """See `Rule`."""

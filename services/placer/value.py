@@ -128,7 +128,7 @@ def stakes_of(snapshot: Snapshot, model: Model, serving: int, nodes: Iterable[st
     return Stakes(model, wanted, serving, chances, loads, waits, later, first_s, further_s)
 
 
-def _waits(model: Model, needs: list[tuple[float, float]], first_s: float, further_s: float) -> tuple[float, ...]:
+def _waits(model: Model, needs: Iterable[tuple[float, float]], first_s: float, further_s: float) -> tuple[float, ...]:
     """Requests that wait for each rank, times priority."""
     return tuple(
         model.priority * _requests(model, chance, load, further_s if rank else first_s)
@@ -136,7 +136,7 @@ def _waits(model: Model, needs: list[tuple[float, float]], first_s: float, furth
     )
 
 
-def _needs(model: Model, peak: Quantiles) -> list[tuple[float, float]]:
+def _needs(model: Model, peak: Quantiles) -> tuple[tuple[float, float], ...]:
     """`needed`, of the ranks that may be at all."""
     most = min(_MOST_RANKS, model.max_replicas or _MOST_RANKS)
     return needed(peak, max(1, model.capacity), most, _LEAST_CHANCE)
