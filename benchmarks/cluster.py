@@ -156,7 +156,7 @@ def main() -> None:
     print()
     print(table(result))
     if arguments.plots is not None:
-        draw(done, sweeps(arguments.quick), arguments.plots)
+        draw(done, sweeps(arguments.quick), arguments.plots, arguments.seed)
     if arguments.json is not None:
         write(arguments.json, done, result, arguments.seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,11 @@ from benchmarks.cluster_runs import CURVE, ENGINE_STARTS_S, Outcome
 from simulator import plots, scenarios
 
 
-def draw(runs: Runs, sweeps: Sequence[Sweep], folder: Path) -> None:
-    """Writes them. What the command was stands below each."""
+def draw(runs: Runs, sweeps: Sequence[Sweep], folder: Path, seed: int) -> None:
+    """Writes them. The command and the seed stand below each."""
     compared = Compared(runs)
     folder.mkdir(parents=True, exist_ok=True)
+    save = functools.partial(_save, folder, seed)
     for sweep in sweeps:
         rates = [setting.rate_per_s for setting in sweep.settings]
         curves = _competitors(compared, sweep)
@@ -25,21 +27,18 @@ def draw(runs: Runs, sweeps: Sequence[Sweep], folder: Path) -> None:
         tails = {who: (rates, [run.p99 for run in line]) for who, line in curves.items()}
         tails["floor: alone on idle instances"] = (rates, [run.floor_s for run in curves["ours"]])
         within = {who: (rates, [run.within for run in line]) for who, line in curves.items()}
-        _save(
-            plots.lines("requests/s", "p99 time to first token (s)", tails, log_x=True, log_y=True), folder, name, "p99"
-        )
-        _save(plots.lines("requests/s", "share within target", within, log_x=True), folder, name, "within")
+        save(plots.lines("requests/s", "p99 time to first token (s)", tails, log_x=True, log_y=True), name, "p99")
+        save(plots.lines("requests/s", "share within target", within, log_x=True), name, "within")
     usual = [s for s in sweeps[-1].settings if s.rate_per_s == scenarios.FINE_TUNES_PER_S]
     for setting in usual:
         at = sweeps[-1].settings.index(setting)
-        _save(
+        save(
             _shares({who: line[at] for who, line in _competitors(compared, sweeps[-1]).items()}),
-            folder,
             "fine-tunes",
             "ttft",
         )
         ablations = {name: runs[setting, name] for name in ("ours", *ABLATIONS) if (setting, name) in runs}
-        _save(_shares(ablations), folder, "fine-tunes", "ablations")
+        save(_shares(ablations), "fine-tunes", "ablations")
 
 
 def _competitors(compared: Compared, sweep: Sweep) -> dict[str, list[Outcome]]:
@@ -68,7 +67,7 @@ def _shares(runs: Mapping[str, Outcome]) -> Figure:
     )
 
 
-def _save(figure: Figure, folder: Path, *name: str) -> None:
-    command = " ".join(["python -m benchmarks.cluster", *sys.argv[1:]])
+def _save(folder: Path, seed: int, figure: Figure, *name: str) -> None:
+    command = " ".join(["python -m benchmarks.cluster", *sys.argv[1:], f"(seed {seed})"])
     figure.text(0.005, 0.005, command, fontsize=5, color="grey")
     figure.savefig(folder / f"cluster-{'-'.join(name)}.png", dpi=120)

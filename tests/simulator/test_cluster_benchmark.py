@@ -128,7 +128,7 @@ def test_all_that_rows_need_is_run_and_nothing_twice(tmp_path: Path) -> None:
         file = tmp_path / f"{quick}.json"
         cluster.write(file, done, rows, 7)
         assert json.loads(file.read_text())["seed"] == 7
-    draw(done, cluster.sweeps(quick=False), tmp_path)
+    draw(done, cluster.sweeps(quick=False), tmp_path, seed=7)
     plots = {plot.stem for plot in tmp_path.glob("*.png")}
     assert {"cluster-paper-p99", "cluster-fine-tunes-within", "cluster-fine-tunes-ablations"} <= plots
 
