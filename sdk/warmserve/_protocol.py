@@ -41,6 +41,7 @@ CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
 REQUEST_ID = "x-request-id"
 SUGGESTION = "warmserve-suggestion"  # trailing metadata, once per name
 RETRY_AFTER_MS = "warmserve-retry-after-ms"  # trailing metadata
+TOO_LARGE = "warmserve-too-large"  # trailing metadata
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -204,6 +205,8 @@ def error_of(
     if code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE):
         return InvalidRequestError(details, request_id=request_id)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if any(key == TOO_LARGE for key, _ in metadata):
+            return InvalidRequestError(details, request_id=request_id)
         waits = [_text(value) for key, value in metadata if key == RETRY_AFTER_MS]
         retry_after_s = float(waits[0]) / 1000 if waits and waits[0].isdigit() else None
         return QueueFullError(details, request_id=request_id, retry_after_s=retry_after_s)

@@ -112,10 +112,15 @@ class Agent:
             host_tier=self._loader.keeper.host(),
             disk=self._loader.keeper.disk(),
             shards=[
-                shard.to_proto(usage) for shard in self._shards.values() if shard.state != COLD or shard.reason.text
+                shard.to_proto(usage, self._kv_most(shard))
+                for shard in self._shards.values()
+                if shard.state != COLD or shard.reason.text
             ],
             updated_unix_ms=int(time.time() * 1e3),
         )
+
+    def _kv_most(self, shard: Shard) -> int:
+        return self._arena.kv_within_reach(shard.server.instance_id) if shard.server else 0
 
     def expect(self, model: str, sequences: float) -> None:
         """Says how many sequences the forecast has an instance of a model run at once."""

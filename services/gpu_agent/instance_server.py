@@ -19,7 +19,7 @@ from services.common.telemetry import logger
 from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sampling_params import Grammar
 from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
-from services.gpu_agent.queued_request import refusal, sequence_of, update_of
+from services.gpu_agent.queued_request import refusal, sequence_of, too_large, update_of
 from services.gpu_agent.relay import Relay
 from warmserve.v1 import agent_pb2
 
@@ -202,6 +202,10 @@ class InstanceServer:
         if before is not None:
             # Its router gave the older attempt up.
             self._drop(name)
+        if self.instance_id in request.too_large_for:
+            self._relay.send(request.relay_address, [too_large(name, request.attempt, self.instance_id)])
+            self._tell_redis(taken.ticket)
+            return
         self._running[name] = _Running(taken.ticket, request.relay_address, request.attempt)
         if self._idle.is_set():
             self._idle.clear()

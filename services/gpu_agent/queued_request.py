@@ -14,6 +14,7 @@ _FINISH = {
     FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
     FinishReason.DEADLINE: inference_pb2.FINISH_REASON_DEADLINE,
     FinishReason.ERROR: inference_pb2.FINISH_REASON_ERROR,
+    FinishReason.TOO_LARGE: inference_pb2.FINISH_REASON_TOO_LARGE,
 }
 
 
@@ -70,6 +71,17 @@ def refusal(request_id: str, attempt: int, instance_id: str, error: str) -> agen
         instance_id=instance_id,
         finish_reason=inference_pb2.FINISH_REASON_REFUSED,
         error=error,
+    )
+
+
+def too_large(request_id: str, attempt: int, instance_id: str) -> agent_pb2.SequenceUpdate:
+    """What a router is told of a request that it knows to be too large for this instance."""
+    return agent_pb2.SequenceUpdate(
+        request_id=request_id,
+        attempt=attempt,
+        instance_id=instance_id,
+        finish_reason=inference_pb2.FINISH_REASON_TOO_LARGE,
+        error="it was too large before",
     )
 
 

@@ -117,8 +117,8 @@ class Shard:
         else:
             self.weights.offer((self.score, self.entered))
 
-    def to_proto(self, usage: ArenaUsage) -> cluster_pb2.ResidentShard:
-        """The shard as etcd shows it."""
+    def to_proto(self, usage: ArenaUsage, pages_kv_most: int) -> cluster_pb2.ResidentShard:
+        """The shard as etcd shows it. pages_kv_most: see there."""
         instance_id = self.server.instance_id if self.server else ""
         return cluster_pb2.ResidentShard(
             model=self.name,
@@ -138,4 +138,5 @@ class Shard:
             running=self.server.running if self.server else 0,
             score=self.score,
             pages_lent=self.pages_resident if self.weights and self.weights.is_lendable else 0,
+            pages_kv_most=pages_kv_most,
         )

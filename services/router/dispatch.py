@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 from services.common.queues import RequestQueue, Ticket
 from services.common.telemetry import logger
 from services.router import metrics
-from services.router.errors import RequestError
+from services.router.errors import RequestError, TooLargeError
 from services.router.relay import RelayStream
 from services.router.request import Outcome, Request
 from services.router.view import ClusterView
@@ -229,6 +229,8 @@ class Dispatcher:
                 request.fail(deadline_passed(request))
             case Outcome.REFUSED:
                 request.fail(RequestError(grpc.StatusCode.INVALID_ARGUMENT, update.error))
+            case Outcome.TOO_LARGE:
+                self._move_to_more_memory(request, update.instance_id, update.error)
             case Outcome.FAILED:
                 request.failures += 1
                 error = update.error or f"instance {update.instance_id} sent no log probabilities"
@@ -239,6 +241,21 @@ class Dispatcher:
                 else:
                     text = f"failed {request.failures} times, the last time with: {error}"
                     request.fail(RequestError(grpc.StatusCode.INTERNAL, text))
+
+    def _move_to_more_memory(self, request: Request, refused_by: str, error: str) -> None:
+        """Has an instance with more memory go on with a request; where there is none, it fails with the numbers."""
+        again = refused_by in request.too_large
+        said = request.too_large.setdefault(refused_by, error)
+        name = request.spec.name
+        larger = self._view.larger_instances(name, request.too_large)
+        if not larger:
+            request.fail(TooLargeError(f"{said}; no other instance of model {name!r} has more memory for it"))
+        elif again:
+            # The larger ones are busy. `Recovery` queues it with its next check, so that this is no busy loop.
+            request.detach()
+        else:
+            text = f"{said}; an instance on {', '.join(larger)} has more memory"
+            self.put_back(request, common_pb2.Reason(cause=common_pb2.CAUSE_NO_CAPACITY, text=text), cancel=False)
 
     # Tasks that outlive the request they are for
 

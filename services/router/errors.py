@@ -33,6 +33,14 @@ class RequestError(StatusError):
         self.retry_after_s = retry_after_s
 
 
+class TooLargeError(RequestError):
+    """The request needs more memory than any instance of its model could give it, so that repeating it cannot help."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+        self.trailing = (("warmserve-too-large", "1"),)
+
+
 def invalid(param: str, problem: str) -> RequestError:
     """The caller's mistake in one parameter."""
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, f"{param}: {problem}", param=param)

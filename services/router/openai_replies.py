@@ -6,7 +6,7 @@ import time
 
 import grpc
 
-from services.router.errors import RequestError
+from services.router.errors import RequestError, TooLargeError
 from services.router.openai_logprobs import ChatLogprobs, CompletionLogprobs, Json, LogprobsJson
 from warmserve.v1 import cluster_pb2, inference_pb2
 
@@ -27,11 +27,14 @@ _CODES = {
     503: "unavailable",
     504: "deadline_exceeded",
 }
+_TOO_LARGE = "context_length_exceeded"  # upon which clients shorten what they send
 _FINISH = {inference_pb2.FINISH_REASON_STOP: "stop", inference_pb2.FINISH_REASON_LENGTH: "length"}
 
 
 def status_of(error: RequestError) -> int:
     """The HTTP status of an error."""
+    if isinstance(error, TooLargeError):
+        return 400  # for OpenAI's clients repeat what was answered 429
     return _STATUSES[error.code]
 
 
@@ -44,7 +47,8 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 def error_of(error: RequestError) -> Json:
     """A RequestError as a body."""
     status = status_of(error)
-    return error_body(status, error.message, error.param, _CODES[status])
+    code = _TOO_LARGE if isinstance(error, TooLargeError) else _CODES[status]
+    return error_body(status, error.message, error.param, code)
 
 
 def model(spec: cluster_pb2.ModelSpec) -> Json:

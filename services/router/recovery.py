@@ -151,8 +151,9 @@ class Recovery:
             return str((await self._redis.info("server")).get("run_id"))
 
     async def _enqueue(self, request: Request) -> None:
+        attempt = request.attempt
         await self._dispatcher.enqueue(request)
-        if request.ticket is None and request.waiting:
+        if request.ticket is None and request.waiting and request.attempt == attempt:
             raise ConnectionError(self._dispatcher.queue_error)
 
     def _forget_old(self) -> None:

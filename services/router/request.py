@@ -24,6 +24,7 @@ class Outcome(Enum):
     PUT_BACK = auto()  # the sender lost tokens or gave up: another instance must go on
     FAILED = auto()  # the sender reports an error
     REFUSED = auto()  # the sender says that nobody can serve it
+    TOO_LARGE = auto()  # the sender's memory could not hold it; another one's may
     EXPIRED = auto()  # the deadline has passed
 
 
@@ -65,6 +66,7 @@ class Request:
     first_token: float = 0.0
     resumed: int = 0
     released: bool = False  # neither a queue nor an instance has it any more
+    too_large: dict[str, str] = field(default_factory=dict)  # instances that could not hold it, and what they said
     failures: int = 0  # attempts in a row that instances reported as failed, without a new token
 
     @property
@@ -91,6 +93,7 @@ class Request:
             deadline_unix_ms=self.deadline_unix_ms,
             arrived_unix_ms=self.arrived_unix_ms,
             priority=self.priority,
+            too_large_for=self.too_large,
         )
 
     def apply(self, update: agent_pb2.SequenceUpdate, stream: RelayStream, now: float) -> Outcome:
@@ -137,6 +140,8 @@ class Request:
                 return Outcome.FAILED
             case inference_pb2.FINISH_REASON_REFUSED:
                 return Outcome.REFUSED
+            case inference_pb2.FINISH_REASON_TOO_LARGE:
+                return Outcome.TOO_LARGE
         return Outcome.NOTHING
 
     def fail(self, error: RequestError) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.mirror import Mirror
@@ -62,6 +62,33 @@ class ClusterView:
         """The agents of an instance; empty where it is not (yet, or any more) known."""
         record = self._by_model.get(model, {}).get(instance_id)
         return frozenset() if record is None else frozenset(record.group.agent_ids)
+
+    def larger_instances(self, model: str, than: Collection[str]) -> list[str]:
+        """Agents of the model's active instances that could have more KV than each of the instances `than`.
+
+        An instance that has not said yet how much it could have is taken to have more.
+        """
+        known = {record.id: self._kv_bytes(record) for record in self.instances_of(model)}
+        most = max((known.get(item) or 0 for item in than), default=0)
+        return sorted(
+            agent_id
+            for record in self.instances_of(model)
+            if record.state == common_pb2.REPLICA_STATE_ACTIVE and record.id not in than
+            if (size := known[record.id]) is None or size > most
+            for agent_id in record.group.agent_ids
+        )
+
+    def _kv_bytes(self, record: cluster_pb2.InstanceRecord) -> int | None:
+        """What an instance's KV could grow to, on each of its agents; None where that is not known."""
+        sizes = []
+        for agent_id in record.group.agent_ids:
+            agent, residency = self.agents.items.get(agent_id), self.residencies.items.get(agent_id)
+            shards = residency.shards if residency is not None else ()
+            pages = next((item.pages_kv_most for item in shards if item.instance_id == record.id), 0)
+            if agent is None or not pages:
+                return None
+            sizes.append(pages * agent.page_bytes)
+        return min(sizes, default=None)
 
     def leader_address(self) -> str:
         """host:port of the leading placer; empty where none leads."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from services.common.grpc_frame import GrpcServer, channel
 from services.common.process import Node, make_node
 from services.common.queues import RequestQueue
 from services.common.settings import ServiceSettings
+from services.common.tasks import end_tasks
 from services.gpu_agent.__main__ import serve
 from services.gpu_agent.settings import GpuAgentSettings
 from warmserve.cluster.mirror import Mirror
@@ -172,7 +173,6 @@ async def running_agent(
     )
     stop = asyncio.Event()
     node = make_node(settings, stop)
-    await node.session.start()
     relay_server = GrpcServer(ServiceSettings(**common))
     relay = RelayServer()
     relay_server.add(
@@ -180,20 +180,29 @@ async def running_agent(
         relay,
         agent_pb2.DESCRIPTOR.services_by_name["TokenRelayService"],
     )
-    relay_address = await relay_server.start()
-    task = asyncio.create_task(serve(settings, node))
     agents = Mirror(node.store, node.keys.agents(), cluster_pb2.AgentRecord)
     residency = Mirror(node.store, node.keys.residencies(), cluster_pb2.AgentResidency)
     instances = Mirror(node.store, node.keys.instances(), cluster_pb2.InstanceRecord)
-    for mirror in (agents, residency, instances):
-        await mirror.start()
-    registered = asyncio.create_task(agents.wait_for(lambda items: agent_id in items))
-    await asyncio.wait({registered, task}, return_when=asyncio.FIRST_COMPLETED, timeout=30)
-    if task.done():
-        task.result()
-    await registered
-    await asyncio.wait_for(residency.wait_for(lambda items: agent_id in items), 30)
-    async with channel(agents.items[agent_id].address) as connection:
+    async with AsyncExitStack() as stack:  # it all ends whatever happens in the block
+        stack.push_async_callback(node.store.close)
+        stack.push_async_callback(node.redis.aclose)
+        stack.push_async_callback(node.session.close)
+        await node.session.start()
+        stack.push_async_callback(relay_server.stop, 0)
+        relay_address = await relay_server.start()
+        for mirror in (agents, residency, instances):
+            stack.push_async_callback(mirror.close)
+            await mirror.start()
+        task = asyncio.create_task(serve(settings, node))
+        stack.push_async_callback(_stopped, task, stop)
+        registered = asyncio.create_task(agents.wait_for(lambda items: agent_id in items))
+        stack.push_async_callback(end_tasks, [registered])
+        await asyncio.wait({registered, task}, return_when=asyncio.FIRST_COMPLETED, timeout=30)
+        if task.done():
+            task.result()
+        await registered
+        await asyncio.wait_for(residency.wait_for(lambda items: agent_id in items), 30)
+        connection = await stack.enter_async_context(channel(agents.items[agent_id].address))
         yield RunningAgent(
             settings,
             node,
@@ -206,14 +215,12 @@ async def running_agent(
             relay_server,
             task,
         )
-        stop.set()
-        await asyncio.wait({task}, timeout=30)
-    for mirror in (agents, residency, instances):
-        await mirror.close()
-    await relay_server.stop(0)
-    await node.session.close()
-    await node.redis.aclose()
-    await node.store.close()
+
+
+async def _stopped(task: asyncio.Task[None], stop: asyncio.Event) -> None:
+    """Stops an agent as SIGTERM would; fails where it does not end, or ended with an error."""
+    stop.set()
+    await asyncio.wait({task}, timeout=30)
     assert task.done(), "the agent does not stop"
     task.result()
 

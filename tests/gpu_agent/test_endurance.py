@@ -139,9 +139,10 @@ class World:
             end = await self.agent.relay.finished(name, attempt)
             if end.finish_reason == inference_pb2.FINISH_REASON_LENGTH:
                 return
-            assert end.finish_reason == inference_pb2.FINISH_REASON_ERROR
+            too_large = end.finish_reason == inference_pb2.FINISH_REASON_TOO_LARGE
+            assert too_large or end.finish_reason == inference_pb2.FINISH_REASON_ERROR
             attempt += 1
-            if "KV blocks" in end.error:  # idle instances have the memory, and the placer would have one give way
+            if too_large:  # idle instances have the memory, and the placer would have one give way
                 await self.make_room(model)
             so_far = self._answer(name)
             await self.agent.submit(

@@ -70,6 +70,7 @@ def test_too_large_for_all_pages_ends_with_the_numbers(served: Served) -> None:
     instance.add(greedy("large", prompt(tokens), 5))
     instance.add(greedy("fits", prompt(tokens - 4), 4))
     outputs = run(instance)
+    assert end_of(outputs, "large").finish_reason is FinishReason.TOO_LARGE
     assert f"{tokens + 1} tokens need {slots + 1} KV blocks" in end_of(outputs, "large").error
     assert len(tokens_of(outputs, "fits")) == 4
     weights.remove()

@@ -139,10 +139,20 @@ class PeerAgent:
 
     async def start(self) -> None:
         await self._session.start()
-        await self._session.put(self._keys.agent(self.id), cluster_pb2.AgentRecord(id=self.id, node="n0"))
+        await self._session.put(
+            self._keys.agent(self.id), cluster_pb2.AgentRecord(id=self.id, node="n0", page_bytes=1 << 20)
+        )
 
-    async def tell_residency(self, model: str, state: common_pb2.ReplicaState.ValueType) -> None:
-        shard = cluster_pb2.ResidentShard(model=model, state=state, group=common_pb2.Group(agent_ids=[self.id]))
+    async def tell_residency(
+        self, model: str, state: common_pb2.ReplicaState.ValueType, pages_kv_most: int = 0
+    ) -> None:
+        shard = cluster_pb2.ResidentShard(
+            model=model,
+            state=state,
+            group=common_pb2.Group(agent_ids=[self.id]),
+            instance_id=f"{self.id}-{model}" if pages_kv_most else "",
+            pages_kv_most=pages_kv_most,
+        )
         record = cluster_pb2.AgentResidency(agent_id=self.id, shards=[shard])
         await self._session.put(self._keys.residency(self.id), record)
 
@@ -157,8 +167,11 @@ class PeerAgent:
         )
         self._records[model] = record
         await self._session.put(self._keys.instance(model, instance_id), record)
-        self._pulls[model] = asyncio.create_task(self._pull(model, instance_id))
+        self.start_pulling(model)
         return instance_id
+
+    def start_pulling(self, model: str) -> None:
+        self._pulls[model] = asyncio.create_task(self._pull(model, self._records[model].id))
 
     async def stop_pulling(self) -> None:
         await end_tasks(self._pulls.values())

@@ -344,6 +344,7 @@ class QueuedRequest(_message.Message):
     DEADLINE_UNIX_MS_FIELD_NUMBER: _builtins.int
     ARRIVED_UNIX_MS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    TOO_LARGE_FOR_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, unique in the cluster; where a client asks for several answers, each is a request of its own."""
     model: _builtins.str
@@ -370,6 +371,10 @@ class QueuedRequest(_message.Message):
     def sampling(self) -> _inference_pb2.SamplingParams:
         """How to choose tokens. max_tokens is set and counts from the first attempt; seed is set."""
 
+    @_builtins.property
+    def too_large_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Instances that could not hold it (FINISH_REASON_TOO_LARGE); one that reads it all the same says so at once."""
+
     def __init__(
         self,
         *,
@@ -384,10 +389,11 @@ class QueuedRequest(_message.Message):
         deadline_unix_ms: _builtins.int = ...,
         arrived_unix_ms: _builtins.int = ...,
         priority: _common_pb2.Priority.ValueType = ...,
+        too_large_for: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_unix_ms", b"arrived_unix_ms", "attempt", b"attempt", "deadline_unix_ms", b"deadline_unix_ms", "generated", b"generated", "model", b"model", "priority", b"priority", "relay_address", b"relay_address", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_unix_ms", b"arrived_unix_ms", "attempt", b"attempt", "deadline_unix_ms", b"deadline_unix_ms", "generated", b"generated", "model", b"model", "priority", b"priority", "relay_address", b"relay_address", "request_id", b"request_id", "router_id", b"router_id", "sampling", b"sampling", "token_ids", b"token_ids", "too_large_for", b"too_large_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -496,7 +502,7 @@ class SequenceUpdate(_message.Message):
     finish_reason: _inference_pb2.FinishReason.ValueType
     """Set when the sequence has ended."""
     error: _builtins.str
-    """What went wrong, with FINISH_REASON_ERROR and FINISH_REASON_REFUSED."""
+    """What went wrong, with FINISH_REASON_ERROR, FINISH_REASON_REFUSED and FINISH_REASON_TOO_LARGE."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens, in order; empty in the first update, which says that an instance has taken the request."""

@@ -661,6 +661,7 @@ class ResidentShard(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     PAGES_LENT_FIELD_NUMBER: _builtins.int
+    PAGES_KV_MOST_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model."""
     shard: _builtins.int
@@ -691,6 +692,8 @@ class ResidentShard(_message.Message):
     """What the placer's last order to warm it said it is worth; where instances take lent pages back, the lowest goes first."""
     pages_lent: _builtins.int
     """Of pages_resident, those that are lent: KV that finds no free page may take them back now."""
+    pages_kv_most: _builtins.int
+    """Pages of KV cache that its instance would have if all others gave back what they may; 0 where it has no instance."""
     @_builtins.property
     def group(self) -> _common_pb2.Group:
         """The group its replica lies on."""
@@ -719,10 +722,11 @@ class ResidentShard(_message.Message):
         running: _builtins.int = ...,
         score: _builtins.float = ...,
         pages_lent: _builtins.int = ...,
+        pages_kv_most: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "reason", b"reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "cold_load_ms", b"cold_load_ms", "group", b"group", "instance_id", b"instance_id", "model", b"model", "pages_kv", b"pages_kv", "pages_lent", b"pages_lent", "pages_resident", b"pages_resident", "pages_total", b"pages_total", "reason", b"reason", "residency", b"residency", "running", b"running", "score", b"score", "shard", b"shard", "since_unix_ms", b"since_unix_ms", "state", b"state", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "cold_load_ms", b"cold_load_ms", "group", b"group", "instance_id", b"instance_id", "model", b"model", "pages_kv", b"pages_kv", "pages_kv_most", b"pages_kv_most", "pages_lent", b"pages_lent", "pages_resident", b"pages_resident", "pages_total", b"pages_total", "reason", b"reason", "residency", b"residency", "running", b"running", "score", b"score", "shard", b"shard", "since_unix_ms", b"since_unix_ms", "state", b"state", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

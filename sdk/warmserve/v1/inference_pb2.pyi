@@ -72,6 +72,10 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The instance could not go on. On the relay only: the router puts the request back or fails it."""
     FINISH_REASON_REFUSED: _FinishReason.ValueType  # 6
     """No instance could serve the request as it is. On the relay only: clients get status INVALID_ARGUMENT."""
+    FINISH_REASON_TOO_LARGE: _FinishReason.ValueType  # 7
+    """It needs more KV than its instance would have with nothing else running. On the relay only: the router has an
+    instance with more memory go on, and where there is none clients get status RESOURCE_EXHAUSTED.
+    """
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why an answer ended."""
@@ -90,6 +94,10 @@ FINISH_REASON_ERROR: FinishReason.ValueType  # 5
 """The instance could not go on. On the relay only: the router puts the request back or fails it."""
 FINISH_REASON_REFUSED: FinishReason.ValueType  # 6
 """No instance could serve the request as it is. On the relay only: clients get status INVALID_ARGUMENT."""
+FINISH_REASON_TOO_LARGE: FinishReason.ValueType  # 7
+"""It needs more KV than its instance would have with nothing else running. On the relay only: the router has an
+instance with more memory go on, and where there is none clients get status RESOURCE_EXHAUSTED.
+"""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final

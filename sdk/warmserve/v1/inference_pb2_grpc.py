@@ -60,8 +60,9 @@ class InferenceServiceServicer(object):
         """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
         ends with exactly one `finished` for each answer asked for. Cancelling the call cancels the request; the call's deadline is the request's.
         Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
-        RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
-        programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.
+        RESOURCE_EXHAUSTED (queue full; or the request needs more memory than any instance of the model could give it),
+        DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for programs: `warmserve-suggestion`,
+        once per near name, `warmserve-retry-after-ms`, and `warmserve-too-large` where trying again as it is cannot help.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,8 +37,9 @@ class InferenceServiceStub:
     """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
     ends with exactly one `finished` for each answer asked for. Cancelling the call cancels the request; the call's deadline is the request's.
     Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
-    RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
-    programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.
+    RESOURCE_EXHAUSTED (queue full; or the request needs more memory than any instance of the model could give it),
+    DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for programs: `warmserve-suggestion`,
+    once per near name, `warmserve-retry-after-ms`, and `warmserve-too-large` where trying again as it is cannot help.
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     """The deployed models and how ready each is."""
@@ -57,8 +58,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
     ends with exactly one `finished` for each answer asked for. Cancelling the call cancels the request; the call's deadline is the request's.
     Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
-    RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
-    programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.
+    RESOURCE_EXHAUSTED (queue full; or the request needs more memory than any instance of the model could give it),
+    DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for programs: `warmserve-suggestion`,
+    once per near name, `warmserve-retry-after-ms`, and `warmserve-too-large` where trying again as it is cannot help.
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     """The deployed models and how ready each is."""
@@ -80,8 +82,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Generates text. The stream begins with progress while the request waits, then carries text as it is made, and
         ends with exactly one `finished` for each answer asked for. Cancelling the call cancels the request; the call's deadline is the request's.
         Errors: NOT_FOUND (unknown model; names the nearest), INVALID_ARGUMENT (says which field and what to do),
-        RESOURCE_EXHAUSTED (queue full), DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for
-        programs: `warmserve-suggestion`, once per near name, and `warmserve-retry-after-ms`.
+        RESOURCE_EXHAUSTED (queue full; or the request needs more memory than any instance of the model could give it),
+        DEADLINE_EXCEEDED, UNAVAILABLE (router stopping). Trailing metadata of errors, for programs: `warmserve-suggestion`,
+        once per near name, `warmserve-retry-after-ms`, and `warmserve-too-large` where trying again as it is cannot help.
         """
 
     @_abc_1.abstractmethod

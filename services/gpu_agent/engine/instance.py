@@ -187,7 +187,7 @@ class Instance:
         self._promise()
         for sequence, reason in schedule.impossible:
             del self._sequences[sequence.request_id, sequence.attempt]
-            self._ended.append(_end(sequence, FinishReason.ERROR, error=reason))
+            self._ended.append(_end(sequence, FinishReason.TOO_LARGE, error=reason))
         if not schedule.chunks:
             return False
         sampling = [chunk.sequence for chunk in schedule.chunks if chunk.length == chunk.sequence.pending_tokens]

@@ -21,6 +21,7 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     ERROR = "error"
+    TOO_LARGE = "too_large"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,6 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     """Set when the sequence has ended; nothing follows."""
     error: str = ""
-    """What went wrong, with FinishReason.ERROR."""
+    """What went wrong, with FinishReason.ERROR and TOO_LARGE."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """One for each of token_ids, where sampling.logprobs asks for them."""
