@@ -6,9 +6,11 @@ import asyncio
 import signal
 from pathlib import Path
 
+import grpc
 import pytest
 from redis.asyncio import Redis
 
+import warmserve.cluster.store as store_module
 from launcher.backing import start_etcd
 from launcher.ports import free_port
 from services.common.load import (
@@ -55,6 +57,19 @@ async def test_a_prefix_larger_than_a_message_of_grpc_is_read_whole(store: Store
         await store.put(keys.model(f"m{index}"), large)
     entries = await store.get_all(keys.models(), cluster_pb2.ModelSpec)
     assert [entry.value.source for entry in entries] == [large.source] * 6
+
+
+async def test_etcd_keeps_a_connection_on_which_nothing_happens(etcd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pings of an idle connection, which etcd forbids, would end it ("too_many_pings")."""
+    often = {"grpc.keepalive_time_ms": 50, "grpc.http2.max_pings_without_data": 0}
+    monkeypatch.setattr(store_module, "_CHANNEL_OPTIONS", store_module._CHANNEL_OPTIONS | often)
+    store = Store([etcd.address])
+    await store.ping()
+    channel = (await store._connected()).channel
+    with pytest.raises(TimeoutError):  # nothing happens in a time in which it would have been closed
+        async with asyncio.timeout(1.5):
+            await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+    await store.close()
 
 
 async def test_store_moves_on_to_an_endpoint_that_answers(etcd, keys: Keys) -> None:

@@ -23,9 +23,11 @@ T = TypeVar("T")
 
 _CALL_TIMEOUT_S = 5
 _CHANNEL_OPTIONS = {
-    "grpc.keepalive_time_ms": 10_000,  # etcd closes connections that ping more often than every 5 s
+    # While a watch or a call is open, by which mirrors notice that etcd is gone without a word. etcd closes
+    # connections ("too_many_pings") that ping more often than every 5 s, or when no call is open at all.
+    "grpc.keepalive_time_ms": 10_000,
     "grpc.keepalive_timeout_ms": 3_000,
-    "grpc.keepalive_permit_without_calls": 1,
+    "grpc.keepalive_permit_without_calls": 0,
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.max_reconnect_backoff_ms": 2_000,
     "grpc.max_receive_message_length": -1,  # a prefix is read whole, and a thousand forecasts exceed grpc's 4 MiB
