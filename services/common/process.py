@@ -38,6 +38,13 @@ class Node:
     server: GrpcServer
     stop: asyncio.Event  # set by SIGTERM or SIGINT
 
+    async def close(self) -> None:
+        """Ends what the service has left open, as where it failed while it started."""
+        await self.server.stop(0)
+        await self.session.close()
+        await self.redis.aclose()
+        await self.store.close()
+
 
 def run(service: str, kind: type[S], main: Callable[[S, Node], Awaitable[None]]) -> None:
     """Runs a service process.
@@ -72,9 +79,7 @@ async def _run(service: str, settings: S, main: Callable[[S, Node], Awaitable[No
     finally:
         started.cancel()
         stopped.cancel()
-        await node.session.close()
-        await node.redis.aclose()
-        await node.store.close()
+        await node.close()
     _log.info("stopped")
 
 

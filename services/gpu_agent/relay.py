@@ -58,6 +58,7 @@ class Relay:
         finally:
             # However it ended: the router takes this agent for lost, and so must the agent take the router.
             del self._streams[address]
+            stream.outgoing.put_nowait(None)  # grpc's task that waits for more to send would never end
             self._on_lost(address)
 
     async def _outgoing(self, stream: _Stream) -> AsyncIterator[agent_pb2.RelayRequest]:

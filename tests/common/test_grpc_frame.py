@@ -21,6 +21,8 @@ from launcher.backing import Backing
 from launcher.children import Child
 from launcher.ports import free_port
 from services.common.grpc_frame import channel
+from services.common.process import make_node
+from services.common.settings import ServiceSettings
 from tests.common.example_service import SECRET
 from warmserve.v1 import inference_pb2, inference_pb2_grpc, placement_pb2, placement_pb2_grpc
 
@@ -70,6 +72,19 @@ async def wake(example: Example, wish: str, request_id: str | None = None) -> pl
     async with channel(example.address) as connection:
         stub = placement_pb2_grpc.PlacementServiceStub(connection)
         return await stub.WakeModel(placement_pb2.WakeModelRequest(model=wish), metadata=metadata)
+
+
+@pytest.mark.parametrize("serves", [True, False])
+async def test_what_a_failed_start_leaves_open_is_closed(etcd: Backing, serves: bool) -> None:
+    node = make_node(ServiceSettings(etcd_endpoints=[etcd.address]), asyncio.Event())
+    if serves:
+        await node.server.start()
+        await node.server.set_serving(True)
+    await node.close()
+    async with channel(node.server.address or f"127.0.0.1:{free_port()}") as connection:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await health_pb2_grpc.HealthStub(connection).Check(health_pb2.HealthCheckRequest())
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_status_error_reaches_the_caller(example: Example) -> None:

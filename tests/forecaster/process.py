@@ -44,7 +44,7 @@ async def forecaster(
             yield forecast_pb2_grpc.ForecastServiceStub(connection)
     finally:
         stop.set()
-        await task
-        await node.session.close()
-        await node.redis.aclose()
-        await node.store.close()
+        try:
+            await task
+        finally:
+            await node.close()

@@ -184,9 +184,7 @@ async def running_agent(
     residency = Mirror(node.store, node.keys.residencies(), cluster_pb2.AgentResidency)
     instances = Mirror(node.store, node.keys.instances(), cluster_pb2.InstanceRecord)
     async with AsyncExitStack() as stack:  # it all ends whatever happens in the block
-        stack.push_async_callback(node.store.close)
-        stack.push_async_callback(node.redis.aclose)
-        stack.push_async_callback(node.session.close)
+        stack.push_async_callback(node.close)
         await node.session.start()
         stack.push_async_callback(relay_server.stop, 0)
         relay_address = await relay_server.start()

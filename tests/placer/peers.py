@@ -17,6 +17,7 @@ from launcher.backing import Backing
 from services.common.grpc_frame import StatusError, channel
 from services.common.process import Node, make_node
 from services.common.settings import ServiceSettings
+from services.common.tasks import end_tasks
 from services.placer.__main__ import serve
 from services.placer.settings import PlacerSettings
 from warmserve.cluster.keys import Keys
@@ -71,13 +72,14 @@ async def running_placer(cluster: Cluster, name: str = "p0", **more: Any) -> Asy
     task = asyncio.create_task(serve(settings, node))
     while not node.server.address and not task.done():
         await asyncio.sleep(0.01)
-    async with channel(node.server.address) as open_channel:
-        yield Placer(node, placement_pb2_grpc.PlacementServiceStub(open_channel), task)
-    node.stop.set()
-    await task
-    await node.session.close()
-    await node.redis.aclose()
-    await node.store.close()
+    try:
+        async with channel(node.server.address) as open_channel:
+            yield Placer(node, placement_pb2_grpc.PlacementServiceStub(open_channel), task)
+        node.stop.set()
+        await task
+    finally:  # also where the test failed
+        await end_tasks([task])
+        await node.close()
 
 
 @dataclass

@@ -108,10 +108,7 @@ class Cluster:
             try:
                 await serve(configuration, node)
             finally:
-                await node.server.server.stop(0)
-                await node.session.close()
-                await node.redis.aclose()
-                await node.store.close()
+                await node.close()
 
         task = asyncio.create_task(run())
         key = self.keys.router(configuration.id)
