@@ -184,6 +184,7 @@ class Agent:
             shard.rewoken.clear()
         elif shard.state == WARMING and shard.wanted_active:
             shard.want(active=False)
+            self._loader.relax(shard)
             if shard.server is not None:
                 shard.pausing = begin_task(shard.server.stop_pulling(), f"pause {shard.name}")
             self._transitions.redirected(shard, reason, cluster_pb2.EVENT_KIND_CANCELLED)
@@ -387,7 +388,7 @@ class Agent:
 
     async def _abandon_load(self, shard: Shard, reason: common_pb2.Reason) -> None:
         if shard.state == WARMING and shard.task is not None:
-            await self._loader.abandon(shard, reason)
+            self._loader.abandon(shard, reason)
             await asyncio.wait([shard.task])
 
     async def _evict(

@@ -15,15 +15,18 @@ class CopyTurn:
 
     urgent: bool
     cancel: threading.Event = field(default_factory=threading.Event)
+    decided: asyncio.Event = field(default_factory=asyncio.Event)  # it need not wait any more
 
 
 class CopyLane:
-    """Hands out turns, urgent ones first, else in order of arrival. An urgent one cuts a running other one short."""
+    """Hands out turns, urgent ones first, else in order of arrival. An urgent one cuts a running other one short.
+
+    Whoever changes anything gives the turn on himself: nobody has to wake up to find out that he is next.
+    """
 
     def __init__(self) -> None:
         self._waiting: list[CopyTurn] = []
         self._current: CopyTurn | None = None
-        self._changed = asyncio.Condition()
 
     @asynccontextmanager
     async def turn(self, turn: CopyTurn) -> AsyncIterator[bool]:
@@ -32,40 +35,35 @@ class CopyLane:
         False, without the turn, where it was withdrawn while it waited.
         """
         self._waiting.append(turn)
-        self._preempt()
+        self._go_on()
         try:
-            async with self._changed:
-                await self._changed.wait_for(
-                    lambda: turn.cancel.is_set() or (self._current is None and self._next() is turn)
-                )
-                ours = not turn.cancel.is_set()
-                if ours:
-                    self._current = turn
+            await turn.decided.wait()
+            yield turn is self._current
         finally:
-            self._waiting.remove(turn)
-        try:
-            yield ours
-        finally:
-            if ours:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+            if turn is self._current:
                 self._current = None
-            async with self._changed:
-                self._changed.notify_all()
+            self._go_on()
 
-    async def withdraw(self, turn: CopyTurn) -> None:
+    def withdraw(self, turn: CopyTurn) -> None:
         """Cuts a turn short, waiting or held."""
         turn.cancel.set()
-        async with self._changed:
-            self._changed.notify_all()
+        if turn in self._waiting:
+            self._waiting.remove(turn)
+            turn.decided.set()
 
     def hurry(self, turn: CopyTurn) -> None:
         """Makes a turn urgent, waiting or held."""
         turn.urgent = True
-        self._preempt()
+        self._go_on()
 
-    def _next(self) -> CopyTurn:
-        return next((turn for turn in self._waiting if turn.urgent), self._waiting[0])
-
-    def _preempt(self) -> None:
-        current = self._current
-        if current is not None and not current.urgent and any(turn.urgent for turn in self._waiting):
-            current.cancel.set()
+    def _go_on(self) -> None:
+        """Gives a free turn to who is next, or has a running one make way for an urgent one."""
+        following = next((turn for turn in self._waiting if turn.urgent), None)
+        if self._current is None and self._waiting:
+            self._current = following or self._waiting[0]
+            self._waiting.remove(self._current)
+            self._current.decided.set()
+        elif self._current is not None and following is not None and not self._current.urgent:
+            self._current.cancel.set()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import platform
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,12 +98,37 @@ def open_device(settings: GpuAgentSettings) -> Device:
 
 
 def open_host_tier(settings: GpuAgentSettings, device: Device) -> HostTier:
-    """The node's images in memory. OSError where its folder cannot be used."""
+    """The node's images in memory. OSError where its folder cannot be used, DeviceUnavailable where the GPU cannot."""
     budget = settings.host_tier_bytes
     if budget is None:
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         budget = ByteSize(physical // _HOST_TIER_SHARE if device.backend == common_pb2.BACKEND_CUDA else 0)
+    if budget and device.pin is not None:
+        _check_pins(settings.host_tier_dir, device.memory.page_bytes, device.pin)
     return HostTier(settings.host_tier_dir, int(budget), device.pin)
+
+
+def _check_pins(folder: Path, page_bytes: int, pin: Pin) -> None:
+    """Registers one page of a file in `folder`: every load would fail where that cannot be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, page_bytes)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DeviceUnavailable(
+                f"host_tier_dir {folder} has no room for a page of {page_bytes} bytes; give its file system more, or "
+                "configure host_tier_bytes=0 to do without"
+            ) from error
+        page = torch.frombuffer(mmap.mmap(file.fileno(), page_bytes), dtype=torch.uint8)
+        try:
+            pin(page.data_ptr(), page_bytes)()
+        except RuntimeError as error:
+            raise DeviceUnavailable(
+                f"host_tier_dir {folder} cannot be registered with the GPU: {error}. It must be in a memory file "
+                "system: configure host_tier_dir in /dev/shm or another tmpfs, or host_tier_bytes=0 to do without"
+            ) from error
 
 
 def open_backend(device: Device, arena: Arena, max_batch: int | None) -> Backend:

@@ -97,17 +97,22 @@ class Loader:
         """Ends the use of the host tier; no load may be in progress."""
         await self.keeper.close()
 
-    async def abandon(self, shard: Shard, reason: common_pb2.Reason) -> None:
+    def abandon(self, shard: Shard, reason: common_pb2.Reason) -> None:
         """Cuts a load in progress short."""
         shard.abandoned_for = reason
         shard.abandoned.set()
         if shard.turn is not None:
-            await self._lane.withdraw(shard.turn)
+            self._lane.withdraw(shard.turn)
 
     def hurry(self, shard: Shard) -> None:
         """Puts a load in progress before others."""
         if shard.turn is not None:
             self._lane.hurry(shard.turn)
+
+    def relax(self, shard: Shard) -> None:
+        """Has a load in progress, which is no wake's any more, give its pages back and queue as warming does."""
+        if shard.turn is not None:
+            self._lane.withdraw(shard.turn)
 
     async def _bind(self, shard: Shard) -> Image:
         """The image, and on the first load the program over the weight range."""

@@ -114,8 +114,8 @@ async def test_a_model_woken_while_an_eviction_ends_its_preparing_does_not_serve
         held.wait(30)
         return more
 
-    async def abandon(loader: Loader, *order: object) -> None:
-        await own_abandon(loader, *order)  # type: ignore[arg-type]
+    def abandon(loader: Loader, *order: object) -> None:
+        own_abandon(loader, *order)  # type: ignore[arg-type]
         abandoned.set()
 
     monkeypatch.setattr(pieces, "piece", piece)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import ByteSize, ValidationError
 
-from services.gpu_agent.device import DeviceUnavailable, is_fatal, open_device, plan_sizes
+from services.gpu_agent.arena.host import HostMemory
+from services.gpu_agent.device import Device, DeviceUnavailable, is_fatal, open_device, open_host_tier, plan_sizes
 from services.gpu_agent.settings import GpuAgentSettings
+from services.gpu_agent.weights.host_image import Pin
 from warmserve.v1 import common_pb2
 
 MIB = 1 << 20
@@ -143,6 +148,47 @@ for _ in range(2):  # and it stays so
         raise SystemExit("there was no error")
 print("fatal")
 """
+
+
+def _with_pin(pin: Pin) -> Device:
+    memory = HostMemory(1 << 16, 2)
+    return Device(common_pb2.BACKEND_CUDA, memory.device, "a GPU", memory, pin, 0)
+
+
+def test_a_host_tier_that_the_gpu_cannot_register_is_refused_at_start(tmp_path: Path) -> None:
+    """As CUDA does with files of a disk; without the check, every load would fail."""
+
+    def refuse(address: int, nbytes: int) -> Callable[[], None]:
+        raise RuntimeError("CUDA error: invalid argument")
+
+    settings = GpuAgentSettings(host_tier_dir=tmp_path / "tier", host_tier_bytes="1MiB")
+    with pytest.raises(DeviceUnavailable, match=r"host_tier_dir .*tier cannot be .*configure .* /dev/shm or another"):
+        open_host_tier(settings, _with_pin(refuse))
+    none = settings.model_copy(update={"host_tier_bytes": ByteSize(0)})
+    assert open_host_tier(none, _with_pin(refuse)).budget_bytes == 0
+
+
+def test_the_page_that_is_registered_to_see_whether_it_works_is_given_back(tmp_path: Path) -> None:
+    registered: list[int] = []
+
+    def pin(address: int, nbytes: int) -> Callable[[], None]:
+        registered.append(nbytes)
+        return registered.clear
+
+    tier = open_host_tier(GpuAgentSettings(host_tier_dir=tmp_path, host_tier_bytes="1MiB"), _with_pin(pin))
+    assert registered == []
+    tier.close()
+    assert not [path for path in tmp_path.iterdir() if path.name[0] != "."]
+
+
+@pytest.mark.gpu
+def test_a_file_of_a_disk_cannot_be_registered_and_one_of_a_tmpfs_can() -> None:
+    device = open_device(GpuAgentSettings(arena_bytes="94MiB"))
+    with tempfile.TemporaryDirectory(dir=Path.home()) as disk, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        with pytest.raises(DeviceUnavailable, match="must be in a memory file system"):
+            open_host_tier(GpuAgentSettings(host_tier_dir=Path(disk), host_tier_bytes="1GiB"), device)
+        open_host_tier(GpuAgentSettings(host_tier_dir=Path(memory), host_tier_bytes="1GiB"), device).close()
+    device.memory.close()
 
 
 @pytest.mark.gpu
