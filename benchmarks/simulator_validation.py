@@ -40,7 +40,10 @@ from simulator.results import Found, Results
 from simulator.run import simulate
 from simulator.spec import ClusterSpec, Delays, Forecasting, ModelSpec, Settings
 from warmserve import AsyncClient
+from warmserve.cluster.keys import Keys
+from warmserve.cluster.store import Store, decode
 from warmserve.traces import Request
+from warmserve.v1 import cluster_pb2
 
 ARENA_BYTES = 94 << 20  # of 1 MiB pages: room for one model of 70 MiB and its KV
 PERIOD_S = 18.0
@@ -50,7 +53,8 @@ BATCH = 8  # host agents' most sequences
 PROMPTS = (8, 64, 160)
 BATCHES = (1, 4, 8)
 REPEATS = 5
-WAKES = 6
+WAKES = 12
+_LITTLE = 0.05  # of the weights: what misses no more is all there
 _TIMEOUT_S = 60.0
 
 
@@ -82,21 +86,28 @@ def specs(folder: Path) -> list[ModelSpec]:
     ]
 
 
-def machine_of(
-    models: Sequence[ModelSpec], steps: Sequence[Measurement], warm: Sequence[float], cold: Sequence[float]
-) -> Machine:
+@dataclass(frozen=True)
+class Switch:
+    """A wake: the share of the weights that was missing, and what it took beyond a request to an active model."""
+
+    missing: float
+    seconds: float
+
+
+def machine_of(models: Sequence[ModelSpec], steps: Sequence[Measurement], switches: Sequence[Switch]) -> Machine:
     """What the measurements say."""
-    cost = fit(steps)
-    delays = Delays()
+    cost, delays = fit(steps), Delays()
     wake_s = delays.wake_s
-    if len(warm) >= WAKES:
-        quarters = statistics.quantiles(warm, n=4)
+    whole = [switch.seconds for switch in switches if switch.missing <= _LITTLE]
+    if len(whole) >= WAKES // 2:
+        quarters = statistics.quantiles(whole, n=4)
         wake_s = quarters[0], quarters[2]
-    loading_s = statistics.median(cold) - statistics.mean(wake_s) - delays.replan_s  # what is in the way drains first
-    if loading_s <= 0:
-        raise RuntimeError(
-            "a cold model served as soon as a warm one would: the machine is too busy to measure anything"
-        )
+    # What is in the way drains first, which the simulator counts too.
+    other_s = statistics.mean(wake_s) + delays.replan_s
+    loads = [(switch.seconds - other_s) / switch.missing for switch in switches if switch.missing > _LITTLE]
+    if not loads or statistics.median(loads) <= 0:
+        raise RuntimeError("no wake showed what loading takes: the machine is too busy to measure anything")
+    loading_s = statistics.median(loads)
     shard = statistics.mean(model.shard_bytes for model in models)
     errors = [abs(error) for error in cost.error(steps)]
     return Machine(cost, statistics.mean(errors), wake_s, shard / loading_s / 1e9)
@@ -105,8 +116,9 @@ def machine_of(
 class Lab:
     """Measures a running cluster, as a client sees it."""
 
-    def __init__(self, address: str, models: Sequence[ModelSpec]) -> None:
+    def __init__(self, address: str, etcd_address: str, models: Sequence[ModelSpec]) -> None:
         self._address = address
+        self._etcd_address = etcd_address
         self._models = models
         self._seed = 0
         self._first: dict[str, float] = {}  # seconds of a short prompt on an active instance
@@ -115,17 +127,12 @@ class Lab:
         """Of all models, each active and alone."""
         return [step for model in self._models for step in await self._steps(model)]
 
-    async def switches(self) -> tuple[list[float], list[float]]:
-        """Seconds until warm and cold models serve, beyond what active ones took for the same prompt in `steps`.
+    async def switches(self) -> list[Switch]:
+        """Wakes of models without an instance.
 
-        Idle instances stay until somebody wants their pages, so what is in a cold one's way drains first, as it does in
-        the replay. Whether any is found warm is up to the forecasts.
+        Idle instances stay until somebody wants their pages, so what is in the way drains first, as in the replay.
         """
-        found: dict[str, list[float]] = {"warm": [], "cold": []}
-        while len(found["cold"]) < WAKES:
-            state, seconds = await self._wake()
-            found.setdefault(state, []).append(seconds)
-        return found["warm"], found["cold"]
+        return [await self._wake() for _ in range(WAKES)]
 
     async def _steps(self, model: ModelSpec) -> list[Measurement]:
         delays = Delays()
@@ -150,12 +157,22 @@ class Lab:
                 outcomes += found
         return outcomes
 
-    async def _wake(self) -> tuple[str, float]:
-        """How a request found a model that was not active, and how much longer it waited than at an active one."""
+    async def _wake(self) -> Switch:
         await asyncio.sleep(2 * Rules().min_stay_s)  # then instances may go
         name = await self._inactive()
+        missing = 1 - await self._resident(name)
         (outcome,) = await self._ask([Request(0.0, name, PROMPTS[0], 1)])
-        return outcome.found_state, max(0.0, outcome.ttft_s - self._first[name])
+        return Switch(missing, max(0.0, outcome.ttft_s - self._first[name]))
+
+    async def _resident(self, name: str) -> float:
+        """The largest share of a model's weights that any agent has."""
+        store = Store([self._etcd_address])
+        try:
+            found, _ = await store.snapshot(Keys().residencies())
+        finally:
+            await store.close()
+        records = [decode(item.value, cluster_pb2.AgentResidency) for item in found if item.value is not None]
+        return max((s.residency for record in records for s in record.shards if s.model == name), default=0.0)
 
     async def _inactive(self) -> str:
         """The name of a model without an instance: agents have room for all models but one."""
@@ -285,9 +302,9 @@ async def observe(duration_s: float, trace: Path | None) -> Observed:
         with DataFolder(Path(temporary) / "measuring") as folder:
             async with Cluster(folder, config, say) as cluster:
                 await start(cluster)
-                lab = Lab(cluster.router_address, models)
+                lab = Lab(cluster.router_address, cluster.etcd_address, models)
                 steps = await lab.steps()
-                warm, cold = await lab.switches()
+                switches = await lab.switches()
         with DataFolder(Path(temporary) / "replay") as folder:
             async with Cluster(folder, config, say) as cluster:
                 await start(cluster)
@@ -303,10 +320,9 @@ async def observe(duration_s: float, trace: Path | None) -> Observed:
                     on_sent=lambda request: None,
                     on_outcome=lambda outcome: None,
                 )
-                steps += await Lab(
-                    cluster.router_address, models
-                ).steps()  # a machine's speed may have changed meanwhile
-    machine = machine_of(models, steps, warm, cold)
+                after = Lab(cluster.router_address, cluster.etcd_address, models)
+                steps += await after.steps()  # a machine's speed may have changed meanwhile
+    machine = machine_of(models, steps, switches)
     say(f"measured: {machine}")
     sent = [
         replace(request, prompt_tokens=outcome.prompt_tokens or request.prompt_tokens)
