@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 from services.common.process import Node, run
@@ -23,10 +24,12 @@ from warmserve.cluster.mirror import Mirror
 from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2
 
 _log = logger(__name__)
+_THREADS = 64  # a load whose image is yet to be built has one for minutes, which must not keep others from loading
 
 
 async def serve(settings: GpuAgentSettings, node: Node) -> None:
     """Serves until node.stop is set. OSError where the memory is not there, or the engine has died."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "agent"))
     device = open_device(settings)
     arena = Arena(device.memory)
     settings.image_dir.mkdir(parents=True, exist_ok=True)

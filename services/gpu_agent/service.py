@@ -19,6 +19,7 @@ from warmserve.v1 import agent_pb2, agent_pb2_grpc, common_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+_PREPARES = 4  # at once: each has a thread for as long as an image takes, and loads need threads too
 _STATUS = {
     Problem.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Problem.PERMISSION: grpc.StatusCode.PERMISSION_DENIED,
@@ -35,6 +36,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         self._agent = agent
         self._images = images
         self._fence = 0
+        self._preparing = asyncio.Semaphore(_PREPARES)
 
     async def PrepareModel(
         self, request: agent_pb2.PrepareModelRequest, context: Context
@@ -52,16 +54,19 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
 
         try:
             yield agent_pb2.PrepareModelResponse(stage="checking the checkpoint")
-            blueprint = await asyncio.to_thread(self._images.inspect, request.spec)
-            work = asyncio.create_task(asyncio.to_thread(self._images.prepare, blueprint, progress))
-            work.add_done_callback(lambda _: news.put_nowait(None))
-            while (step := await news.get()) is not None:
-                while not news.empty() and (newer := news.get_nowait()) is not None:
-                    step = newer  # only the newest matters to a slow reader
-                yield agent_pb2.PrepareModelResponse(stage="writing the image", bytes_done=step[0], bytes_total=step[1])
-                if work.done():
-                    break
-            await work
+            async with self._preparing:
+                blueprint = await asyncio.to_thread(self._images.inspect, request.spec)
+                work = asyncio.create_task(asyncio.to_thread(self._images.prepare, blueprint, progress))
+                work.add_done_callback(lambda _: news.put_nowait(None))
+                while (step := await news.get()) is not None:
+                    while not news.empty() and (newer := news.get_nowait()) is not None:
+                        step = newer  # only the newest matters to a slow reader
+                    yield agent_pb2.PrepareModelResponse(
+                        stage="writing the image", bytes_done=step[0], bytes_total=step[1]
+                    )
+                    if work.done():
+                        break
+                await work
         except CheckpointError as error:
             raise StatusError(_STATUS[error.kind], error.message) from error
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import subprocess
 import sys
@@ -271,3 +272,30 @@ def _start(etcd: Backing, redis: Backing, keys: Keys, folder: Path) -> subproces
     environment = {**os.environ, **{f"WARMSERVE_{name}": value for name, value in settings.items()}}
     with (folder / "agent.log").open("wb") as log:
         return subprocess.Popen([sys.executable, "-m", "services.gpu_agent"], env=environment, stderr=log, stdout=log)
+
+
+async def test_deployments_that_take_long_keep_no_model_from_loading(agent: RunningAgent, tmp_path: Path) -> None:
+    models = {name: checkpoints.llama(tmp_path / name, seed=seed) for seed, name in enumerate(("slow", "m"))}
+    await agent.prepare("slow", tmp_path / "slow")
+    [image] = (tmp_path / "images").glob("*.image")
+    spec = await agent.prepare("m", tmp_path / "m")
+    image.unlink()
+    waiting, many = 0, asyncio.Event()
+
+    async def deploy_slow() -> str:
+        nonlocal waiting
+        order, stage = cluster_pb2.ModelSpec(name="slow", source=str(tmp_path / "slow"), tp=1), ""
+        async for progress in agent.stub.PrepareModel(agent_pb2.PrepareModelRequest(spec=order)):
+            if progress.stage == "writing the image" != stage:
+                waiting += 1
+                if waiting == 4:
+                    many.set()
+            stage = progress.stage
+        return stage
+
+    with image.with_name(f"{image.name}.sums.unfinished").open("wb") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)  # as another agent does that builds it
+        deploying = [asyncio.create_task(deploy_slow()) for _ in range(70)]
+        await asyncio.wait_for(many.wait(), 30)
+        await assert_serves(agent, spec, models["m"])
+    assert set(await asyncio.gather(*deploying)) == {"ready"}
