@@ -110,6 +110,9 @@ async def test_real_agents(cluster: Cluster, etcd: Backing, redis_server: Backin
         assert spec.facts.shard_bytes == 9 * PAGE
         await cluster.store.put(cluster.keys.model("m"), spec)
         await small.wake(spec)
+        shard = small.shard("m")
+        assert shard is not None
+        assert shard.pages_kv_most == 1
         router = await cluster.router()
         async with AsyncClient(router.record.address) as client:
             tokens: list[int] = []
