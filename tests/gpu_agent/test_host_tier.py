@@ -6,6 +6,7 @@ import errno
 import mmap
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -32,6 +33,7 @@ from services.gpu_agent.weights.sums import host_sum
 from tests.gpu_agent.arena_backends import EACH, Backend
 from tests.gpu_agent.checkpoints import llama
 from tests.gpu_agent.serving import PAGE_BYTES, arena, serve_files
+from tests.gpu_agent.test_weights_building import largest_file
 
 torch.set_num_threads(1)
 
@@ -173,6 +175,30 @@ def test_a_full_memory_file_system_is_no_error(
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert not tier.fill(image, 1.0)
     assert list(tier_folder.glob("*.image*")) == []
+
+
+def test_a_folder_that_somebody_has_deleted_is_made_again(tmp_path: Path, tier_folder: Path) -> None:
+    one, two = images(tmp_path, 2)
+    tier = HostTier(tier_folder, 2 * one.layout.total_bytes)
+    assert tier.fill(one, 1.0)
+    shutil.rmtree(tier_folder)
+    assert names(tier) == []
+    with tier.reading(one) as host:
+        assert host is None
+    assert tier.fill(two, 1.0)
+    assert tier.fill(one, 1.0)
+    assert names(tier) == sorted([one.path.name, two.path.name])
+
+
+def test_a_worth_that_cannot_be_written_leaves_nothing_of_itself(tmp_path: Path, tier_folder: Path) -> None:
+    (image,) = images(tmp_path, 1)
+    tier = HostTier(tier_folder, image.layout.total_bytes)
+    assert tier.fill(image, 1.0)
+    before = sorted(tier_folder.iterdir())
+    with largest_file(0), pytest.raises(OSError, match="too large"):
+        tier.appraise(image.path.name, 2.0)
+    assert sorted(tier_folder.iterdir()) == before
+    assert [kept.value for kept in tier.kept()] == [1.0]
 
 
 def test_a_damaged_image_is_not_taken_in(tmp_path: Path, tier_folder: Path) -> None:

@@ -125,6 +125,7 @@ class HostTier:
         if not self.budget_bytes or path.exists() or not self._may_fit(path.name, nbytes):
             return path.exists()
         unfinished = path.with_name(f"{path.name}{_UNFINISHED}")
+        self._folder.mkdir(parents=True, exist_ok=True)  # should somebody have cleaned up there
         with self._locked():
             fd = self._reserve(unfinished, nbytes, value)
         if fd is None:
@@ -309,6 +310,10 @@ def _sizes(paths: Iterator[Path]) -> Iterator[int]:
 
 def _write(path: Path, text: str) -> None:
     fd, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(fd, "w") as file:
-        file.write(text)
-    os.rename(name, path)
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(text)
+        os.rename(name, path)
+    except OSError:
+        os.unlink(name)
+        raise
