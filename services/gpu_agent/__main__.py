@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from warmserve.cluster.mirror import Mirror
 from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2
 
 _log = logger(__name__)
+_SWITCH_S = 0.001
 _THREADS = 64  # a load whose image is yet to be built has one for minutes, which must not keep others from loading
 
 
@@ -106,6 +108,8 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
 
 def main() -> None:
     """Entry point."""
+    # The engine's thread, the one that copies, and this one want the interpreter lock in turns: 5 ms is a decode step.
+    sys.setswitchinterval(_SWITCH_S)
     run("gpu-agent", GpuAgentSettings, serve)
 
 

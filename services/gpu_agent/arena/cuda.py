@@ -15,6 +15,9 @@ from cuda.bindings import driver as cu
 
 from services.gpu_agent.arena.memory import AddressRange, Memory, runs
 
+# While it unmaps, the driver begins no other work: 16 GB take it 13 ms, for which other models' steps would wait.
+_UNMAPPED_AT_ONCE = 1 << 30
+
 
 class CudaError(RuntimeError):
     """A call of CUDA's driver failed; `code` is CUDA's."""
@@ -132,7 +135,9 @@ class CudaMemory(Memory):
 
     def _unmap(self, address: int, nbytes: int) -> None:
         self._enter()
-        _check("cuMemUnmap", cu.cuMemUnmap(address, nbytes))
+        piece = max(1, _UNMAPPED_AT_ONCE // self.page_bytes) * self.page_bytes
+        for begin in range(0, nbytes, piece):
+            _check("cuMemUnmap", cu.cuMemUnmap(address + begin, min(piece, nbytes - begin)))
 
     def _close(self) -> None:
         self._give_back()

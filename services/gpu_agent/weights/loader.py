@@ -7,11 +7,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from services.gpu_agent.arena.pages import OutOfPages
-from services.gpu_agent.arena.weight_range import WeightRange
+from services.gpu_agent.arena.weight_range import Filling, WeightRange
 from services.gpu_agent.weights.host_image import HostImage
 from services.gpu_agent.weights.image import Image
 from services.gpu_agent.weights.staging import page_source
+
+# Prewarming gives way within so many pages. A wake has more copies under way: its first prompt is computed in Python
+# beside them, and the interpreter lock then comes too late for the bus to be kept busy page by page.
+_AHEAD_OF_PREWARMING = 4
 
 
 @dataclass(frozen=True)
@@ -59,17 +65,19 @@ def load(
         while not done.complete and not cancel.is_set():
             if filling.overtaken:
                 return replace(done, pages_done=weights.resident_pages, overtaken=True)
-            if claim():
+            if urgent := claim():
                 filling.claim()
-            while begun < min(weights.num_pages, done.pages_done + source.ahead):
+            ahead = source.ahead if urgent else min(source.ahead, _AHEAD_OF_PREWARMING)
+            if begun - done.pages_done <= ahead // 2:
                 try:
-                    (page,) = filling.map(1)
+                    pages = _mapped(filling, min(weights.num_pages, done.pages_done + ahead) - begun)
                 except OutOfPages:
                     if begun == done.pages_done:
                         raise
-                    break  # those under way come first
-                source.begin(begun, page)
-                begun += 1
+                    pages = []  # those under way come first
+                for page in pages:
+                    source.begin(begun, page)
+                    begun += 1
             source.end(done.pages_done)
             if not filling.done():
                 continue
@@ -77,3 +85,13 @@ def load(
             done = LoadProgress(done.pages_done + 1, weights.num_pages, copied / (time.monotonic() - began))
             progress(done)
     return done
+
+
+def _mapped(filling: Filling, n: int) -> list[torch.Tensor]:
+    """The next n pages, or one where there are not as many. OutOfPages."""
+    try:
+        return filling.map(n)
+    except OutOfPages:
+        if n <= 1:
+            raise
+        return filling.map(1)

@@ -20,8 +20,8 @@ from services.gpu_agent.weights.sums import device_sum, host_sum, prepare_sums
 # keeps a disk busy; of small ones it takes more.
 _STAGING_BYTES = 128 << 20
 _FEWEST_STAGED, _MOST_STAGED = 4, 16
-# Copies from pinned memory under way: while one is waited for, the bus has the next ones.
-_COPIES_AHEAD = 4
+# Most copies from pinned memory under way: while one is waited for, the bus has the next ones.
+_COPIES_AHEAD = 32
 
 
 class PageSource(Protocol):
