@@ -310,15 +310,17 @@ class Agent:
         shard.task = begin_task(self._load(shard), f"load {shard.name}")
 
     def _check_room(self, shard: Shard, active: bool) -> None:
-        """Raises NoRoomError. Weights need free pages; KV may take lent ones; warming leaves instances theirs."""
-        missing, reserve = self._pages_missing(shard), self._serving.kv_reserve(shard) if active else 0
-        usage = self._arena.usage()
-        free = usage.free if active else usage.free - usage.promised
-        if missing > free or missing + reserve > free + usage.lent:
-            kept = "" if active or not usage.promised else f" and {usage.promised} are kept for running instances"
+        """Raises NoRoomError. A wake may take lent pages; warming takes none, and leaves instances theirs."""
+        needed, usage = self._pages_missing(shard), self._arena.usage()
+        if active:
+            needed += self._serving.kv_reserve(shard)
+            room, beside = usage.free + usage.lent, f" and {usage.lent} are lent"
+        else:
+            room, beside = usage.free - usage.promised, f", {usage.promised} of them kept for running instances"
+        if needed > room:
             raise NoRoomError(
-                f"{shard.name} needs {missing + reserve} more pages on {self._id}, of which {usage.free} of "
-                f"{self._arena.num_pages} are free{kept}; evict another model first"
+                f"{shard.name} needs {needed} more pages on {self._id}, of which {usage.free} of "
+                f"{self._arena.num_pages} are free{beside}; drain or evict another model first"
             )
 
     def _pages_missing(self, shard: Shard) -> int:

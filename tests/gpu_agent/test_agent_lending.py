@@ -80,10 +80,30 @@ async def test_a_forecast_keeps_pages_from_warming_but_not_from_a_wake(
         order = agent_pb2.WarmReplicaRequest(spec=specs[1], group=agent.group, reason=REASON)
         code, message = await status_of(agent.stub.WarmReplica(order))
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert "kept for running instances" in message
+        assert "of them kept for running instances" in message
         await agent.wake(specs[1])
         await agent.submit("b", "r0", PROMPT, 4)
         await agent.relay.finished("r0")
+
+
+async def test_a_wake_takes_what_it_lacks_from_the_end_of_the_least_valuable_model(
+    etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path
+) -> None:
+    models = {name: checkpoints.llama(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "dear", "cheap"))}
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path, arena="1344KiB") as agent:
+        specs = {name: await agent.prepare(name, tmp_path / name) for name in models}
+        await warm(agent, specs["dear"], 2.0)
+        await warm(agent, specs["cheap"], 1.0)
+        lacking = specs["a"].facts.shard_bytes // 65536 + 1 - agent.residency.items["g0"].pages_free
+        assert lacking > 0
+        await agent.submit("a", "r0", PROMPT, 8)
+        await agent.wake(specs["a"])
+        await agent.relay.finished("r0")
+        assert agent.relay.tokens("r0") == expected(models["a"], PROMPT, 8)
+        dear, cheap = agent.shard("dear"), agent.shard("cheap")
+        assert dear is not None
+        assert cheap is not None
+        assert (dear.residency, cheap.pages_resident) == (1, cheap.pages_total - lacking)
 
 
 async def test_the_weights_of_a_model_that_wakes_are_nobodys_to_take(

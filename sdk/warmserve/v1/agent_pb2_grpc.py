@@ -86,7 +86,9 @@ class AgentServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WakeReplica(self, request, context):
-        """Makes a replica active, warming what is missing first, and answers at once. Two wakes are one.
+        """Makes a replica active, warming what is missing first, and answers at once. Two wakes are one. Where free pages do
+        not suffice, it takes those of the least valuable warm models, from their ends; RESOURCE_EXHAUSTED where that does
+        not suffice either.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,10 @@ class AgentServiceStub:
     pages do not suffice: evict first.
     """
     WakeReplica: _grpc.UnaryUnaryMultiCallable[_agent_pb2.WakeReplicaRequest, _agent_pb2.WakeReplicaResponse]
-    """Makes a replica active, warming what is missing first, and answers at once. Two wakes are one."""
+    """Makes a replica active, warming what is missing first, and answers at once. Two wakes are one. Where free pages do
+    not suffice, it takes those of the least valuable warm models, from their ends; RESOURCE_EXHAUSTED where that does
+    not suffice either.
+    """
     DrainReplica: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DrainReplicaRequest, _agent_pb2.DrainReplicaResponse]
     """Takes no new requests for an instance; it becomes warm when its last request ends. Cancels a wake in progress."""
     EvictReplica: _grpc.UnaryUnaryMultiCallable[_agent_pb2.EvictReplicaRequest, _agent_pb2.EvictReplicaResponse]
@@ -70,7 +73,10 @@ class AgentServiceAsyncStub(AgentServiceStub):
     pages do not suffice: evict first.
     """
     WakeReplica: _aio.UnaryUnaryMultiCallable[_agent_pb2.WakeReplicaRequest, _agent_pb2.WakeReplicaResponse]  # type: ignore[assignment]
-    """Makes a replica active, warming what is missing first, and answers at once. Two wakes are one."""
+    """Makes a replica active, warming what is missing first, and answers at once. Two wakes are one. Where free pages do
+    not suffice, it takes those of the least valuable warm models, from their ends; RESOURCE_EXHAUSTED where that does
+    not suffice either.
+    """
     DrainReplica: _aio.UnaryUnaryMultiCallable[_agent_pb2.DrainReplicaRequest, _agent_pb2.DrainReplicaResponse]  # type: ignore[assignment]
     """Takes no new requests for an instance; it becomes warm when its last request ends. Cancels a wake in progress."""
     EvictReplica: _aio.UnaryUnaryMultiCallable[_agent_pb2.EvictReplicaRequest, _agent_pb2.EvictReplicaResponse]  # type: ignore[assignment]
@@ -110,7 +116,10 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.WakeReplicaRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.WakeReplicaResponse, _abc.Awaitable[_agent_pb2.WakeReplicaResponse]]:
-        """Makes a replica active, warming what is missing first, and answers at once. Two wakes are one."""
+        """Makes a replica active, warming what is missing first, and answers at once. Two wakes are one. Where free pages do
+        not suffice, it takes those of the least valuable warm models, from their ends; RESOURCE_EXHAUSTED where that does
+        not suffice either.
+        """
 
     @_abc_1.abstractmethod
     def DrainReplica(
