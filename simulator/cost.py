@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from scipy.optimize import nnls
 
+from simulator.h100_steps import STEPS
+
 
 class Shape(Protocol):
     """What the cost of a step depends on; simulator.spec.ModelSpec has it."""
@@ -141,25 +143,16 @@ class _Llama:
     tp: int = 1
 
 
-_8B = _Llama(8_030_261_248, 32, 4096, 131_072)
-_1B = _Llama(1_235_814_400, 16, 2048, 32_768)
+_MODELS = {
+    "8B": _Llama(8_030_261_248, 32, 4096, 131_072),
+    "1B": _Llama(1_235_814_400, 16, 2048, 32_768),
+}
 
-# benchmarks/results/engine-h100.json: one H100 80GB, steps of the engine as an agent runs them, in ms.
-H100_MEASURED = (
-    Measurement(_8B, 6.2390e-3, 1, 512),
-    Measurement(_8B, 7.3198e-3, 32, 512),
-    Measurement(_8B, 9.7269e-3, 64, 1024),
-    Measurement(_1B, 1.3732e-3, 1, 512),
-    Measurement(_1B, 1.7540e-3, 32, 512),
-    Measurement(_1B, 2.3305e-3, 64, 1024),
-    Measurement(_8B, 7.8019e-3, prefill=128),
-    Measurement(_8B, 24.995e-3, prefill=1024),
-    Measurement(_8B, 105.04e-3, prefill=4096),
-    Measurement(_1B, 2.1781e-3, prefill=128),
-    Measurement(_1B, 4.9114e-3, prefill=1024),
-    Measurement(_1B, 18.937e-3, prefill=4096),
+H100_MEASURED = tuple(
+    Measurement(_MODELS[model], seconds, decodes, context, prefill)
+    for model, decodes, context, prefill, seconds in STEPS
 )
 
 H100 = fit(H100_MEASURED)
-"""Fitted to these twelve steps: 4 % off on average, 11 % at worst (a prompt of 128 tokens by the 8B, which the engine
-pads). Groups of several GPUs were not measured: they are computed from a measured all-reduce."""
+"""Fitted to twelve steps of two models: 4 % off on average, at worst a prompt of 128 tokens by the 8B, which the engine
+pads. Groups of several GPUs were not measured: they are computed from a measured all-reduce."""
