@@ -119,12 +119,12 @@ def main() -> None:
     burst = throughput(large)
     rows += [*burst, Row("8B: graphs captured once for all batches", large.capture_s, "s")]
     rows += memory_rows(backend)
-    rows += floor_rows(large.placed, large.name, limits, PREFILLS)
+    rows += floor_rows(large.placed, large.name, limits, DECODES, PREFILLS)
     large.placed.weights.remove()
     small = [serve(arena, backend, f"1B-{i}", llama_1b()) for i in range(4)]
     rows += step_rows(small[0], limits, like=steps)
     rows += prefill_rows(small[0], limits, like=prefills)
-    rows += floor_rows(small[0].placed, small[0].name, limits, PREFILLS)
+    rows += floor_rows(small[0].placed, small[0].name, limits, DECODES, PREFILLS)
     rows += together(small)
     arena.close()
     del small, large, backend, arena
@@ -210,11 +210,15 @@ def decode_step(served: Served, batch: int, context: int, steps: int = 60, **sam
 
 
 def prefill_rows(served: Served, limits: Limits, targets: Many[float] | None = None, like: Many[Row] = ()) -> list[Row]:
-    """From a request's arrival at an idle instance to its first token. targets in ms, one for each of PREFILLS."""
+    """From a request's arrival at an idle instance to its first token, and the GPU's part of it.
+
+    targets in ms, one for each of PREFILLS.
+    """
     matrices = (served.placed.step_bytes - served.placed.layout.place("lm_head.weight").nbytes) // 2
-    rows = []
+    rows: list[Row] = []
+    device: list[Row] = []
     for index, tokens in enumerate(PREFILLS):
-        times = []
+        times, busy = [], []
         for repeat in range(9):
             instance = served.instance()
             instance.add(request(tokens, repeat, 2))
@@ -222,13 +226,16 @@ def prefill_rows(served: Served, limits: Limits, targets: Many[float] | None = N
             while not any(output.token_ids for output in instance.step()):
                 pass
             times.append(time.perf_counter() - began)
+            busy.append(instance.device_seconds)
             instance.close("measured")
         products, weights = 2 * matrices * tokens / limits.flops_per_s, served.placed.step_bytes / limits.bytes_per_s
         limit = max(products, weights) * 1e3
         source = "matrix products" if products > weights else "weights over the bus"
         target = allowed(index, limit, targets, like)
-        rows.append(Row(f"{served.name}: prefill {tokens}", median(times) * 1e3, "ms", limit, source, target))
-    return rows
+        what = f"{served.name}: prefill {tokens}"
+        rows.append(Row(what, median(times) * 1e3, "ms", limit, source, target))
+        device.append(Row(f"{what}, on the GPU", median(busy) * 1e3, "ms", rows[-1].value, "wall time"))
+    return rows + device
 
 
 def throughput(served: Served) -> list[Row]:

@@ -58,10 +58,14 @@ def gpu_time(work: Callable[[], object], repeats: int = 15) -> float:
     return median(times)
 
 
-def floor_rows(placed: ArenaModel, name: str, limits: Limits, prefills: Many[int]) -> list[Row]:
-    """What no kernel of ours is in, as graphs of nothing else.
+def floor_rows(
+    placed: ArenaModel, name: str, limits: Limits, decodes: Many[tuple[int, int]], prefills: Many[int]
+) -> list[Row]:
+    """What a step takes at least with matrix products that somebody else made, as graphs with no kernel of ours.
 
-    For decode steps the matrix products; for prefills torch's fused attention, which reads no pages, too.
+    Beside the products there is one pass over what lies between two of them (a copy of as many bytes as a norm with
+    its residual sum, the rotation and the gate must read and write), and attention: the bytes of the KV over the bus
+    for decode steps (sequences, tokens of context), torch's fused one, which reads no pages, for prefills.
     """
     config, weights, layout = placed.config, placed.weights, placed.layout
     kv_heads = config.num_key_value_heads
@@ -79,33 +83,34 @@ def floor_rows(placed: ArenaModel, name: str, limits: Limits, prefills: Many[int
     ]
     place = layout.place("lm_head.weight")
     head = weights.tensor(place.dtype, place.shape, place.offset)
-
-    def products(count: int, rows: int) -> None:
-        for matrices in layers:
-            for matrix in matrices:
-                functional.linear(inputs[matrix.shape[1]][:count], matrix)
-        functional.linear(inputs[head.shape[1]][:rows], head)
-
-    def attention(count: int) -> None:
-        query, key, value = (states[:, :, :count] for states in heads)
-        for _ in layers:
-            functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-    most = max(64, *prefills)
+    most = max(*prefills, *(batch for batch, _ in decodes))
     inputs = {matrix.shape[1]: bf16(most, matrix.shape[1]) for matrix in layers[0]}
     heads = [bf16(1, number, most, config.head_dim) for number in (config.num_attention_heads, kv_heads, kv_heads)]
-    bus = placed.step_bytes / limits.bytes_per_s * 1e3
-    rows = []
-    for batch in (1, 32, 64):
-        seconds = graph_time(lambda batch=batch: products(batch, batch))  # type: ignore[misc]
-        what = f"{name}: floor: the matrix products of a decode step alone, {batch} rows"
-        rows.append(Row(what, seconds * 1e3, "ms", bus, "weights over the bus"))
-    for tokens in prefills:
-        alone = graph_time(lambda tokens=tokens: products(tokens, 1))  # type: ignore[misc]
-        whole = alone + graph_time(lambda tokens=tokens: attention(tokens))  # type: ignore[misc]
-        what = f"{name}: floor: the products and torch's attention of a prefill alone, {tokens}"
-        rows.append(Row(what, whole * 1e3, "ms", alone * 1e3, "the products alone"))
-    return rows
+    norm, rotation = 2 * config.hidden_size, layers[0][0].shape[0]
+    passes = [norm, rotation, norm, 3 * config.intermediate_size // 2]  # elements of a token, read and written
+    source, target = (torch.empty(most * max(passes), device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+
+    def step(tokens: int, rows: int, between: bool, attends: bool) -> None:
+        query, key, value = (states[:, :, :tokens] for states in heads)
+        for matrices in layers:
+            for matrix, elements in zip(matrices, passes, strict=True):
+                if between:
+                    target[: tokens * elements].copy_(source[: tokens * elements])
+                functional.linear(inputs[matrix.shape[1]][:tokens], matrix)
+            if attends:
+                functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        functional.linear(inputs[head.shape[1]][:rows], head)
+
+    def row(what: str, tokens: int, rows: int, attends: bool, kv_s: float = 0.0) -> Row:
+        alone = graph_time(lambda: step(tokens, rows, between=False, attends=False))
+        whole = graph_time(lambda: step(tokens, rows, between=True, attends=attends)) + kv_s
+        return Row(f"{name}: floor of {what}", whole * 1e3, "ms", alone * 1e3, "the products alone")
+
+    kv_token_s = 2 * config.num_hidden_layers * kv_heads * config.head_dim * 2 / limits.bytes_per_s
+    return [
+        *(row(f"a decode step, {n} x {c}", n, n, attends=False, kv_s=n * c * kv_token_s) for n, c in decodes),
+        *(row(f"a prefill of {tokens}", tokens, 1, attends=True) for tokens in prefills),
+    ]
 
 
 @torch.inference_mode()

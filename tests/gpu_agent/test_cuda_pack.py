@@ -156,6 +156,8 @@ def test_the_smallest_shape_that_holds_it(parts: list[Part]) -> None:
         shape.tokens for shape in LADDER.shapes if holds(shape) and bool(shape.tiles) == bool(chosen.tiles)
     )
     assert bool(chosen.tiles) == (not all(part.length == 1 and part.samples for part in parts))
+    if all(part.length > 1 for part in parts):
+        assert (chosen.decodes == 0) == (chosen.tokens <= 1024)
 
 
 def part(length: int, slot: int, samples: bool = True) -> Part:
@@ -196,10 +198,11 @@ def test_a_ladder_ends_with_the_most_and_has_each_shape_once(max_batch: int, max
     assert ladder.decode[0].tokens == 1
     assert ladder.decode[-1].tokens == max_batch
     assert ladder.mixed[-1].tokens == max_tokens
-    for rungs in (ladder.decode, ladder.mixed):
+    for rungs in (ladder.decode, ladder.alone, ladder.mixed):
         sizes = [shape.tokens for shape in rungs]
         assert sizes == sorted(set(sizes))
-    assert len(set(ladder.shapes)) == len(ladder.shapes) == len(ladder.decode) + len(ladder.mixed)
+    assert len(set(ladder.shapes)) == len(ladder.shapes)
+    assert set(ladder.shapes) == {*ladder.decode, *ladder.alone, *ladder.mixed}
 
 
 def test_sections_begin_where_vectors_are_loaded() -> None:

@@ -20,6 +20,8 @@ from tests.sdk.inference_server import unused_address
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
 
+# What is drawn into a pipe must not depend on the terminal that the tests run in.
+_INHERITED = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
 _SDK = str(Path(warmserve.__file__).parents[1])  # alone, for warmctl needs nothing of the services
 
 
@@ -46,7 +48,7 @@ class Warmctl:
             "-m",
             "warmserve.admin.cli",
             *arguments,
-            env={**os.environ, "PYTHONPATH": _SDK, **self.environment},
+            env={**_INHERITED, "PYTHONPATH": _SDK, **self.environment},
             **{"stdin": asyncio.subprocess.DEVNULL, "stdout": -1, "stderr": -1, **more},
         )
 

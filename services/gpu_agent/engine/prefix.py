@@ -16,10 +16,12 @@ def extend_digests(digests: list[bytes], token_ids: Many[int], block_tokens: int
 
     A block's digest covers its tokens and all before them: equal digests, equal keys and values.
     """
-    for first in range(len(digests) * block_tokens, len(token_ids) - block_tokens + 1, block_tokens):
+    begin = len(digests) * block_tokens
+    tokens = array("q", token_ids[begin : len(token_ids) - len(token_ids) % block_tokens])
+    raw, size = tokens.tobytes(), tokens.itemsize * block_tokens
+    for first in range(0, len(raw), size):
         before = digests[-1] if digests else b""
-        tokens = array("q", token_ids[first : first + block_tokens]).tobytes()
-        digests.append(hashlib.blake2b(before + tokens, digest_size=_DIGEST_BYTES).digest())
+        digests.append(hashlib.blake2b(before + raw[first : first + size], digest_size=_DIGEST_BYTES).digest())
 
 
 class PrefixCache:

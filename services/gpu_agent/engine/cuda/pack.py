@@ -14,6 +14,7 @@ from services.gpu_agent.engine.step import Part
 MAX_PREFILLS = 16  # sequences with more than one token in a step
 _DECODE_LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
 _MIXED_LADDER = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096)
+_MOST_ALONE = 1024  # tokens of prompts alone; beyond, what decodes that are not there cost is nothing
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,16 @@ class StepShape:
 
 
 class Ladder:
-    """The shapes that a model is captured for: decoding only, by sequences; mixed with prefills, by tokens."""
+    """The shapes that a model is captured for: decoding only, by sequences; prompts alone and both, by tokens."""
 
     def __init__(self, max_batch: int, max_tokens: int, tile: int) -> None:
         """`tile` is the number of queries in a tile of the attention; max_tokens bounds the tokens of one step."""
         self.decode = [StepShape(tokens=n, decodes=n, tiles=0, rows=n) for n in _rungs(_DECODE_LADDER, max_batch)]
+        self.alone = [
+            StepShape(tokens=n, decodes=0, tiles=-(-n // tile) + MAX_PREFILLS, rows=min(max_batch, MAX_PREFILLS))
+            for n in _rungs(_MIXED_LADDER, max_tokens)
+            if n <= _MOST_ALONE
+        ]
         self.mixed = [
             StepShape(tokens=n, decodes=max_batch, tiles=-(-n // tile) + MAX_PREFILLS, rows=max_batch)
             for n in _rungs(_MIXED_LADDER, max_tokens)
@@ -65,15 +71,19 @@ class Ladder:
     @property
     def shapes(self) -> list[StepShape]:
         """All of them, those first that a first request needs."""
-        return [*self.decode[:1], *self.mixed, *self.decode[1:]]
+        return [*self.decode[:1], *self.alone, *self.decode[1:], *self.mixed]
 
     def fitting(self, parts: Many[Part]) -> StepShape:
         """The smallest shape that holds a step."""
         tokens = sum(part.length for part in parts)
         # In a decoding step the logits' rows are the tokens, so all parts must want theirs. The last token that the
         # budget left for a prompt may be one by itself and not the prompt's last.
-        decoding = tokens == len(parts) and all(part.samples for part in parts)
-        rungs = self.decode if decoding else self.mixed
+        if tokens == len(parts) and all(part.samples for part in parts):
+            rungs = self.decode
+        elif self.alone and tokens <= self.alone[-1].tokens and all(part.length > 1 for part in parts):
+            rungs = self.alone
+        else:
+            rungs = self.mixed
         return rungs[bisect_left(rungs, tokens, key=lambda shape: shape.tokens)]
 
 
