@@ -206,8 +206,11 @@ class AgentPeer(agent_pb2_grpc.AgentServiceServicer):
     async def _warm(self, request: agent_pb2.WarmReplicaRequest) -> Any:
         self._take("warm", request.spec.name, request.fence)
         shard = self._shard(request.spec, request.group)
-        if shard.state in (COLD, WARM):
+        told, shard.score = shard.score, request.reason.score
+        if shard.state == COLD or (shard.state == WARM and shard.pages_resident < shard.pages_total):
             await self._begin(shard, WARM, request.reason)
+        elif shard.score != told:
+            await self.report()
         return agent_pb2.WarmReplicaResponse(state=shard.state)
 
     async def WakeReplica(self, request: agent_pb2.WakeReplicaRequest, context: Any) -> Any:
