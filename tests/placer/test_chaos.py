@@ -20,7 +20,7 @@ import grpc
 import pytest
 
 from services.common.grpc_frame import channel
-from tests.placer.peers import ACTIVE, PAGE, WARM, AgentPeer, Cluster, Fault, Peers, Watch
+from tests.placer.peers import ACTIVE, COLD, PAGE, WARM, AgentPeer, Cluster, Fault, Peers, Watch
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
 from warmserve.v1 import cluster_pb2, placement_pb2, placement_pb2_grpc
@@ -200,6 +200,8 @@ def whole_replicas(agents: dict[str, AgentPeer]) -> dict[tuple[str, tuple[str, .
     shards = defaultdict(dict)
     for name, agent in agents.items():
         for model, shard in agent.shards.items():
+            if shard.state == COLD:
+                continue  # an order for it was refused
             shards[model, tuple(shard.group.agent_ids)][name] = shard
     states = {}
     for (model, group), parts in shards.items():
