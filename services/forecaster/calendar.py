@@ -112,7 +112,7 @@ class Calendar:
             score.actual_load, score.actual_peak = came
         if last - first > _LONGEST:
             return score
-        forecast = self._past.unannounced(entry.model, first, last)[:, MEAN_LOAD, _MEDIAN].tolist()
+        forecast = self._past.unraised([entry.model], first, last, 1)[0, :, MEAN_LOAD, _MEDIAN].tolist()
         known = [(start_of(first + step, window_s), value) for step, value in enumerate(forecast) if value == value]
         if expected := what_came(begin, end, window_s, known):
             score.forecast_load = expected[0]

@@ -49,6 +49,16 @@ class Features:
         return Features(self.values[which], self.base[which], self.scale[which], self.roughness[which])
 
 
+def joined(parts: Sequence[Features]) -> Features:
+    """The moments of several, one after the other."""
+    return Features(
+        np.concatenate([one.values for one in parts]),
+        np.concatenate([one.base for one in parts]),
+        np.concatenate([one.scale for one in parts]),
+        np.concatenate([one.roughness for one in parts]),
+    )
+
+
 def features(series: Floats, origins: Moments, distances: Sequence[int], season: int) -> list[Features]:
     """For each of `distances` the features of the windows that far after each origin.
 
@@ -61,15 +71,7 @@ def features(series: Floats, origins: Moments, distances: Sequence[int], season:
         parts = [
             _features(series[at : at + step], origins, distances, season) for at in range(0, max(1, len(series)), step)
         ]
-    return [
-        Features(
-            np.concatenate([one.values for one in of_distance]),
-            np.concatenate([one.base for one in of_distance]),
-            np.concatenate([one.scale for one in of_distance]),
-            np.concatenate([one.roughness for one in of_distance]),
-        )
-        for of_distance in zip(*parts, strict=True)
-    ]
+    return [joined(of_distance) for of_distance in zip(*parts, strict=True)]
 
 
 def _features(series: Floats, origins: Moments, distances: Sequence[int], season: int) -> list[Features]:

@@ -17,7 +17,8 @@ from lightgbm.basic import LightGBMError
 
 from services.forecaster.boosting import Boosters, Calibration, calibrate, learn
 from services.forecaster.companions import Companions, learn_companions
-from services.forecaster.features import TINY, Features, Floats, Moments, features
+from services.forecaster.features import TINY, Features, Floats, Moments, features, joined
+from services.forecaster.mixtures import mixtures
 from services.forecaster.predictors import LEVELS, MEAN_LOAD, QUANTITIES, PublishedPredictor, with_peaks_above_means
 from services.forecaster.prior import Prior, learn_prior
 from services.forecaster.scoring import DISTANCES, loss_of
@@ -28,6 +29,7 @@ MIN_DAYS = 3  # of history: two to calibrate on and one to learn from
 _HELD_OUT_DAYS = 2
 _MAX_ROWS = 100_000  # rows that one model learns from; what goes beyond is thinned out
 _COMPANION_ORIGINS = 48  # moments of the days held out at which the other quantities are calibrated
+_MIXED_DISTANCE = 1  # at which mixtures are learnt from too; further ahead they teach nothing
 _THREADS = 2
 # Of a series of which n windows are known the published predictor's share is _PUBLISHED_SAY / max(n, _FIRST_WINDOWS).
 _FIRST_WINDOWS = 3
@@ -197,6 +199,10 @@ def fit(history: Floats, season: int) -> LearnedPredictor:
                 raise ValueError("no traffic to learn from, or none in the last two seasons to calibrate on")
             trial = learn(seen.rows(early), actual[early], distance, pool)
             calibration = calibrate(trial, seen.rows(late), actual[late])
+            if distance == _MIXED_DISTANCE:
+                seen, actual = _with_mixtures(seen, actual, series, origins, season)
+            if distance not in DISTANCES:  # every other moment is nearly as good, for half the time
+                seen, actual = seen.rows(half.ravel()), actual[half.ravel()]
             anchors[distance] = (learn(seen, actual, distance, pool), calibration)
             trials[distance] = (trial, calibration)
     prior = learn_prior(several, season)
@@ -208,6 +214,20 @@ def fit(history: Floats, season: int) -> LearnedPredictor:
         some = held_out[:: max(1, len(held_out) // _COMPANION_ORIGINS)]
         companions = learn_companions(several, some, 1, tried.at(series, some, 1), season)
     return LearnedPredictor(season, anchors, companions, prior, loss)
+
+
+def _with_mixtures(
+    seen: Features, actual: Floats, series: Floats, origins: Moments, season: int
+) -> tuple[Features, Floats]:
+    """And what mixtures of the series tell, at every other moment of each."""
+    mixed = mixtures(series)
+    all_seen, all_actual = [seen], [actual]
+    for parity in (0, 1):
+        some, moments = mixed[parity::2], origins[parity::2]
+        if some.size:
+            all_seen.append(features(some, moments, [_MIXED_DISTANCE], season)[0])
+            all_actual.append(_actual(some, moments, _MIXED_DISTANCE, all_seen[-1]))
+    return joined(all_seen), np.concatenate(all_actual)
 
 
 def dumps(predictor: LearnedPredictor) -> bytes:

@@ -17,7 +17,8 @@ _BITS = 11
 _LOADS = PEAK_LOAD + 1  # mean and peak load are kept; of other quantities nobody asks afterwards
 _KEEP_ENDED = 10_000
 MAX_AHEAD = 12
-_UNRAISED = 0  # in place of how many windows ahead: the next window's, without announcements, where they raised it
+LEARNT_AHEAD = (1, 3, 6, 12)  # windows; of so far ahead it is kept what forecasts were without announcements too
+_UNRAISED = dict(zip(LEARNT_AHEAD, (0, 13, 14, 15), strict=True))  # by how many windows ahead: what it is kept under
 
 
 class PastForecasts:
@@ -36,9 +37,13 @@ class PastForecasts:
             ids = np.array(self._database.model_ids(list(models)))
             loads = quantiles[:, :, :_LOADS]
             rows = [(first + step, step + 1, ids, loads[:, step]) for step in range(loads.shape[1])]
-            moved = (unraised[:, 0] != quantiles[:, 0]).any(axis=(1, 2))
-            if moved.any():
-                rows.append((first, _UNRAISED, ids[moved], unraised[moved, 0, :_LOADS]))
+            for ahead in LEARNT_AHEAD:
+                step = ahead - 1
+                if (
+                    step < loads.shape[1]
+                    and (moved := (unraised[:, step] != quantiles[:, step]).any(axis=(1, 2))).any()
+                ):
+                    rows.append((first + step, _UNRAISED[ahead], ids[moved], unraised[moved, step, :_LOADS]))
             db.executemany(
                 "insert or ignore into forecasts values (?, ?, ?)",
                 [(window << 4 | ahead, pack_ids(ids), pack(values, _BITS)) for window, ahead, ids, values in rows],
@@ -56,10 +61,10 @@ class PastForecasts:
         """
         return self._read(models, first, last, ahead)
 
-    def unannounced(self, model: str, first: int, last: int) -> Floats:
-        """What would have been forecast of a model one window ahead without announcements: shape (windows, 2, 3)."""
-        values = self._read([model], first, last, 1)[0]
-        without = self._read([model], first, last, _UNRAISED)[0]
+    def unraised(self, models: Sequence[str], first: int, last: int, ahead: int) -> Floats:
+        """The same, one of LEARNT_AHEAD windows ahead, as it would have been without announcements."""
+        values = self._read(models, first, last, ahead)
+        without = self._read(models, first, last, _UNRAISED[ahead])
         result: Floats = np.where(np.isnan(without), values, without)
         return result
 
@@ -82,17 +87,20 @@ class PastForecasts:
         values = np.full((len(models), last - first + 1, _LOADS, len(LEVELS)), np.nan)
         with self._database.reading() as db:
             ids = self._database.known_ids()
-            wanted = {ids[name]: row for row, name in enumerate(models) if name in ids}
+            row_of = np.full(max(ids.values(), default=0) + 1, -1)
+            for row, name in enumerate(models):
+                if name in ids:
+                    row_of[ids[name]] = row
             rows = db.execute(
                 "select id, models, data from forecasts where id between ? and ? and id & 15 = ?",
                 (first << 4, last << 4 | 15, ahead),
             )
             for number, saved, data in rows:
                 saved_ids = unpack_ids(saved)
-                chosen = [(wanted[one], at) for at, one in enumerate(saved_ids.tolist()) if one in wanted]
-                if chosen:
-                    to, source = np.array(chosen).T
-                    values[to, (number >> 4) - first] = unpack(data, len(saved_ids), _LOADS, len(LEVELS))[source]
+                to = np.where(saved_ids < len(row_of), row_of[np.minimum(saved_ids, len(row_of) - 1)], -1)
+                if (chosen := to >= 0).any():
+                    kept = unpack(data, len(saved_ids), _LOADS, len(LEVELS))
+                    values[to[chosen], (number >> 4) - first] = kept[chosen]
         return values
 
 

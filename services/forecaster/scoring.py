@@ -60,11 +60,3 @@ def compare(challenger: Predictor, champion: Predictor, series: Floats, season: 
     if not published > 0:
         return Comparison(float("nan"), float("nan"))
     return Comparison(loss(challenger, series, newest) / published, loss(champion, series, newest) / published)
-
-
-def drift(predictor: Predictor, loss_at_fit: float, series: Floats, newest: int) -> float:
-    """The loss on the `newest` windows over that when the predictor was fitted: 1 is as ever, far above it is drift.
-
-    NaN where either is not known.
-    """
-    return loss(predictor, series, newest) / loss_at_fit if loss_at_fit > 0 else float("nan")

@@ -16,6 +16,7 @@ from services.common.telemetry import logger
 from services.forecaster.announced import per_load, raised
 from services.forecaster.calendar import Calendar
 from services.forecaster.champion import Champions
+from services.forecaster.following import Following
 from services.forecaster.forecast import Forecasting, message
 from services.forecaster.history import History
 from services.forecaster.past import PastForecasts
@@ -63,6 +64,7 @@ class Forecaster:
         self._history = history
         self._recorder = recorder
         self._past = past
+        self._following = Following(past)
         self._calendar = calendar
         self._champions = champions
         self._publisher = publisher
@@ -174,7 +176,8 @@ class Forecaster:
         settings = self._settings
         series = self._history.series(names, last, round(settings.full_s / settings.window_s))
         champion = self._champions.champion
-        quantiles, name = self._predict(series, champion.predictor)
+        raw, name = self._predict(series, champion.predictor)
+        quantiles = self._following.adapt(names, series, last, raw)
         made = Forecasting(name, last + 1, names, quantiles, per_load(series))
         newest = series[:, -1] if series.shape[1] else np.full((len(names), len(QUANTITIES)), np.nan)
         return made, newest

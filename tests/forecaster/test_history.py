@@ -204,8 +204,8 @@ def test_what_was_forecast_without_announcements_is_kept_where_it_differs(databa
     raised[0] += 4
     past.save(1000, ["a", "b"], raised, plain)
     assert past.of(["a"], 1000, 1000, 1)[0, 0, 0, 0] == 5
-    assert past.unannounced("a", 1000, 1000)[0, 0, 0] == 1
-    assert past.unannounced("b", 1000, 1000)[0, 0, 0] == 1
+    assert past.unraised(["a"], 1000, 1000, 1)[0, 0, 0, 0] == 1
+    assert past.unraised(["b"], 1000, 1000, 1)[0, 0, 0, 0] == 1
 
 
 def test_many_models_are_read_as_they_are_now(database: Database) -> None:

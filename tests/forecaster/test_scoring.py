@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from services.forecaster.predictors import PublishedPredictor
-from services.forecaster.scoring import compare, drift, loss, pinball
+from services.forecaster.scoring import compare, loss, pinball
 from tests.forecaster.series import SEASON, traffic
 
 
@@ -49,13 +49,6 @@ def test_the_better_one_has_the_smaller_share() -> None:
     assert scores.challenger < scores.champion
     same = compare(PublishedPredictor(SEASON), PublishedPredictor(SEASON), series, SEASON, SEASON)
     assert (same.challenger, same.champion) == (1.0, 1.0)
-
-
-def test_drift_is_the_loss_over_that_when_fitted() -> None:
-    series = traffic(4)
-    at_fit = loss(Off(series, 0.9), series, SEASON)
-    assert drift(Off(series, 0.7), at_fit, series, SEASON) == pytest.approx(3)
-    assert math.isnan(drift(Off(series, 0.7), float("nan"), series, SEASON))
 
 
 def test_no_traffic_says_nothing() -> None:
