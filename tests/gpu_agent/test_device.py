@@ -182,6 +182,7 @@ def test_the_page_that_is_registered_to_see_whether_it_works_is_given_back(tmp_p
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("own_memory")
 def test_a_file_of_a_disk_cannot_be_registered_and_one_of_a_tmpfs_can() -> None:
     device = open_device(GpuAgentSettings(arena_bytes="94MiB"))
     with tempfile.TemporaryDirectory(dir=Path.home()) as disk, tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
