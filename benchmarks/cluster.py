@@ -4,7 +4,7 @@
 
 The paper's setting (two nodes of eight GPUs; Llama-2 7B twice, 13B over two, 70B over four; Azure's arrivals with
 power-law popularity) at rates swept over two orders of magnitude, and beyond it sixty fine-tunes with ServeGen's
-clients on the same GPUs: a sweep of rates, two hours of each of days 8 to 10 with learning on all time before, a whole
+clients on the same GPUs: a sweep of rates, an hour of each of days 8 to 10 with learning on all time before, a whole
 day, models that all fit at once, a flash crowd, a silent forecaster, and ours with parts taken away.
 simulator/scenarios.py tells the settings, simulator/policies the policies, docs/simulator.md how each was tuned.
 
@@ -63,7 +63,7 @@ def settings(quick: bool) -> tuple[list[Setting], list[Setting], list[Setting], 
     at, hours = MOMENTS[0], 0.2 if quick else 1.0
     paper = [Setting("paper", rate) for rate in (RATES[2:5] if quick else RATES)]
     tunes = [Setting("fine-tunes", rate, at, hours) for rate in (TUNE_RATES[2:3] if quick else TUNE_RATES)]
-    moments = [Setting("fine-tunes", scenarios.FINE_TUNES_PER_S, at, 2.0) for at in MOMENTS]
+    moments = [Setting("fine-tunes", scenarios.FINE_TUNES_PER_S, at, 1.0) for at in MOMENTS[1:]]
     usual = Setting("fine-tunes", scenarios.FINE_TUNES_PER_S, at, hours)
     others = [replace(usual, kind=kind) for kind in ("small fine-tunes", "flash crowd", "silent forecaster")]
     return paper, tunes, [] if quick else moments, others

@@ -11,6 +11,8 @@ from simulator.policies.base import Policy
 from simulator.replica import ModelState
 from simulator.spec import Settings
 
+_ROUNDING_S = 1e-6
+
 
 class Controller:
     """The leading placer, and the routers' waking."""
@@ -24,6 +26,7 @@ class Controller:
         self._settings = settings
         self._tick = Alarm(self._ticked)
         self._replan = Alarm(self._changed)
+        self._planned = -float("inf")  # when the last whole plan was made
         self._asks = [Alarm(lambda model=model: self._asked(model)) for model in cluster.models]  # type: ignore[misc]
         clock.set(self._tick, clock.now)
 
@@ -43,9 +46,9 @@ class Controller:
         if not self._replan.ticket and self._blocked():
             self._clock.set(self._replan, self._clock.now + self._settings.delays.replan_s)
 
-    def _blocked(self) -> bool:
-        """Whether requests wait for a model of which no instance is there or coming."""
-        return any(model.queue and not _served(model) for model in self._cluster.models)
+    def _blocked(self) -> list[str]:
+        """Models for which requests wait, and of which no instance is there or coming."""
+        return [model.name for model in self._cluster.models if model.queue and not _served(model)]
 
     def _asked(self, model: ModelState) -> None:
         if model.queue and not _served(model):
@@ -53,15 +56,19 @@ class Controller:
             self.crowded()  # where it could not be woken, the next tick tries again
 
     def _changed(self) -> None:
-        if self._blocked():
-            self._decide([])
+        if blocked := self._blocked():
+            self._decide(blocked)
 
     def _ticked(self) -> None:
-        self._decide([])
-        waiting = any(model.queue for model in self._cluster.models)
-        self._clock.set(
-            self._tick, self._clock.now + (self._settings.busy_tick_s if waiting else self._settings.tick_s)
-        )
+        """A whole plan after `tick_s`; in between, what waits is seen to alone."""
+        waiting = [model.name for model in self._cluster.models if model.queue]
+        if self._clock.now >= self._planned + self._settings.tick_s - _ROUNDING_S:
+            self._planned = self._clock.now
+            self._decide([])
+        elif waiting:
+            self._decide(waiting)
+        soon = self._clock.now + self._settings.busy_tick_s if waiting else float("inf")
+        self._clock.set(self._tick, min(soon, self._planned + self._settings.tick_s))
 
     def _decide(self, asked: list[str]) -> None:
         began = time.process_time()

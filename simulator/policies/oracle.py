@@ -17,13 +17,17 @@ from simulator.policies.base import Future
 from simulator.replica import ModelState
 
 _STEP_S = 10.0
-_STEPS = 12  # windows ahead that it tells
+# Windows ahead that it tells, in steps: near ones exactly, as when to wake follows from them, far ones, two hours in
+# all, so that it is known what will be wanted again.
+_LENGTHS = (*[1] * 6, *[6] * 9, *[60] * 11)
+_EDGES = np.concatenate([[0], np.cumsum(_LENGTHS)])
 
 
 @dataclass
 class Oracle:
-    """Knows every arrival. Forecasts are the true loads, in steps of 10 s and without spread. Of a model without an
-    instance, requests that come before it could be loaded count as waiting already, so that one is there for them."""
+    """Knows every arrival. Forecasts are the true loads without spread: mean, and highest of 10 s, of each window.
+    Of a model without an instance, requests that come before it could be loaded count as waiting already, so that one
+    is there for them."""
 
     name: str = "oracle"
     start_s: float = 0.0
@@ -31,6 +35,7 @@ class Oracle:
     kv_pages: Mapping[Key, int] = field(default_factory=dict)
     _loads: list[NDArray[np.float64]] = field(default_factory=list)  # per model and step
     _arrivals: list[NDArray[np.float64]] = field(default_factory=list)
+    _told_last: dict[int, tuple[int, tuple[WindowLoad, ...]]] = field(default_factory=dict)  # per model, at a step
     _begin: float = 0.0
     _observer: Observer | None = None
 
@@ -46,7 +51,7 @@ class Oracle:
         assert self._observer is not None
         seen = self._observer.snapshot()
         told = replace(seen, models={m.name: self._told(cluster, m, seen) for m in cluster.models})
-        return planner.plan(told).actions
+        return (planner.wake(told, asked[0]) if asked else planner.plan(told)).actions
 
     def _told(self, cluster: Cluster, model: ModelState, seen: Snapshot) -> Model:
         now = cluster.clock.now
@@ -59,11 +64,20 @@ class Oracle:
         return replace(known, windows=self._windows(model, now), waiting=known.waiting + soon)
 
     def _windows(self, model: ModelState, now: float) -> tuple[WindowLoad, ...]:
-        loads = self._loads[model.index]
         first = int((now - self._begin) // _STEP_S)
-        windows = []
-        for step in range(first, first + _STEPS):
-            load = Quantiles.exactly(float(loads[step]) if 0 <= step < len(loads) else 0.0)
-            start = self._begin + step * _STEP_S
-            windows.append(WindowLoad(start, start + _STEP_S, load, load))
-        return tuple(windows)
+        known = self._told_last.get(model.index)
+        if known is not None and known[0] == first:
+            return known[1]
+        loads = np.zeros(int(_EDGES[-1]))
+        there = self._loads[model.index][max(0, first) : max(0, first + len(loads))]
+        at = max(0, -first)  # the warm-up lies before all loads
+        loads[at : at + len(there)] = there
+        means = np.add.reduceat(loads, _EDGES[:-1]) / _LENGTHS
+        peaks = np.maximum.reduceat(loads, _EDGES[:-1])
+        starts = (self._begin + (first + _EDGES) * _STEP_S).tolist()
+        windows = tuple(
+            WindowLoad(start, end, Quantiles.exactly(mean), Quantiles.exactly(peak))
+            for start, end, mean, peak in zip(starts, starts[1:], means.tolist(), peaks.tolist(), strict=False)
+        )
+        self._told_last[model.index] = first, windows
+        return windows
