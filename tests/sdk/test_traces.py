@@ -66,6 +66,9 @@ TYPICAL = (TYPICAL_PROMPT_TOKENS, TYPICAL_OUTPUT_TOKENS)
         (BURSTGPT, Format.burstgpt, [Request(5, "ChatGPT", 472, 18), Request(118.5, "GPT-4", 417, 276)]),
         (BURSTGPT_3, Format.burstgpt, [Request(7, "GPT-4", 10, 20)]),
         (CSV, Format.csv, [Request(1, "a", 10, 2), Request(2.5, "b", 20, 3)]),
+        (CSV.replace("time", "timestamp", 1), Format.csv, [Request(1, "a", 10, 2), Request(2.5, "b", 20, 3)]),
+        ("model,input_tokens,TS,completion_tokens\na,10,1,2\n", Format.csv, [Request(1, "a", 10, 2)]),
+        ("ts,time,prompt_tokens,output_tokens\n9,1,10,2\n", Format.csv, [Request(1, "", 10, 2)]),
         (
             JSON_LINES,
             Format.jsonl,
@@ -101,6 +104,9 @@ def test_reads_windows_of_ones_own(tmp_path: Path) -> None:
         Window(MIDNIGHT + 600, 600, "a", request_rate=1.5, mean_load=3),
         Window(MIDNIGHT, 600, "a", request_rate=0, peak_load=7),
     ]
+    file.write_text(file.read_text().replace("window_start", "Timestamp"))
+    assert detect(file) is Format.windows
+    assert [window.start_s for window in read_windows(file)] == [MIDNIGHT + 600, MIDNIGHT]
     file.write_text("window_start,window_s,load,prompt_tokens_per_s,output_tokens_per_s\n300,300,1,20,30\n")
     assert list(read_windows(file, model="m")) == [
         Window(300, 300, "m", mean_load=1, prompt_tokens_per_s=20, output_tokens_per_s=30)

@@ -67,6 +67,8 @@ def import_command(
 
     Windows: ServeGen, CSV with columns window_start and rate or load.
 
+    The time may also be called timestamp or ts.
+
     How long requests took is not in a trace; it is taken as that of an 8B on an H100.
     Windows that are known already are replaced.
 

@@ -10,7 +10,8 @@
 | servegen | windows of clients, of ServeGen | model,client,window_start_s,rate_per_s,... |
 | windows | windows, of your own | window_start and any of rate, load, peak, prompt_tokens_per_s, output_tokens_per_s |
 
-Columns may come in any order and among others; capital letters do not matter.
+Columns may come in any order and among others; capital letters do not matter. In files of your own the time may also be
+called timestamp, ts, @timestamp or time_iso8601, prompt_tokens input_tokens, and output_tokens completion_tokens.
 """
 
 from __future__ import annotations
@@ -44,6 +45,16 @@ class Format(StrEnum):
 WINDOW_VALUES = ("rate", "load", "peak", "prompt_tokens_per_s", "output_tokens_per_s")
 """Columns of the format `windows`, of which at least one is needed."""
 
+TIMES = ("time", "timestamp", "ts", "@timestamp", "time_iso8601")
+PROMPTS = ("prompt_tokens", "input_tokens")
+OUTPUTS = ("output_tokens", "completion_tokens")
+
+# Columns of files of one's own and how else they may be called, the first that is there.
+_SPELLINGS: dict[Format, dict[str, tuple[str, ...]]] = {
+    Format.csv: {names[0]: names[1:] for names in (TIMES, PROMPTS, OUTPUTS)},
+    Format.windows: {"window_start": TIMES},
+}
+
 # What the header must have, in the order in which formats are tried.
 COLUMNS = {
     Format.azure: ("timestamp", "contexttokens", "generatedtokens"),
@@ -58,9 +69,14 @@ ACCESS_LOG = re.compile(
 )
 
 
-def header_of(line: str) -> list[str]:
-    """The columns that a CSV file's first line names, in lower case."""
-    return [name.strip().lower() for name in next(csv.reader([line]), [])]
+def header_of(line: str, format: Format) -> list[str]:
+    """The columns that a CSV file's first line names, in lower case, each as its format calls it."""
+    names = [name.strip().lower() for name in next(csv.reader([line]), [])]
+    for column, others in _SPELLINGS.get(format, {}).items():
+        other = next((name for name in others if name in names), None)
+        if column not in names and other is not None:
+            names[names.index(other)] = column
+    return names
 
 
 def detect(path: Path) -> Format:
@@ -70,8 +86,8 @@ def detect(path: Path) -> Format:
         return Format.jsonl
     if ACCESS_LOG.match(first):
         return Format.access_log
-    columns = header_of(first)
     for format, needed in COLUMNS.items():
+        columns = header_of(first, format)
         if set(needed) <= set(columns) and (format is not Format.windows or set(WINDOW_VALUES) & set(columns)):
             return format
     expected = "; ".join(f"{format}: {','.join(needed)}" for format, needed in COLUMNS.items() if needed[1:])

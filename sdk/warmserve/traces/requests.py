@@ -10,13 +10,10 @@ from typing import Any
 
 from warmserve.traces.fields import TYPICAL_OUTPUT_TOKENS, TYPICAL_PROMPT_TOKENS, number_of, time_of, tokens_of
 from warmserve.traces.file import TraceFile
-from warmserve.traces.formats import ACCESS_LOG, COLUMNS, Format, header_of
+from warmserve.traces.formats import ACCESS_LOG, COLUMNS, OUTPUTS, PROMPTS, TIMES, Format, header_of
 from warmserve.traces.shapes import Request, TraceError
 
 _LOG_TIME = "%d/%b/%Y:%H:%M:%S %z"
-_TIME_KEYS = ("time", "timestamp", "ts", "@timestamp", "time_iso8601")
-_PROMPT_KEYS = ("prompt_tokens", "input_tokens")
-_OUTPUT_KEYS = ("output_tokens", "completion_tokens")
 
 
 def azure(file: TraceFile) -> Iterator[Request]:
@@ -32,7 +29,7 @@ def burstgpt(file: TraceFile) -> Iterator[Request]:
 
 
 def table(file: TraceFile) -> Iterator[Request]:
-    """Columns time, prompt_tokens, output_tokens and perhaps model."""
+    """Columns time, prompt_tokens, output_tokens, or as else they may be called, and perhaps model."""
     time, prompt, output = COLUMNS[Format.csv]
     return _table(file, Format.csv, time, "model", prompt, output)
 
@@ -41,7 +38,7 @@ def _table(
     file: TraceFile, format: Format, time: str, model: str | None, prompt: str, output: str
 ) -> Iterator[Request]:
     lines = iter(file)
-    header = header_of(next(lines, ""))
+    header = header_of(next(lines, ""), format)
     missing = [name for name in COLUMNS[format] if name not in header]
     if missing:
         raise file.wrong(f"no {format} trace: column {', '.join(missing)} is missing")
@@ -90,10 +87,10 @@ def json_lines(file: TraceFile) -> Iterator[Request]:
 def _entry(entry: dict[str, Any]) -> Request:
     usage = entry.get("usage")
     lengths = {**entry, **usage} if isinstance(usage, dict) else entry
-    time = _first(entry, _TIME_KEYS)
+    time = _first(entry, TIMES)
     if time is None:
-        raise ValueError(f"there is no time in it: expected one of {', '.join(_TIME_KEYS)}")
-    prompt, output = _first(lengths, _PROMPT_KEYS), _first(lengths, _OUTPUT_KEYS)
+        raise ValueError(f"there is no time in it: expected one of {', '.join(TIMES)}")
+    prompt, output = _first(lengths, PROMPTS), _first(lengths, OUTPUTS)
     model = entry.get("model", "")
     if not isinstance(model, str):
         raise TypeError(f"model: {model!r} is no name")

@@ -49,7 +49,7 @@ def servegen(file: TraceFile, by_client: bool) -> Iterator[Window]:
 
 def _read(file: TraceFile) -> Rates:
     lines = iter(file)
-    header = header_of(next(lines, ""))
+    header = header_of(next(lines, ""), Format.servegen)
     at = [header.index(name) for name in COLUMNS[Format.servegen]]
     rates: Rates = defaultdict(lambda: defaultdict(dict))
     try:

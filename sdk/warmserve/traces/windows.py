@@ -1,4 +1,4 @@
-"""Reader of windows of your own: columns window_start and any of rate, load, peak and tokens per second.
+"""Reader of windows of your own: columns window_start (or time ...) and any of rate, load, peak and tokens per second.
 
 `model` names the model, if there are several; `window_s` is a window's length, and where it is not told, the least time
 from one window to the next is taken. An empty value is unknown; a window that is left out is unknown too.
@@ -13,14 +13,14 @@ from itertools import pairwise
 
 from warmserve.traces.fields import number_of, time_of
 from warmserve.traces.file import TraceFile
-from warmserve.traces.formats import WINDOW_VALUES, header_of
+from warmserve.traces.formats import WINDOW_VALUES, Format, header_of
 from warmserve.traces.shapes import TraceError, Window
 
 
 def windows(file: TraceFile) -> Iterator[Window]:
     """The windows in the file's order."""
     lines = iter(file)
-    header = header_of(next(lines, ""))
+    header = header_of(next(lines, ""), Format.windows)
     found = []
     try:
         for row in csv.reader(lines):
