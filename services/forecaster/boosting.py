@@ -93,12 +93,15 @@ def learn(seen: Features, actual: Floats, distance: int, pool: Executor) -> Boos
     seen, actual = seen.rows(known), actual[known]
     weight = seen.scale**_WEIGHT
     # The further ahead, the less the last windows say by themselves.
-    sums = _dataset(seen, actual - seen.base / distance, weight)
-    roots = _dataset(seen, _root(actual) - _root(seen.base) / np.sqrt(distance), weight * _root(seen.base))
+    sums = pool.submit(_dataset, seen, actual - seen.base / distance, weight)
+    change = _root(actual) - _root(seen.base) / np.sqrt(distance)
+    roots = pool.submit(_dataset, seen, change, weight * _root(seen.base))
     rounds = (_NEAR_ROUNDS if distance == 1 else _ROUNDS, _ROUNDS, _ROUNDS)
-    jobs = [pool.submit(_boost, sums, level, rounds[level], seed=1) for level in range(len(LEVELS))]
-    root = pool.submit(_boost, roots, 0, rounds[0], seed=2)  # another seed: errors of their own cancel out
-    return Boosters(distance, tuple(job.result() for job in jobs), root.result())
+    # The longest first. Another seed for the root: errors of their own cancel out.
+    median = pool.submit(_boost, sums.result(), 0, rounds[0], seed=1)
+    root = pool.submit(_boost, roots.result(), 0, rounds[0], seed=2)
+    others = [pool.submit(_boost, sums.result(), level, rounds[level], seed=1) for level in range(1, len(LEVELS))]
+    return Boosters(distance, tuple(job.result() for job in (median, *others)), root.result())
 
 
 def calibrate(boosters: Boosters, seen: Features, actual: Floats) -> Calibration:
