@@ -89,29 +89,20 @@ def expect(windows: Sequence[WindowLoad], now_s: float, rules: Rules, lookahead_
     Windows that are not finite, negative or without length are left out. After the last window its values go on for a
     day, widened with its age.
     """
-    usable = _usable(tuple(windows))
-    if not usable:
+    forecast = _forecast(tuple(windows))
+    if not forecast.usable:
         return Expectation(problem="its forecast holds no usable number" if windows else "")
-    ahead = [window for window in usable if window.end_s > now_s]
-    if not ahead:
-        last = max(usable, key=lambda window: window.end_s)
-        age_s = now_s - last.end_s
-        if age_s > _FORGOTTEN_S:
-            return Expectation(problem=f"its forecast ended {age_s / 3600:.0f} h ago")
-        length_s = last.end_s - last.start_s
-        ahead = [replace(_widened(last, age_s, rules), start_s=now_s, end_s=now_s + length_s)]
-        problem = f"its forecast ended {age_s:.0f} s ago and is widened"
-    else:
-        problem = ""
-    near = [window for window in ahead if window.start_s < now_s + lookahead_s]
-    return Expectation(
-        _highest(window.mean for window in near),
-        _highest(window.peak for window in near),
-        _highest(window.peak for window in ahead),
-        max((window.end_s for window in near), default=now_s) - now_s,
-        True,
-        problem,
-    )
+    ahead = forecast.ahead(now_s, lookahead_s)
+    if ahead is not None:
+        lasts_s = ahead.end_s - now_s if ahead.end_s is not None else 0.0
+        return Expectation(ahead.mean, ahead.peak, ahead.later, lasts_s, True)
+    last = max(forecast.usable, key=lambda window: window.end_s)
+    age_s = now_s - last.end_s
+    if age_s > _FORGOTTEN_S:
+        return Expectation(problem=f"its forecast ended {age_s / 3600:.0f} h ago")
+    old = _widened(last, age_s, rules)
+    problem = f"its forecast ended {age_s:.0f} s ago and is widened"
+    return Expectation(old.mean, old.peak, old.peak, last.end_s - last.start_s, True, problem)
 
 
 @functools.lru_cache(maxsize=4096)  # forecasts outlive many plans
@@ -135,10 +126,53 @@ def instances(load: float, capacity: int) -> int:
     return math.ceil(load / capacity) if load >= _NO_LOAD else 0
 
 
-@functools.lru_cache(maxsize=4096)  # a forecast stays for minutes, and each plan asks for all of them
-def _usable(windows: tuple[WindowLoad, ...]) -> tuple[WindowLoad, ...]:
-    """What can be counted on."""
-    return tuple(window for window in map(_cleaned, windows) if window is not None)
+@dataclass(frozen=True)
+class _Ahead:
+    """The windows that have not ended, and of those the ones that begin within the lookahead: the same for a while."""
+
+    mean: Quantiles
+    peak: Quantiles
+    later: Quantiles
+    end_s: float | None  # of the near ones
+    since_s: float
+    until_s: float  # then one ends
+    begins_s: float  # then one comes near
+
+    def holds(self, now_s: float, lookahead_s: float) -> bool:
+        return self.since_s <= now_s < self.until_s and now_s + lookahead_s <= self.begins_s
+
+
+class _Forecast:
+    """A model's windows. A forecast stays for minutes and each plan asks for all of them: answers are kept."""
+
+    def __init__(self, windows: Iterable[WindowLoad]) -> None:
+        self.usable = tuple(window for window in map(_cleaned, windows) if window is not None)
+        self._last: dict[float, _Ahead] = {}  # by lookahead
+
+    def ahead(self, now_s: float, lookahead_s: float) -> _Ahead | None:
+        """None where all windows have ended."""
+        known = self._last.get(lookahead_s)
+        if known is not None and known.holds(now_s, lookahead_s):
+            return known
+        ahead = [window for window in self.usable if window.end_s > now_s]
+        if not ahead:
+            return None
+        near = [window for window in ahead if window.start_s < now_s + lookahead_s]
+        found = self._last[lookahead_s] = _Ahead(
+            _highest(window.mean for window in near),
+            _highest(window.peak for window in near),
+            _highest(window.peak for window in ahead),
+            max((window.end_s for window in near), default=None),
+            now_s,
+            min(window.end_s for window in ahead),
+            min((w.start_s for w in ahead if w.start_s >= now_s + lookahead_s), default=math.inf),
+        )
+        return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _forecast(windows: tuple[WindowLoad, ...]) -> _Forecast:
+    return _Forecast(windows)
 
 
 def _cleaned(window: WindowLoad) -> WindowLoad | None:
