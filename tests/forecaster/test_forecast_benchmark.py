@@ -90,6 +90,16 @@ def test_scores_of_known_forecasts() -> None:
     assert score.over == pytest.approx(27 / 30)
 
 
+@pytest.mark.parametrize("spread", [0.5, 20.0])
+def test_spreads_that_know_what_came_cover_nine_in_ten(spread: float) -> None:
+    actual = np.random.default_rng(0).normal(50, 10, (5, 200))
+    actual[0, :50] = np.nan
+    quantiles = np.stack([np.full_like(actual, level) for level in (50, 50 + spread, 100)], axis=2)
+    known = forecast.score(forecast.covering_in_hindsight(quantiles, actual), actual)
+    assert known.cover90 == pytest.approx(0.9, abs=1e-3)
+    assert known.wape == forecast.score(quantiles, actual).wape
+
+
 def test_a_missing_trace_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

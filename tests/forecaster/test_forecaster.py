@@ -190,6 +190,30 @@ async def test_a_model_deployed_again_goes_on_with_its_history(
         assert sum(one.HasField("actual") for one in answer.windows) == 72
 
 
+async def test_forecasts_are_adapted_to_what_came_of_those_that_were_kept(
+    start: Start, store: Store, keys: Keys, published: Mirror[cluster_pb2.Forecast], tmp_path: Path
+) -> None:
+    last = now_window() - 1
+    loads = [10 + 3 * np.sin(at) for at in range(60)]
+    names = ("missed", "met", *(f"met-{number}" for number in range(8)))  # one in ten was above p90, as it should be
+    for model in names:
+        seed(tmp_path, model, loads, last)
+    database = Database(tmp_path, DAY)
+    made = np.full((len(names), 12, 5, 3), 50.0)
+    made[0] = 0
+    for window in range(last - 40, last + 1):
+        PastForecasts(database).save(window, names, made, made)
+    database.close()
+    await deploy(store, keys, *names)
+    async with start():
+        await published.wait_for(lambda items: len(items) == len(names))
+        missed, met = (published.items[name].windows for name in ("missed", "met"))
+        for one, other in zip(missed, met, strict=True):
+            assert one.mean_load.p50 == other.mean_load.p50
+            wide, narrow = (at.mean_load.p90 - at.mean_load.p50 for at in (one, other))
+            assert wide > 1.2 * narrow > 0
+
+
 async def test_history_and_what_was_forecast_for_it(start: Start, tmp_path: Path) -> None:
     last = now_window() - 1
     seed(tmp_path, "m", [1.0, 2.0, 3.0], last)

@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import REGISTRY
 
 from services.common.load import window_index
 from services.forecaster import stored
@@ -259,11 +260,48 @@ async def test_drift_is_the_loss_of_what_was_forecast_over_that_at_the_fit(tmp_p
     assert one.drift == 0  # nothing was forecast yet
     past, first = PastForecasts(history._database), last_window() - 2 * SEASON
     for window in range(first, last_window() + 1):
-        off = np.full((len(MODELS), 12, len(QUANTITIES), 3), 3.0)
-        at = data.shape[1] - (last_window() - window) - 1
-        off *= data[:, at, MEAN_LOAD][:, None, None, None]
+        off = 3 * as_it_came(data, window)
         past.save(window, list(MODELS), off, off)
     await one.watch_drift()
     assert one.drift > 1.5
-    # p50, p90 and p99 of three times what came: its loss is 2 (0.5 + 0.1 + 0.01) / 3 of the traffic, one window ahead.
-    assert one.drift > 0.9 * 2 * 0.61 / 3 / predictor().loss / 2
+    assert (metric("drift"), metric("drift_alert")) == (one.drift, 1)
+    # p50, p90 and p99 of three times what came: their loss is 2 (0.5 + 0.1 + 0.01) / 3 of the traffic.
+    assert one.drift == pytest.approx(2 * 0.61 / 3 / predictor().loss, rel=0.01)
+    with history._database.transaction() as db:
+        db.execute("delete from forecasts")
+    for window in range(first, last_window() + 1):  # announcements that came to nothing are no fault of the predictor
+        right = as_it_came(data, window)
+        past.save(window, list(MODELS), right + 1000, right)
+    await one.watch_drift()
+    assert one.drift < 0.1
+    assert metric("drift_alert") == 0
+
+
+def as_it_came(data: np.ndarray, window: int) -> np.ndarray:
+    """What came in a window and those after it, as a forecast: shape (models, 12, 5, 3)."""
+    at = data.shape[1] - 1 - (last_window() - window)
+    load = data[:, np.minimum(np.arange(at, at + 12), data.shape[1] - 1), MEAN_LOAD]
+    return np.ones((len(MODELS), 12, len(QUANTITIES), 3)) * load[:, :, None, None]
+
+
+def metric(name: str) -> float | None:
+    return REGISTRY.get_sample_value(f"warmserve_forecaster_{name}")
+
+
+async def test_a_champion_that_fails_gives_way_to_the_published_predictor(
+    start: Start, store: Store, keys: Keys, tmp_path: Path
+) -> None:
+    seed_history(tmp_path, traffic(7))
+    knows_one_quantity = stored.to_bytes(fit(traffic(6)[:, :, MEAN_LOAD], SEASON), info())
+    stored.write(Champions(tmp_path / "predictors", SEASON).champion_file, knows_one_quantity)
+    await store.put(keys.model("m3"), cluster_pb2.ModelSpec(name="m3"))
+    published = Mirror(store, keys.forecasts(), cluster_pb2.Forecast)
+    await published.start()
+    before = metric("fallbacks_total") or 0
+    async with start(window_s=HOUR, season_s=SEASON * HOUR) as stub:
+        await published.wait_for(lambda items: "m3" in items)
+        assert published.items["m3"].predictor == "published"
+        assert published.items["m3"].windows[0].mean_load.p50 > 0
+        assert (await stub.GetPredictor(forecast_pb2.GetPredictorRequest())).champion.name == "learned"
+    assert (metric("fallbacks_total") or 0) > before
+    await published.close()
