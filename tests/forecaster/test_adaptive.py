@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from services.forecaster.adaptive import adapted, follow, unmoved
+from services.forecaster.adaptive import adapted, follow, unmoved, usual_traffic
 from services.forecaster.database import Database
 from services.forecaster.following import Following
 from services.forecaster.past import PastForecasts
@@ -91,6 +91,15 @@ def test_what_befalls_all_moves_p90_of_each_and_the_idle_teach_nothing() -> None
     assert moved[0, 0] == moved[-1, 0] == pytest.approx(0.02 * 0.9)
     assert (moved[1:20, 0] > moved[0, 0]).all()
     assert moved[0, 1] == moved[-1, 1] == 0
+
+
+def test_usual_is_the_mean_of_what_is_known_of_late() -> None:
+    series = np.full((3, 700, 2), 8.0)
+    series[:, :200] = 1000.0  # long ago
+    series[0, -100:, 1] = np.nan
+    series[1, -250:, 0] = 0.0
+    series[2] = np.nan
+    np.testing.assert_allclose(usual_traffic(series), [[8, 8], [4, 8], [0, 0]])
 
 
 def test_what_was_learnt_is_forgotten() -> None:
