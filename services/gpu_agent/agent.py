@@ -68,6 +68,7 @@ class Agent:
         self._grown = 0
         self._stopping = False
         self._shards: dict[str, Shard] = {}
+        self._undeployed: dict[str, int] = {}  # by name: when the last model to be removed was deployed
         self._transitions = Transitions(agent_id, reports)
         self._serving = Serving(agent_id, arena, queue, reports, self._transitions, self._shards, self._wake_again)
         look = self._serving.engine.look
@@ -186,7 +187,7 @@ class Agent:
             shard.want(active=False)
             self._loader.relax(shard)
             if shard.server is not None:
-                shard.pausing = begin_task(shard.server.stop_pulling(), f"pause {shard.name}")
+                self._serving.pause(shard)
             self._transitions.redirected(shard, reason, cluster_pb2.EVENT_KIND_CANCELLED)
         return shard.state
 
@@ -204,6 +205,7 @@ class Agent:
 
     async def forget(self, spec: cluster_pb2.ModelSpec, image_needed: Callable[[], bool]) -> None:
         """Removes an undeployed model: finishes what runs, gives everything back, deletes the image."""
+        self._undeployed[spec.name] = spec.deployed_unix_ms
         shard = self._shards.get(spec.name)
         if shard is not None and shard.spec.deployed_unix_ms == spec.deployed_unix_ms:
             shard.leaving = True
@@ -271,6 +273,8 @@ class Agent:
     @asynccontextmanager
     async def _ordered(self, spec: cluster_pb2.ModelSpec, group: common_pb2.Group) -> AsyncIterator[Shard]:
         """The shard, free for a new order: an eviction in progress has ended. Raises BusyError."""
+        if self._undeployed.get(spec.name) == spec.deployed_unix_ms:  # whoever orders it does not know yet
+            raise BusyError(f"{spec.name} was undeployed")
         shard = self._shards.get(spec.name)
         if shard is None:
             shard = self._shards[spec.name] = Shard(spec, group)

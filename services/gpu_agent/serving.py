@@ -24,7 +24,7 @@ from services.gpu_agent.instance_server import InstanceServer
 from services.gpu_agent.preparing import Preparing
 from services.gpu_agent.relay import Relay
 from services.gpu_agent.reports import Reports
-from services.gpu_agent.shard import ACTIVE, DRAINING, Shard
+from services.gpu_agent.shard import ACTIVE, DRAINING, WARMING, Shard
 from services.gpu_agent.transitions import Transitions
 from warmserve.v1 import cluster_pb2, common_pb2
 
@@ -136,6 +136,11 @@ class Serving:
         self._transitions.enter(shard, ACTIVE, reason, cluster_pb2.EVENT_KIND_WOKEN, took_ms=took_ms)
         self._transitions.instance(shard)
 
+    def pause(self, shard: Shard) -> None:
+        """An instance whose weights are still on their way begins to take no more; `shard.pausing` ends when it has."""
+        assert shard.server is not None
+        shard.pausing = begin_task(shard.server.stop_pulling(), f"pause {shard.name}")
+
     async def retire(self, shard: Shard, error: str) -> None:
         """Ends an instance at once, if there is one; routers put its requests back. Its state is for the caller."""
         server = shard.server
@@ -231,6 +236,8 @@ class Serving:
                 shard.damaged = isinstance(error, NonFiniteLogits)
                 if shard.state == ACTIVE:  # a draining one ends, for nothing runs on it any more
                     self.drain(shard, reason, cluster_pb2.EVENT_KIND_FAILED)
+                elif shard.state == WARMING:  # it ends with the load; what it took until then would only fail
+                    self.pause(shard)
 
     def _on_cancel(self, request_ids: Iterable[str]) -> None:
         for server in self._servers():

@@ -51,7 +51,7 @@ class Shard:
     turn: CopyTurn | None = None  # of the load in progress
     task: asyncio.Task[None] | None = None  # the transition in progress
     server: InstanceServer | None = None  # while active or draining, and just before, while the last weights come
-    pausing: asyncio.Task[None] | None = None  # the server is being kept from taking more, for its wake was cancelled
+    pausing: asyncio.Task[None] | None = None  # the server is kept from taking more: its wake was cancelled, or failed
     rewoken: asyncio.Event = field(default_factory=asyncio.Event)  # a wake came after the last drain
     wake_reason: common_pb2.Reason = field(default_factory=common_pb2.Reason)  # of that wake
     retiring: bool = False  # drained or failed: it will be warm before it can be active again

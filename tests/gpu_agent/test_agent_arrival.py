@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from launcher.backing import Backing
+from services.gpu_agent.engine.arrival import Behind
+from services.gpu_agent.instance_server import InstanceServer
 from services.gpu_agent.weights.image import Image
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent
@@ -182,3 +184,30 @@ async def test_a_disk_that_fails_under_a_wake_hands_over_what_it_has_taken(
     await agent.submit("m", "r0", PROMPT, 8, attempt=1)
     await agent.wake(spec)
     assert (await agent.relay.finished("r0", attempt=1)).finish_reason == inference_pb2.FINISH_REASON_LENGTH
+
+
+async def test_an_instance_that_fails_behind_the_copy_takes_no_more(
+    agent: RunningAgent, tmp_path: Path, halt: Halt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All it took would fail at once, and a request that fails a few times is given up."""
+    stopped, stop_pulling = asyncio.Event(), InstanceServer.stop_pulling
+
+    async def stopping(server: InstanceServer) -> None:
+        await stop_pulling(server)
+        stopped.set()
+
+    def broken(behind: Behind) -> bool:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(InstanceServer, "stop_pulling", stopping)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Behind, "advance", broken)
+        spec, model = await begun(agent, tmp_path)
+        assert (await agent.relay.finished("r0")).finish_reason == inference_pb2.FINISH_REASON_ERROR
+    await asyncio.wait_for(stopped.wait(), 30)
+    await agent.submit("m", "r1", PROMPT, 8)
+    halt.go_on.set()
+    assert "failed" in (await agent.until("m", common_pb2.REPLICA_STATE_WARM)).reason.text
+    await agent.wake(spec)
+    assert (await agent.relay.finished("r1")).finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    assert agent.relay.tokens("r1") == expected(model, PROMPT, 8)

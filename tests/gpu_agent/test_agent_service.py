@@ -258,6 +258,23 @@ async def test_undeploying_gives_everything_back(agent: RunningAgent, tmp_path: 
         await asyncio.sleep(0.01)
 
 
+async def test_a_late_order_does_not_bring_an_undeployed_model_back(agent: RunningAgent, tmp_path: Path) -> None:
+    """A placer may not know yet; and the model that is deployed next under the name would find its place taken."""
+    checkpoints.llama(tmp_path / "m")
+    spec = await agent.prepare("m", tmp_path / "m")
+    await agent.node.store.put(agent.node.keys.model("m"), spec)
+    await agent.node.store.delete(agent.node.keys.model("m"))
+    while list((tmp_path / "images").glob("*.image")):
+        await asyncio.sleep(0.01)
+    code, text = await status_of(agent.stub.WakeReplica(_wake(agent, spec)))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "undeployed" in text
+    spec = await agent.prepare("m", tmp_path / "m")
+    spec.deployed_unix_ms = 2
+    await agent.node.store.put(agent.node.keys.model("m"), spec)
+    await agent.wake(spec)
+
+
 async def test_an_end_that_is_no_token_of_the_model_is_left_out(agent: RunningAgent, tmp_path: Path) -> None:
     model = checkpoints.llama(tmp_path / "m")
     (tmp_path / "m" / "generation_config.json").write_text('{"eos_token_id": [2, 99999]}')

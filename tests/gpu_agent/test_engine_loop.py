@@ -409,6 +409,32 @@ def test_a_failing_instance_does_not_harm_the_other(world: World, engine: Engine
     assert tokens_of(listener.outputs, "well") == generate(world.references["mistral"], prompt(6), 30)
 
 
+@dataclass
+class Faulty:
+    """A device whose steps fail when their results are asked for, however often that is."""
+
+    depth: int = 2
+
+    def launch(self, parts: Many[Part], rows: Many[Row]) -> Faulty:
+        return self
+
+    def result(self) -> StepResult:
+        raise IndexError("the kernel's own fault")
+
+
+def test_whatever_a_step_fails_with_the_others_go_on(world: World, engine: EngineLoop, listener: Listener) -> None:
+    first, second = world.llama.instance(), world.mistral.instance()
+    first._runner = Faulty()
+    engine.activate(first).result(PATIENCE)
+    engine.activate(second).result(PATIENCE)
+    engine.submit(first.id, greedy("ill", prompt(5), 30))
+    engine.submit(second.id, greedy("well", prompt(6), 30))
+    listener.wait_ended("ill", "well")
+    assert end_of(listener.outputs, "ill").finish_reason is FinishReason.ERROR
+    assert tokens_of(listener.outputs, "well") == generate(world.references["mistral"], prompt(6), 30)
+    assert [failed for failed, _ in listener.failures] == [first.id]
+
+
 def test_a_grammar_without_a_way_out_ends_its_own_request_only(listener: Listener) -> None:
     trapped = within_grammar("trapped", 'root ::= "a" rest\nrest ::= rest "c"')
     engine = EngineLoop(listener.on_step, listener.on_failure)

@@ -154,6 +154,32 @@ def test_registered_once_and_taken_back_at_the_end(tmp_path: Path, tier_folder: 
     assert pinned == []
 
 
+def test_what_another_agent_removes_can_be_read_to_the_end(tmp_path: Path, tier_folder: Path) -> None:
+    """An agent that finds it damaged does so; meanwhile copies from it may be under way."""
+    (image,) = images(tmp_path, 1)
+    pinned: list[int] = []
+
+    def pin(address: int, nbytes: int) -> Callable[[], None]:
+        pinned.append(address)
+        return lambda: pinned.remove(address)
+
+    mine, others = (HostTier(tier_folder, image.layout.total_bytes, pin) for _ in range(2))
+    mine.fill(image, 1.0)
+    with mine.reading(image) as host:
+        assert host is not None
+        first = host.page(0)
+        others.discard(image.path.name)
+        mine.sweep()
+        with mine.reading(image) as again:
+            assert again is None
+        assert first.data_ptr() in pinned
+        assert bytes(host.page(1).numpy()) == image.path.read_bytes()[PAGE_BYTES : 2 * PAGE_BYTES]
+    mine.sweep()
+    assert pinned == []
+    mine.close()
+    others.close()
+
+
 def test_an_image_larger_than_the_budget_is_not_kept_and_it_is_said(tmp_path: Path, tier_folder: Path) -> None:
     (image,) = images(tmp_path, 1)
     tier = HostTier(tier_folder, image.layout.total_bytes - 1)

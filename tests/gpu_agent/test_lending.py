@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
+from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.lending import promised_pages
 from services.gpu_agent.expectation import sequences_per_instance
 from services.gpu_agent.weights.loader import load
@@ -180,6 +181,36 @@ def test_kv_does_not_wait_for_a_page_that_is_being_written(arena: Arena, backend
         assert not filling.done()
     assert (weights.resident_pages, arena.free_pages) == (1, 1)
     arena.check()
+
+
+def test_kv_finds_pages_that_are_freed_while_it_takes_lent_ones(
+    arena: Arena, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An eviction may come first: the pages are there all the same, and nobody is preempted for them."""
+    weights = arena.add_weights("m", 6 * backend.page)
+    weights.grow(6)
+    weights.offer((0.0, 0.0))
+    take_back = WeightRange.take_back
+
+    def evicted_first(lender: WeightRange, n: int, owner: str) -> list[int]:
+        lender.shrink(0)
+        return take_back(lender, n, owner)
+
+    monkeypatch.setattr(WeightRange, "take_back", evicted_first)
+    assert len(set(arena.take_kv("i", TOTAL))) == TOTAL
+
+
+def test_pages_that_warming_writes_are_within_kvs_reach(arena: Arena, backend: Backend) -> None:
+    """They can be had as soon as they hold their data: no request is too large because of them."""
+    weights = arena.add_weights("m", 6 * backend.page)
+    weights.grow(2)
+    weights.offer((0.0, 0.0))
+    with weights.filling() as filling:
+        filling.map(2)
+        assert arena.kv_within_reach("i") == arena.kv_share("i") == TOTAL
+        weights.withhold()  # a wake
+        assert arena.kv_within_reach("i") == TOTAL - 4
+        backend.settle()
 
 
 def test_many_takers_and_a_loader_never_share_a_page(arena: Arena, backend: Backend) -> None:

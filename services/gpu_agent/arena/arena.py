@@ -75,7 +75,7 @@ class Arena:
         """Who has how many pages, at one moment."""
         with self._lock:
             kv, weights = self._pages.kv(), self._pages.weights()
-            total, free, filling = self._pages.total, self._pages.free, self._pages.filling
+            total, free, filling = self._pages.total, self._pages.free, sum(self._pages.filling().values())
             lent = self._lendable()
             promised = min(free, self._promised_free())
         in_weights = sum(weights.values()) + filling
@@ -97,23 +97,22 @@ class Arena:
 
         OutOfPages, with nothing kept, where there are not as many.
         """
-        with self._lock:
-            self._check_open()
-            free = self._pages.free
-            if n > free and n > free + self._lendable():
-                raise OutOfPages(f"the KV cache of {owner}", n, free, self._pages.total)
-            taken = self._pages.take_kv(owner, min(n, free))
-        while len(taken) < n:
-            lender = self._least_valuable()
-            back = lender.take_back(n - len(taken), owner) if lender is not None else []
-            if lender is None:  # what was lent a moment ago is needed now by those who had it
-                self.give_kv(owner, taken)
-                with self._lock:
+        taken: list[int] = []
+        while True:
+            with self._lock:
+                self._check_open()
+                # Anew each time: lent pages may have been freed meanwhile, or be needed by those who had them.
+                free, lacking = self._pages.free, n - len(taken)
+                if lacking > free and lacking > free + self._lendable():
+                    self._pages.give_kv(owner, taken)
                     raise OutOfPages(f"the KV cache of {owner}", n, self._pages.free, self._pages.total)
-            taken += back
-            if back:
+                taken += self._pages.take_kv(owner, min(lacking, free))
+            if len(taken) == n:
+                return taken
+            lender = self._least_valuable()
+            if lender is not None and (back := lender.take_back(n - len(taken), owner)):
+                taken += back
                 self.on_taken_back(lender.name, len(back), owner)
-        return taken
 
     def give_kv(self, owner: str, pages: Sequence[int]) -> None:
         """Gives pages back. ValueError, with nothing given, where one of them is not the owner's."""
@@ -141,14 +140,12 @@ class Arena:
         """Pages that an instance would have if all others gave back what they may, weights that were lent included."""
         with self._lock:
             kept = sum(n for other, n in self._kept.items() if other != owner)
-            held = sum(self._pages.weights().values()) + self._pages.filling - self._lendable()
-            return self._pages.total - held - kept
+            return self._pages.total - self._withheld() - kept
 
     def kv_share(self, owner: str) -> int:
         """Pages that an instance would have if all of them shared equally what weights in use leave."""
         with self._lock:
-            held = sum(self._pages.weights().values()) + self._pages.filling - self._lendable()
-            return max(0, self._pages.total - held) // len({owner, *self._promised})
+            return max(0, self._pages.total - self._withheld()) // len({owner, *self._promised})
 
     def kv_view(self, dtype: torch.dtype) -> torch.Tensor:
         """All pages as one 1-D tensor: page p is at elements [p * n, (p + 1) * n), where n = page_bytes / itemsize.
@@ -229,6 +226,11 @@ class Arena:
     def _lendable(self) -> int:
         weights = self._pages.weights()
         return sum(weights[name] for name, offered in self._ranges.items() if offered.is_lendable)
+
+    def _withheld(self) -> int:
+        """Pages of weights that KV cannot have: what is written to be lent can be had when it holds its data."""
+        weights, filling = self._pages.weights(), self._pages.filling()
+        return sum(weights[name] + filling.get(name, 0) for name, r in self._ranges.items() if not r.is_lendable)
 
     def _least_valuable(self) -> WeightRange | None:
         with self._lock:

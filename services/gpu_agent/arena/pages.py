@@ -68,10 +68,9 @@ class Pages:
         """Pages of each model's weights; models that have none resident are in it, with 0."""
         return {model: len(pages) for model, pages in self._weights.items()}
 
-    @property
-    def filling(self) -> int:
-        """Pages that are being written for weights."""
-        return sum(map(len, self._filling.values()))
+    def filling(self) -> dict[str, int]:
+        """Pages that are being written for each model's weights, of those that have any."""
+        return {model: len(pages) for model, pages in self._filling.items()}
 
     def kv(self) -> dict[str, int]:
         """Pages of each instance that has any."""

@@ -246,7 +246,7 @@ class Instance:
                 continue
             try:
                 pending.result()
-            except RuntimeError as failure:  # that step's, or the one's that the instance is closed for
+            except Exception as failure:  # that step's, or the one's that the instance is closed for, whatever it was
                 _log.warning("a step of %s that was under way failed too: %s", self.id, failure)
         self._kv.close()
         return outputs

@@ -38,6 +38,11 @@ class HostImage:
         return os.fstat(self._fd).st_nlink == 0
 
     @property
+    def held(self) -> bool:
+        """Whether somebody reads it."""
+        return self._readers > 0
+
+    @property
     def registered(self) -> bool:
         """Whether all pages are registered with the device, or there is none to register them with."""
         return self._pin is None or len(self._pinned) == len(self._bytes)

@@ -64,8 +64,8 @@ class HostTier:
     @contextmanager
     def reading(self, image: Image) -> Iterator[HostImage | None]:
         """The image in memory, if it is there; no agent removes it within the block."""
-        found = self._find(image)
-        if found is None or not found.hold():
+        found = self._held(image)
+        if found is None:
             yield None
             return
         try:
@@ -74,9 +74,9 @@ class HostTier:
             found.let_go()
 
     def sweep(self) -> None:
-        """Gives back what other agents have removed from the tier."""
+        """Gives back what other agents have removed from the tier, unless it is being read still."""
         with self._lock:
-            for name in [name for name, opened in self._opened.items() if opened.gone]:
+            for name in [name for name, opened in self._opened.items() if opened.gone and not opened.held]:
                 self._opened.pop(name).close()
 
     def close(self) -> None:
@@ -153,7 +153,8 @@ class HostTier:
                 found.append(Kept(path.name, path.stat().st_size, _value(path)))
         return sorted(found, key=lambda kept: (kept.value, kept.name))
 
-    def _find(self, image: Image) -> HostImage | None:
+    def _held(self, image: Image) -> HostImage | None:
+        """The image in memory, held; None where it is not there, or not any more."""
         self.sweep()
         name = image.path.name
         with self._lock:
@@ -166,7 +167,8 @@ class HostTier:
                     os.close(fd)
                     return None
                 self._opened[name] = HostImage(fd, image.layout.page_bytes, self._pin)
-            return self._opened[name]
+            found = self._opened[name]
+            return found if found.hold() else None
 
     def _reserve(self, unfinished: Path, nbytes: int, value: float) -> int | None:
         """Makes an unfinished file of that size, locked and with memory behind it; None where there is no place."""
