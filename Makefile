@@ -24,7 +24,7 @@ up: $(VENV)/.runtime  ## Run the whole system on this machine until Ctrl-C
 
 # Two processes, each with an etcd and a Redis of its own; a file's tests stay together.
 test: $(VENV)/.dev  ## Run all tests; ARGS="-k word" chooses some
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10 $(ARGS)
 
 lint: $(VENV)/.dev  ## Check style, types, import rules, protos, and that the stubs are those of the protos
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import uuid
 from collections.abc import AsyncIterator, Iterator
 
@@ -11,6 +12,16 @@ from redis.asyncio import Redis
 from launcher.backing import Backing, start_etcd, start_redis
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
+
+# A shell that runs the tests in the background has them, and the processes they start, ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_LONG = {"house", "launcher", "system"}  # folders of few tests that take long, each file on one worker
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that no worker is left alone with it."""
+    items.sort(key=lambda item: item.path.parent.name not in _LONG)
 
 
 @pytest.fixture(scope="session")
