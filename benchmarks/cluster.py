@@ -4,7 +4,7 @@
 
 The paper's setting (two nodes of eight GPUs; Llama-2 7B twice, 13B over two, 70B over four; Azure's arrivals with
 power-law popularity) at rates swept over two orders of magnitude, and beyond it sixty fine-tunes with ServeGen's
-clients on the same GPUs: a sweep of rates, an hour of each of days 8 to 10 with learning on all time before, a whole
+clients on the same GPUs: a sweep of rates, half an hour of days 9 and 10 with learning on all time before, a whole
 day, models that all fit at once, a flash crowd, a silent forecaster, and ours with parts taken away.
 simulator/scenarios.py tells the settings, simulator/policies the policies, docs/simulator.md how each was tuned.
 
@@ -21,7 +21,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,15 +45,15 @@ from benchmarks.report import Row, document, table
 from simulator import scenarios
 
 RATES = (0.5, 1, 2, 4, 8, 16, 32)
-TUNE_RATES = tuple(scenarios.FINE_TUNES_PER_S * factor for factor in (0.25, 0.5, 1, 2))
+TUNE_RATES = tuple(scenarios.FINE_TUNES_PER_S * factor for factor in (0.25, 0.5, 1))
 MOMENTS = ((8, 10.0), (9, 14.0), (10, 20.0))  # days and hours of the fine-tunes
-WINDOWS_S = (300.0, 1200.0)  # besides 600
-HALVINGS = 3  # of the range in which a competitor's highest rate within target lies
+WINDOWS_S = (1200.0,)  # besides 600, the traces' own
+HALVINGS = 2  # of the range in which a competitor's highest rate within target lies
 DAY_S = 300.0  # a simulated day of sixty models should not take longer, plans included
 
 OURS = ("ours", "published", "told the future")
 COMPARED = (*OURS, *STATIC, *(name for start in (0.0, *ENGINE_STARTS_S) for name in autoscaling(start)))
-ON_A_DAY = ("ours", *STATIC[:1], autoscaling(0.0)[0])
+ON_A_DAY = ("ours", *STATIC[:1])
 
 Run = Callable[[Iterable[tuple[Setting, str]]], None]
 
@@ -63,9 +63,11 @@ def settings(quick: bool) -> tuple[list[Setting], list[Setting], list[Setting], 
     at, hours = MOMENTS[0], 0.2 if quick else 1.0
     paper = [Setting("paper", rate) for rate in (RATES[2:5] if quick else RATES)]
     tunes = [Setting("fine-tunes", rate, at, hours) for rate in (TUNE_RATES[2:3] if quick else TUNE_RATES)]
-    moments = [Setting("fine-tunes", scenarios.FINE_TUNES_PER_S, at, 1.0) for at in MOMENTS[1:]]
+    moments = [Setting("fine-tunes", scenarios.FINE_TUNES_PER_S, at, 0.5) for at in MOMENTS[1:]]
     usual = Setting("fine-tunes", scenarios.FINE_TUNES_PER_S, at, hours)
-    others = [replace(usual, kind=kind) for kind in ("small fine-tunes", "flash crowd", "silent forecaster")]
+    others = [
+        replace(usual, kind=kind, hours=hours / 2) for kind in ("small fine-tunes", "flash crowd", "silent forecaster")
+    ]
     return paper, tunes, [] if quick else moments, others
 
 
@@ -75,10 +77,12 @@ def sweeps(quick: bool) -> list[Sweep]:
     return [Sweep("paper", tuple(paper)), Sweep("fine-tunes", tuple(tunes))]
 
 
-def run_everything(run: Run, done: dict[tuple[Setting, str], Outcome], quick: bool) -> None:
-    """All that is compared; then closer to where each competitor's requests come late."""
+def run_everything(run: Run, done: dict[tuple[Setting, str], Outcome], quick: bool) -> Iterator[None]:
+    """All that is compared, part by part: sweeps, then closer to where each competitor's requests come late, then
+    variations. After each part there are `rows` of all that was run."""
     paper, tunes, moments, others = settings(quick)
     run((setting, policy) for setting in (*paper, *tunes) for policy in COMPARED)
+    yield
     for _ in range(0 if quick else HALVINGS):
         compared, wanted = Compared(done), []
         for sweep in sweeps(quick):
@@ -88,13 +92,18 @@ def run_everything(run: Run, done: dict[tuple[Setting, str], Outcome], quick: bo
                     setting = replace(sweep.settings[0], rate_per_s=rate)
                     wanted += [(setting, policy) for policy in policies(compared, sweep, who)]
         run(wanted)
+    yield
+    best = Compared(done).best_autoscaling(tunes, 0.0)
     usual = next(s for s in tunes if s.rate_per_s == scenarios.FINE_TUNES_PER_S)
-    run((setting, policy) for setting in moments for policy in (*OURS, *STATIC, *autoscaling(0.0)))
-    run((setting, policy) for setting in others for policy in (*OURS, *STATIC, *autoscaling(0.0)))
     run((usual, policy) for policy in ABLATIONS)
+    run((setting, policy) for setting in others for policy in (*OURS, *STATIC, best))
+    yield
     run((replace(usual, window_s=window_s), "ours") for window_s in WINDOWS_S)
+    run((setting, policy) for setting in moments for policy in (*OURS, *STATIC, best))
+    yield
     if not quick:
         run((_day(), policy) for policy in ON_A_DAY)
+        yield
 
 
 def _day() -> Setting:
@@ -102,24 +111,27 @@ def _day() -> Setting:
 
 
 def rows(done: dict[tuple[Setting, str], Outcome], quick: bool) -> list[Row]:
-    """What the issue asks of each sweep, then what else was compared."""
+    """What the issue asks of each sweep, then what else was compared, as far as it was run."""
     compared = Compared(done)
     _, tunes, moments, others = settings(quick)
+    best = compared.best_autoscaling(tunes, 0.0)
     found = [row for sweep in sweeps(quick) for row in sweep_rows(compared, sweep)]
     for setting in (*moments, *others):
-        best = compared.best_autoscaling([setting], 0.0)
-        found += beside(compared, setting, ("published", "told the future", compared.best_static(setting), best))
+        if (setting, "ours") in done:
+            static = compared.best_static(setting)
+            found += beside(compared, setting, ("published", "told the future", static, best))
     usual = next(s for s in tunes if s.rate_per_s == scenarios.FINE_TUNES_PER_S)
-    found += beside(compared, usual, ABLATIONS)
+    found += beside(compared, usual, [policy for policy in ABLATIONS if (usual, policy) in done])
     for window_s in WINDOWS_S:
-        other = compared.of(replace(usual, window_s=window_s), "ours").p99
-        found.append(
-            Row(f"p99 TTFT, windows of {window_s:g} s", other, "s", compared.of(usual, "ours").p99, "ours, 600 s")
-        )
-    if not quick:
+        other = done.get((replace(usual, window_s=window_s), "ours"))
+        if other is not None:
+            what = f"p99 TTFT, windows of {window_s:g} s"
+            found.append(Row(what, other.p99, "s", compared.of(usual, "ours").p99, "ours, 600 s"))
+    day = done.get((_day(), "ours"))
+    if day is not None:
         found += beside(compared, _day(), ON_A_DAY[1:])
-        what = f"seconds of one core for a day of {compared.of(_day(), 'ours').requests:,} requests, plans included"
-        found.append(Row(what, compared.of(_day(), "ours").cpu_s, "s", target=DAY_S))
+        what = f"seconds of one core for a day of {day.requests:,} requests, plans included"
+        found.append(Row(what, day.cpu_s, "s", target=DAY_S))
     return found
 
 
@@ -149,12 +161,14 @@ def main() -> None:
             told = f"{case.setting.name}: {case.policy}, {outcome.cpu_s:.0f} s"
             print(f"{number}/{len(cases)} {told}", file=sys.stderr, flush=True)
 
-    run_everything(run, done, arguments.quick)
-    done = dict(sorted(done.items(), key=lambda item: repr(item[0])))  # whatever the order in which they ended
+    for _ in run_everything(run, done, arguments.quick):
+        tell(dict(sorted(done.items(), key=lambda item: repr(item[0]))), arguments)  # in whatever order they ended
+
+
+def tell(done: dict[tuple[Setting, str], Outcome], arguments: argparse.Namespace) -> None:
+    """Prints what there is, and writes and draws it where that was asked for."""
     result = rows(done, arguments.quick)
-    print(run_lines(done))
-    print()
-    print(table(result))
+    print(run_lines(done), table(result), sep="\n\n", flush=True)
     if arguments.plots is not None:
         draw(done, sweeps(arguments.quick), arguments.plots, arguments.seed)
     if arguments.json is not None:
@@ -166,7 +180,6 @@ def write(file: Path, done: dict[tuple[Setting, str], Outcome], result: Sequence
     content = {**document("cluster", result), "seed": seed, "runs": run_values(done, seed)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    print(f"written to {file}")
 
 
 if __name__ == "__main__":

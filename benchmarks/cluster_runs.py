@@ -171,10 +171,15 @@ class Runner:
     def _all(self, pool: ProcessPoolExecutor, cases: Sequence[Case]) -> Iterator[tuple[Case, Outcome]]:
         """First what is to be learnt, which is waited for while that runs which learns nothing."""
         pasts = dict.fromkeys(_past(case) for case in cases if _learns(case))
+        for past in pasts:
+            if self._kept and past not in self._learnt and _learnt_file(self._kept, past).exists():
+                self._learnt[past] = _learnt_file(self._kept, past).read_bytes()
         learning = {past: pool.submit(learn, past) for past in pasts if past not in self._learnt}
         runs = {pool.submit(run, case): case for case in cases if not _learns(case)}
         for past, future in learning.items():
             self._learnt[past] = future.result()
+            if self._kept:
+                _put(_learnt_file(self._kept, past), self._learnt[past])
         runs |= {pool.submit(run, case, self._learnt[_past(case)]): case for case in cases if _learns(case)}
         for done in as_completed(runs):
             yield runs[done], done.result()
@@ -279,11 +284,19 @@ def _file(kept: Path, case: Case) -> Path:
     return kept / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.json"
 
 
+def _learnt_file(kept: Path, past: Case) -> Path:
+    return _file(kept, past).with_suffix(".learnt")
+
+
 def _write(kept: Path, case: Case, outcome: Outcome) -> None:
-    kept.mkdir(parents=True, exist_ok=True)
-    file = _file(kept, case)
+    _put(_file(kept, case), json.dumps(dataclasses.asdict(outcome)).encode())
+
+
+def _put(file: Path, content: bytes) -> None:
+    """All of it or nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(dataclasses.asdict(outcome)))
+    unfinished.write_bytes(content)
     unfinished.replace(file)
 
 

@@ -8,8 +8,10 @@ a tenth of their tokens, are sent to it as clients would send them.
 
 Before it, on a cluster of its own, what the machine does is measured, as a client sees it: prompts of some lengths and
 batches of some sizes on an active instance, which the simulator's cost model is fitted to, and what a warm and a cold
-replica take to serve; after it the steps once more. From these figures and the requests alone the simulator foretells
-the replay. Ten minutes, and four to measure; on a machine that does nothing else, or it measures that.
+replica take to serve. These are measured one at a time; in a replay, agents, router, placer and forecaster share the
+machine's cores. How much slower that makes it, one factor for all, is learnt from two further replays, before and after
+the one that is foretold, with other requests of the trace. From these figures and the requests alone the simulator
+foretells the replay. Ten minutes, and seven to measure; on a machine that does nothing else, or it measures that.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.report import Row, report
+from benchmarks.simulator_validation_lab import TIMEOUT_S, Lab, Machine, machine_of
 from launcher.checkpoints import CONTEXT_TOKENS, checkpoint_folders
 from launcher.cluster import Cluster, ClusterConfig
 from launcher.demo import traffic
@@ -34,38 +37,20 @@ from launcher.replay import Outcome, replay
 from launcher.traces import Rotation
 from services.forecaster.predictors import PublishedPredictor
 from services.placer.snapshot import Rules
-from simulator.cost import CostModel, Measurement, fit
 from simulator.policies.ours import Ours
 from simulator.results import Found, Results
 from simulator.run import simulate
 from simulator.spec import ClusterSpec, Delays, Forecasting, ModelSpec, Settings
-from warmserve import AsyncClient
-from warmserve.cluster.keys import Keys
-from warmserve.cluster.store import Store, decode
 from warmserve.traces import Request
-from warmserve.v1 import cluster_pb2
 
 ARENA_BYTES = 94 << 20  # of 1 MiB pages: room for one model of 70 MiB and its KV
 PERIOD_S = 18.0
 WINDOW_S = 1.0
 LOOKAHEAD_S = 4.0
 BATCH = 8  # host agents' most sequences
-PROMPTS = (8, 64, 160)
-BATCHES = (1, 4, 8)
-REPEATS = 5
-WAKES = 12
-_LITTLE = 0.05  # of the weights: what misses no more is all there
-_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What was measured."""
-
-    cost: CostModel
-    fit_error: float  # mean of the relative errors' sizes
-    wake_s: tuple[float, float]  # lower and upper quartile, of a replica all resident; assumed where too few were
-    load_gbps: float
+LEARN_S = 90.0  # of each replay from which it is learnt how much slower the machine is then
+_ROUNDS = 5
+_STEADY = 0.6  # the power of what is off by which the factor is mended: waiting grows faster than steps
 
 
 def specs(folder: Path) -> list[ModelSpec]:
@@ -80,138 +65,33 @@ def specs(folder: Path) -> list[ModelSpec]:
             bytes_per_parameter=4.0,
             max_batch=BATCH,
             context_tokens=CONTEXT_TOKENS,
-            tpot_s=_TIMEOUT_S,  # none: instances report their slots, and that is what the placer counts on
+            tpot_s=TIMEOUT_S,  # none: instances report their slots, and that is what the placer counts on
         )
         for (name, path), layers in zip(checkpoint_folders(folder).items(), (8, 9, 8), strict=True)
     ]
 
 
 @dataclass(frozen=True)
-class Switch:
-    """A wake: the share of the weights that was missing, and what it took beyond a request to an active model."""
+class Replayed:
+    """What the real system was asked, and what came of it."""
 
-    missing: float
-    seconds: float
-
-
-def machine_of(models: Sequence[ModelSpec], steps: Sequence[Measurement], switches: Sequence[Switch]) -> Machine:
-    """What the measurements say."""
-    cost, delays = fit(steps), Delays()
-    wake_s = delays.wake_s
-    whole = [switch.seconds for switch in switches if switch.missing <= _LITTLE]
-    if len(whole) >= WAKES // 2:
-        quarters = statistics.quantiles(whole, n=4)
-        wake_s = quarters[0], quarters[2]
-    # What is in the way drains first, which the simulator counts too.
-    other_s = statistics.mean(wake_s) + delays.replan_s
-    loads = [(switch.seconds - other_s) / switch.missing for switch in switches if switch.missing > _LITTLE]
-    if not loads or statistics.median(loads) <= 0:
-        raise RuntimeError("no wake showed what loading takes: the machine is too busy to measure anything")
-    loading_s = statistics.median(loads)
-    shard = statistics.mean(model.shard_bytes for model in models)
-    errors = [abs(error) for error in cost.error(steps)]
-    return Machine(cost, statistics.mean(errors), wake_s, shard / loading_s / 1e9)
-
-
-class Lab:
-    """Measures a running cluster, as a client sees it."""
-
-    def __init__(self, address: str, etcd_address: str, models: Sequence[ModelSpec]) -> None:
-        self._address = address
-        self._etcd_address = etcd_address
-        self._models = models
-        self._seed = 0
-        self._first: dict[str, float] = {}  # seconds of a short prompt on an active instance
-
-    async def steps(self) -> list[Measurement]:
-        """Of all models, each active and alone."""
-        return [step for model in self._models for step in await self._steps(model)]
-
-    async def switches(self) -> list[Switch]:
-        """Wakes of models without an instance.
-
-        Idle instances stay until somebody wants their pages, so what is in the way drains first, as in the replay.
-        """
-        return [await self._wake() for _ in range(WAKES)]
-
-    async def _steps(self, model: ModelSpec) -> list[Measurement]:
-        delays = Delays()
-        steps = []
-        for prompt in PROMPTS:
-            seconds = [one.ttft_s for one in await self._active(model, prompt, 1, REPEATS, 1)]
-            taken = statistics.median(seconds) - delays.hop_s - delays.reply_s
-            steps.append(Measurement(model, taken, prefill=prompt))
-        self._first[model.name] = steps[0].seconds
-        for batch in BATCHES:
-            outcomes = await self._active(model, PROMPTS[0], 40, 2, batch)
-            token = statistics.median((one.total_s - one.ttft_s) / (one.output_tokens - 1) for one in outcomes)
-            steps.append(Measurement(model, token, decodes=batch, context=PROMPTS[0] + 20))
-        return steps
-
-    async def _active(self, model: ModelSpec, prompt: int, output: int, repeats: int, batch: int) -> list[Outcome]:
-        """Outcomes of `repeats` batches that found an active instance."""
-        outcomes: list[Outcome] = []
-        while len(outcomes) < repeats * batch:
-            found = await self._ask([Request(0.0, model.name, prompt, output)] * batch)
-            if all(one.found_state == "active" for one in found):
-                outcomes += found
-        return outcomes
-
-    async def _wake(self) -> Switch:
-        await asyncio.sleep(2 * Rules().min_stay_s)  # then instances may go
-        name = await self._inactive()
-        missing = 1 - await self._resident(name)
-        (outcome,) = await self._ask([Request(0.0, name, PROMPTS[0], 1)])
-        return Switch(missing, max(0.0, outcome.ttft_s - self._first[name]))
-
-    async def _resident(self, name: str) -> float:
-        """The largest share of a model's weights that any agent has."""
-        store = Store([self._etcd_address])
-        try:
-            found, _ = await store.snapshot(Keys().residencies())
-        finally:
-            await store.close()
-        records = [decode(item.value, cluster_pb2.AgentResidency) for item in found if item.value is not None]
-        return max((s.residency for record in records for s in record.shards if s.model == name), default=0.0)
-
-    async def _inactive(self) -> str:
-        """The name of a model without an instance: agents have room for all models but one."""
-        async with AsyncClient(self._address) as client, asyncio.timeout(_TIMEOUT_S):
-            while True:
-                for info in await client.models():
-                    if info.state in ("warm", "cold"):
-                        return info.name
-                await asyncio.sleep(0.1)
-
-    async def _ask(self, requests: Sequence[Request]) -> list[Outcome]:
-        self._seed += 1  # no prompt twice: its beginning would be remembered
-        outcomes = await replay(
-            self._address,
-            requests,
-            timeout_s=_TIMEOUT_S,
-            seed=self._seed,
-            on_sent=lambda request: None,
-            on_outcome=lambda outcome: None,
-        )
-        if lost := [one.error for one in outcomes if one.lost]:
-            raise RuntimeError(f"a request was lost while measuring: {lost[0]}")
-        return outcomes
+    requests: Sequence[Request]  # as long as the system's own tokenizer found them to be
+    outcomes: Sequence[Outcome]
+    offset_s: float  # where in a season it began
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What the real system was asked, and what came of it."""
+    """The machine, as slow as it is in replays, and the replay that is to be foretold."""
 
     machine: Machine
+    times_slower: float  # than when it was measured
     models: Sequence[ModelSpec]
-    requests: Sequence[Request]  # as long as the system's own tokenizer found them to be
-    outcomes: Sequence[Outcome]
-    offset_s: float  # where in a season the replay began
+    replayed: Replayed
 
 
-def foretell(observed: Observed) -> Results:
-    """The replay, simulated, from what was measured and the requests alone."""
-    machine, offset_s = observed.machine, observed.offset_s
+def foretell(machine: Machine, models: Sequence[ModelSpec], replayed: Replayed) -> Results:
+    """A replay, simulated, from what was measured and the requests alone."""
     cluster = ClusterSpec(
         gpus_per_node=2,
         arena_bytes=ARENA_BYTES,
@@ -224,19 +104,30 @@ def foretell(observed: Observed) -> Results:
     settings = Settings(
         tick_s=0.1,  # the placer plans whenever something has changed
         busy_tick_s=0.1,
-        warmup_s=offset_s % WINDOW_S,
+        warmup_s=replayed.offset_s % WINDOW_S,
         forecasting=Forecasting(PublishedPredictor(round(PERIOD_S / WINDOW_S)), window_s=WINDOW_S),
         delays=Delays(wake_s=machine.wake_s),
         cost=machine.cost,
         rules=Rules(lookahead_s=LOOKAHEAD_S),
     )
-    moved = [replace(request, time_s=request.time_s + offset_s) for request in observed.requests]
-    return simulate(cluster, observed.models, moved, Ours(), settings=settings)
+    moved = [replace(request, time_s=request.time_s + replayed.offset_s) for request in replayed.requests]
+    return simulate(cluster, models, moved, Ours(), settings=settings)
+
+
+def times_slower(machine: Machine, models: Sequence[ModelSpec], learnt_from: Sequence[Replayed]) -> float:
+    """The factor with which simulated requests of these replays take as long, from arrival to end, as they did."""
+    took = sum(one.total_s for replayed in learnt_from for one in replayed.outcomes if not one.lost)
+    times = 1.0
+    for _ in range(_ROUNDS):
+        told = [foretell(machine.slower(times), models, replayed) for replayed in learnt_from]
+        simulated = sum(float((one.finished_s - one.arrival_s)[one.served].sum()) for one in told)
+        times *= (took / simulated) ** _STEADY
+    return times
 
 
 def rows(observed: Observed, foretold: Results) -> list[Row]:
     """What was asked of both, side by side."""
-    real, machine = observed.outcomes, observed.machine
+    real, machine = observed.replayed.outcomes, observed.machine
     answered = [outcome for outcome in real if not outcome.lost]
     seconds = max(o.at_s + o.total_s for o in answered) - min(o.at_s for o in answered)
 
@@ -257,6 +148,7 @@ def rows(observed: Observed, foretold: Results) -> list[Row]:
         Row("requests", len(real), "requests"),
         Row("lost by the real system", len(real) - len(answered), "requests", target=0.0),
         Row("steps fitted, mean error", 100 * machine.fit_error, "%"),
+        Row("all is slower in replays than one at a time", observed.times_slower, "times"),
         Row("waking what is all resident, upper quartile", 1000 * machine.wake_s[1], "ms"),
         Row("loading", machine.load_gbps, "GB/s"),
         *off("mean time to the first token", "ms", 1000 * float(foretold.ttft_s.mean()), 1000 * ttft, 15.0),
@@ -269,9 +161,10 @@ def rows(observed: Observed, foretold: Results) -> list[Row]:
     ]
 
 
-# A router sees an instance that is being woken as what its weights are: warm, or on their way.
-_REAL = {"active": ("active",), "warm": ("warm",), "cold": ("cold", "warming")}
-_SIMULATED = {"active": (Found.ACTIVE,), "warm": (Found.WARM, Found.PARTIAL), "cold": (Found.COLD, Found.WAKING)}
+# Cold: nothing of the model is on any agent. Warm: a part, or all, or it is on its way for a request that came before,
+# until its instance is registered.
+_REAL = {"active": ("active",), "warm": ("warm", "warming"), "cold": ("cold",)}
+_SIMULATED = {"active": (Found.ACTIVE,), "warm": (Found.WARM, Found.PARTIAL, Found.WAKING), "cold": (Found.COLD,)}
 
 
 async def observe(duration_s: float, trace: Path | None) -> Observed:
@@ -299,36 +192,50 @@ async def observe(duration_s: float, trace: Path | None) -> Observed:
             for name, path in checkpoint_folders(checkpoints).items():
                 await deploy(cluster.environment, name, path, say)
 
+        everything = traffic(trace, duration_s + 2 * LEARN_S)
+
+        async def send(cluster: Cluster, begin_s: float, length_s: float) -> Replayed:
+            offset_s = time.time() % PERIOD_S
+            part = [
+                replace(request, time_s=request.time_s - begin_s)
+                for request in everything
+                if begin_s <= request.time_s < begin_s + length_s
+            ]
+            requests = Rotation([model.name for model in models], PERIOD_S, offset_s).apply(part)
+            say(f"replaying {len(requests)} requests for {length_s:.0f} s")
+            return await _replayed(cluster.router_address, requests, offset_s)
+
         with DataFolder(Path(temporary) / "measuring") as folder:
             async with Cluster(folder, config, say) as cluster:
                 await start(cluster)
                 lab = Lab(cluster.router_address, cluster.etcd_address, models)
-                steps = await lab.steps()
-                switches = await lab.switches()
+                steps, switches = await lab.steps(), await lab.switches()
+                learnt_from = [await send(cluster, duration_s, LEARN_S)]
         with DataFolder(Path(temporary) / "replay") as folder:
             async with Cluster(folder, config, say) as cluster:
                 await start(cluster)
-                offset_s = time.time() % PERIOD_S
-                rotation = Rotation([model.name for model in models], PERIOD_S, offset_s)
-                requests = rotation.apply(traffic(trace, duration_s))
-                say(f"replaying {len(requests)} requests for {duration_s:.0f} s")
-                outcomes = await replay(
-                    cluster.router_address,
-                    requests,
-                    timeout_s=_TIMEOUT_S,
-                    seed=0,
-                    on_sent=lambda request: None,
-                    on_outcome=lambda outcome: None,
-                )
-                after = Lab(cluster.router_address, cluster.etcd_address, models)
-                steps += await after.steps()  # a machine's speed may have changed meanwhile
+                replayed = await send(cluster, 0.0, duration_s)
+                learnt_from.append(await send(cluster, duration_s + LEARN_S, LEARN_S))
     machine = machine_of(models, steps, switches)
-    say(f"measured: {machine}")
+    times = times_slower(machine, models, learnt_from)
+    say(f"measured: {machine}, {times:.2f} times slower in replays")
+    return Observed(machine.slower(times), times, models, replayed)
+
+
+async def _replayed(address: str, requests: Sequence[Request], offset_s: float) -> Replayed:
+    outcomes = await replay(
+        address,
+        requests,
+        timeout_s=TIMEOUT_S,
+        seed=round(offset_s * 1e6),  # no prompt twice: its beginning would be remembered
+        on_sent=lambda request: None,
+        on_outcome=lambda outcome: None,
+    )
     sent = [
         replace(request, prompt_tokens=outcome.prompt_tokens or request.prompt_tokens)
         for request, outcome in zip(requests, outcomes, strict=True)
     ]
-    return Observed(machine, models, sent, outcomes, offset_s)
+    return Replayed(sent, outcomes, offset_s)
 
 
 def main() -> None:
@@ -346,7 +253,8 @@ def main() -> None:
     if trace is None and arguments.trace != usual:
         parser.exit(2, f"there is no trace {arguments.trace}\n")
     observed = asyncio.run(observe(arguments.duration, trace))
-    report("simulator_validation", rows(observed, foretell(observed)), arguments.json)
+    foretold = foretell(observed.machine, observed.models, observed.replayed)
+    report("simulator_validation", rows(observed, foretold), arguments.json)
 
 
 if __name__ == "__main__":

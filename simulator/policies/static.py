@@ -19,8 +19,8 @@ from simulator.replica import ModelState
 from warmserve.v1 import common_pb2
 
 Group = tuple[Gpu, ...]
-_STEP_S = 10.0  # resolution at which loads are known
-_PEAK = 99.9  # percentile of them that counts as a model's peak
+STEP_S = 10.0  # resolution at which loads are known
+PEAK = 99.9  # percentile of them that counts as a model's peak
 
 
 @dataclass
@@ -54,15 +54,15 @@ class Muxserve(_Placed):
 
     def begin(self, cluster: Cluster, future: Future) -> None:
         """See Policy."""
-        loads = [future.loads(model.index, _STEP_S) for model in cluster.models]
-        placement = _Sharing(
-            cluster, [float(np.percentile(load, _PEAK) if self.by_peak else load.mean()) for load in loads]
+        loads = [future.loads(model.index, STEP_S) for model in cluster.models]
+        placement = Sharing(
+            cluster, [float(np.percentile(load, PEAK) if self.by_peak else load.mean()) for load in loads]
         )
         self._orders = placement.place()
         self.kv_pages = placement.split_kv(self._orders)
 
 
-class _Sharing:
+class Sharing:
     """Where models go, by their loads."""
 
     def __init__(self, cluster: Cluster, loads: Sequence[float]) -> None:
@@ -156,7 +156,7 @@ class Dedicated(_Placed):
     def begin(self, cluster: Cluster, future: Future) -> None:
         """See Policy."""
         needs = {
-            model.index: float(np.percentile(future.loads(model.index, _STEP_S), _PEAK)) / model.capacity
+            model.index: float(np.percentile(future.loads(model.index, STEP_S), PEAK)) / model.capacity
             for model in cluster.models
         }
         taken: set[Gpu] = set()

@@ -120,7 +120,9 @@ def test_all_that_rows_need_is_run_and_nothing_twice(tmp_path: Path) -> None:
                 assert policy in POLICIES
                 done[setting, policy] = outcome(1.0 if setting.rate_per_s < 5 else 0.5)
 
-        cluster.run_everything(run_them, done, quick)
+        told = [len(cluster.rows(done, quick)) for _ in cluster.run_everything(run_them, done, quick)]
+        assert told == sorted(told)
+        assert told[0] < told[-1]  # each part adds to what there is
         assert {policy for _, policy in done} == set(POLICIES)
         rows = cluster.rows(done, quick)
         assert quick or any(4 < setting.rate_per_s < 8 for setting, _ in done)  # where requests come late

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.simulator_validation import WAKES, Switch, machine_of
+from benchmarks.simulator_validation import Replayed, foretell, times_slower
+from benchmarks.simulator_validation_lab import WAKES, Machine, Switch, machine_of
+from launcher.replay import Outcome
 from simulator.cost import H100, Measurement
 from simulator.spec import Delays, ModelSpec
+from warmserve.traces import Request
 
 MODEL = ModelSpec("m", 18_000_000, 8, 8192, bytes_per_parameter=4.0)
 STEPS = [
@@ -36,3 +39,15 @@ def test_a_machine_that_shows_no_loading_is_refused() -> None:
     for switches in ([Switch(0.0, 0.01)] * WAKES, [Switch(1.0, 0.001)] * WAKES):
         with pytest.raises(RuntimeError, match="too busy to measure"):
             machine_of([MODEL], STEPS, switches)
+
+
+def test_how_much_slower_the_machine_was_is_found_from_what_requests_took() -> None:
+    """Requests as a machine 1.7 times slower than measured would have served them."""
+    machine = Machine(H100, 0.0, (0.005, 0.010), 1.0)
+    requests = [Request(0.02 * at, "m", 160, 30) for at in range(100)]
+    truth = foretell(machine.slower(1.7), [MODEL], Replayed(requests, [], 0.0))
+    outcomes = [
+        Outcome("m", request.time_s, "active", ttft_s, end_s - request.time_s, 160, 30, 0, "")
+        for request, ttft_s, end_s in zip(requests, truth.ttft_s, truth.finished_s, strict=True)
+    ]
+    assert times_slower(machine, [MODEL], [Replayed(requests, outcomes, 0.0)]) == pytest.approx(1.7, rel=0.05)

@@ -1,0 +1,154 @@
+"""What `python -m benchmarks.simulator_validation` measures of a running cluster, one request or batch at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from launcher.replay import Outcome, replay
+from services.placer.snapshot import Rules
+from simulator.cost import CostModel, Measurement, fit
+from simulator.spec import Delays, ModelSpec
+from warmserve import AsyncClient
+from warmserve.cluster.keys import Keys
+from warmserve.cluster.store import Store, decode
+from warmserve.traces import Request
+from warmserve.v1 import cluster_pb2
+
+PROMPTS = (8, 64, 160)
+BATCHES = (1, 4, 8)
+REPEATS = 5
+WAKES = 12
+_LITTLE = 0.05  # of the weights: what misses no more is all there
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was measured."""
+
+    cost: CostModel
+    fit_error: float  # mean of the relative errors' sizes
+    wake_s: tuple[float, float]  # lower and upper quartile, of a replica all resident; assumed where too few were
+    load_gbps: float
+
+    def slower(self, times: float) -> Machine:
+        """All that it does takes so many times as long."""
+        per = {one.name: times * getattr(self.cost, one.name) for one in fields(CostModel)}
+        per["reduce_bytes_per_s"] = self.cost.reduce_bytes_per_s / times
+        wake_s = self.wake_s[0] * times, self.wake_s[1] * times
+        return Machine(CostModel(**per), self.fit_error, wake_s, self.load_gbps / times)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A wake: the share of the weights that was missing, and what it took beyond a request to an active model."""
+
+    missing: float
+    seconds: float
+
+
+def machine_of(models: Sequence[ModelSpec], steps: Sequence[Measurement], switches: Sequence[Switch]) -> Machine:
+    """What the measurements say."""
+    cost, delays = fit(steps), Delays()
+    wake_s = delays.wake_s
+    whole = [switch.seconds for switch in switches if switch.missing <= _LITTLE]
+    if len(whole) >= WAKES // 2:
+        quarters = statistics.quantiles(whole, n=4)
+        wake_s = quarters[0], quarters[2]
+    # What is in the way drains first, which the simulator counts too.
+    other_s = statistics.mean(wake_s) + delays.replan_s
+    loads = [(switch.seconds - other_s) / switch.missing for switch in switches if switch.missing > _LITTLE]
+    if not loads or statistics.median(loads) <= 0:
+        raise RuntimeError("no wake showed what loading takes: the machine is too busy to measure anything")
+    loading_s = statistics.median(loads)
+    shard = statistics.mean(model.shard_bytes for model in models)
+    errors = [abs(error) for error in cost.error(steps)]
+    return Machine(cost, statistics.mean(errors), wake_s, shard / loading_s / 1e9)
+
+
+class Lab:
+    """Measures a running cluster, as a client sees it."""
+
+    def __init__(self, address: str, etcd_address: str, models: Sequence[ModelSpec]) -> None:
+        self._address = address
+        self._etcd_address = etcd_address
+        self._models = models
+        self._seed = 0
+        self._first: dict[str, float] = {}  # seconds of a short prompt on an active instance
+
+    async def steps(self) -> list[Measurement]:
+        """Of all models, each active and alone."""
+        return [step for model in self._models for step in await self._steps(model)]
+
+    async def switches(self) -> list[Switch]:
+        """Wakes of models without an instance.
+
+        Idle instances stay until somebody wants their pages, so what is in the way drains first, as in the replay.
+        """
+        return [await self._wake() for _ in range(WAKES)]
+
+    async def _steps(self, model: ModelSpec) -> list[Measurement]:
+        delays = Delays()
+        steps = []
+        for prompt in PROMPTS:
+            seconds = [one.ttft_s for one in await self._active(model, prompt, 1, REPEATS, 1)]
+            taken = statistics.median(seconds) - delays.hop_s - delays.reply_s
+            steps.append(Measurement(model, taken, prefill=prompt))
+        self._first[model.name] = steps[0].seconds
+        for batch in BATCHES:
+            outcomes = await self._active(model, PROMPTS[0], 40, 2, batch)
+            token = statistics.median((one.total_s - one.ttft_s) / (one.output_tokens - 1) for one in outcomes)
+            steps.append(Measurement(model, token, decodes=batch, context=PROMPTS[0] + 20))
+        return steps
+
+    async def _active(self, model: ModelSpec, prompt: int, output: int, repeats: int, batch: int) -> list[Outcome]:
+        """Outcomes of `repeats` batches that found an active instance."""
+        outcomes: list[Outcome] = []
+        while len(outcomes) < repeats * batch:
+            found = await self._ask([Request(0.0, model.name, prompt, output)] * batch)
+            if all(one.found_state == "active" for one in found):
+                outcomes += found
+        return outcomes
+
+    async def _wake(self) -> Switch:
+        await asyncio.sleep(2 * Rules().min_stay_s)  # then instances may go
+        name = await self._inactive()
+        missing = 1 - await self._resident(name)
+        (outcome,) = await self._ask([Request(0.0, name, PROMPTS[0], 1)])
+        return Switch(missing, max(0.0, outcome.ttft_s - self._first[name]))
+
+    async def _resident(self, name: str) -> float:
+        """The largest share of a model's weights that any agent has."""
+        store = Store([self._etcd_address])
+        try:
+            found, _ = await store.snapshot(Keys().residencies())
+        finally:
+            await store.close()
+        records = [decode(item.value, cluster_pb2.AgentResidency) for item in found if item.value is not None]
+        return max((s.residency for record in records for s in record.shards if s.model == name), default=0.0)
+
+    async def _inactive(self) -> str:
+        """The name of a model without an instance: agents have room for all models but one."""
+        async with AsyncClient(self._address) as client, asyncio.timeout(TIMEOUT_S):
+            while True:
+                for info in await client.models():
+                    if info.state in ("warm", "cold"):
+                        return info.name
+                await asyncio.sleep(0.1)
+
+    async def _ask(self, requests: Sequence[Request]) -> list[Outcome]:
+        self._seed += 1  # no prompt twice: its beginning would be remembered
+        outcomes = await replay(
+            self._address,
+            requests,
+            timeout_s=TIMEOUT_S,
+            seed=self._seed,
+            on_sent=lambda request: None,
+            on_outcome=lambda outcome: None,
+        )
+        if lost := [one.error for one in outcomes if one.lost]:
+            raise RuntimeError(f"a request was lost while measuring: {lost[0]}")
+        return outcomes
