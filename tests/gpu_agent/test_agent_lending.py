@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from prometheus_client import REGISTRY
 
 from launcher.backing import Backing
 from services.common.queues import RequestQueue
@@ -26,6 +27,11 @@ async def warm(agent: RunningAgent, spec: cluster_pb2.ModelSpec, score: float) -
     await agent.until(spec.name, common_pb2.REPLICA_STATE_WARM)
 
 
+def _taken_back(model: str) -> float:
+    labels = {"model": model}
+    return REGISTRY.get_sample_value("warmserve_gpu_agent_pages_taken_back_total", labels) or 0.0
+
+
 async def test_requests_take_pages_of_the_least_valuable_model_which_then_loads_only_those(
     etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path
 ) -> None:
@@ -37,6 +43,7 @@ async def test_requests_take_pages_of_the_least_valuable_model_which_then_loads_
         before = agent.residency.items["g0"]
         assert before.pages_lent == before.pages_weights == sum(s.pages_resident for s in before.shards)
         assert [s.score for s in before.shards if s.model == "cheap"] == [1.0]
+        counted, dear_counted = _taken_back("cheap"), _taken_back("dear")
         names = [f"r{n}" for n in range(8)]
         for name in names:
             await agent.submit("a", name, [int(name[1:]) + 3, *LONG], 40)
@@ -56,6 +63,8 @@ async def test_requests_take_pages_of_the_least_valuable_model_which_then_loads_
         await following.aclose()
         assert (event.model, event.reason.by_model, event.reason.cause) == ("cheap", "a", common_pb2.CAUSE_MADE_ROOM)
         assert event.bytes == 65536 * int(event.reason.text.split()[0])
+        assert _taken_back("cheap") - counted >= event.bytes // 65536 > 0
+        assert _taken_back("dear") == dear_counted
         dear = agent.shard("dear")
         assert dear is not None
         assert dear.residency == 1

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 from redis.exceptions import RedisError
 
-from launcher.backing import Backing, start_redis
+from launcher.backing import Backing, start_etcd, start_redis
 from launcher.ports import free_port
 from services.gpu_agent.weights.image import Image
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent
-from tests.gpu_agent.test_agent_service import Gate
+from tests.gpu_agent.test_agent_service import PROMPT, Gate, expected
 from warmserve.cluster.events import EventStream
 from warmserve.cluster.keys import Keys
-from warmserve.v1 import agent_pb2, cluster_pb2
+from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2
 
 PAGE = 1 << 16
 
@@ -26,6 +27,10 @@ PAGE = 1 << 16
 async def told(agent: RunningAgent, condition: Callable[[cluster_pb2.AgentResidency], bool]) -> None:
     """Returns once the agent's record fulfils a condition."""
     await asyncio.wait_for(agent.residency.wait_for(lambda items: condition(items["g0"])), 30)
+
+
+def measured(name: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(f"warmserve_gpu_agent_{name}", labels)
 
 
 async def test_the_record_tells_what_is_lent_and_what_the_disk_holds(
@@ -43,6 +48,15 @@ async def test_the_record_tells_what_is_lent_and_what_the_disk_holds(
         await told(agent, lambda record: record.shards[0].pages_lent == spec.facts.shard_bytes // PAGE)
         await agent.wake(spec)
         await told(agent, lambda record: record.shards[0].pages_lent == 0)
+        record = agent.residency.items["g0"]
+        shown = {use: measured("pages", use=use) for use in ("free", "kv", "weights", "lent")}
+        assert shown == {
+            "free": record.pages_free,
+            "kv": record.pages_kv,
+            "weights": record.shards[0].pages_total,
+            "lent": 0,
+        }
+        assert measured("outside_arena_bytes", what="grown") == 0
 
 
 async def test_the_record_tells_how_far_an_image_is_on_its_way_into_memory(
@@ -93,3 +107,33 @@ async def test_events_of_a_time_without_redis_are_told_when_it_is_back(
     finally:
         server.child.stop(5)
     assert kinds == [cluster_pb2.EVENT_KIND_WARMING, cluster_pb2.EVENT_KIND_WARMED, cluster_pb2.EVENT_KIND_EVICTED]
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_without_etcd_an_agent_serves_and_stops_and_registers_again_when_it_is_back(
+    redis_server: Backing, keys: Keys, tmp_path: Path, comes_back: bool
+) -> None:
+    model = checkpoints.llama(tmp_path / "m")
+    port = free_port()
+    server = start_etcd(tmp_path / "one", tmp_path / "log", port)
+    try:
+        async with running_agent(server.address, redis_server.address, keys.prefix, tmp_path) as agent:
+            spec = await agent.prepare("m", tmp_path / "m")
+            await agent.warm(spec)
+            server.child.process.kill()
+            server.child.process.wait()
+            order = agent_pb2.WakeReplicaRequest(spec=spec, group=agent.group, reason=REASON)
+            assert (await agent.stub.WakeReplica(order)).state == common_pb2.REPLICA_STATE_ACTIVE
+            await agent.submit("m", "r0", PROMPT, 8)
+            await asyncio.wait_for(agent.relay.finished("r0"), 30)
+            assert agent.relay.tokens("r0") == expected(model, PROMPT, 8)
+            if comes_back:
+                server = start_etcd(tmp_path / "two", tmp_path / "log", port)  # it knows nothing any more
+                shard = await agent.until("m", common_pb2.REPLICA_STATE_ACTIVE)
+                await asyncio.wait_for(agent.instances.wait_for(lambda items: len(items) == 1), 30)
+                (record,) = agent.instances.items.values()
+                assert record.id == shard.instance_id
+                while not (await agent.node.store.snapshot(agent.node.keys.agents()))[0]:
+                    await asyncio.sleep(0.01)
+    finally:
+        server.child.stop(5)

@@ -435,6 +435,24 @@ def test_whatever_a_step_fails_with_the_others_go_on(world: World, engine: Engin
     assert [failed for failed, _ in listener.failures] == [first.id]
 
 
+def test_a_step_that_loses_the_device_ends_the_engine(world: World, listener: Listener) -> None:
+    """Nothing on it can go on: the agent learns of it at once, and what waits for the engine is told."""
+    engine = EngineLoop(listener.on_step, listener.on_failure, is_fatal=lambda error: isinstance(error, IndexError))
+    engine.start()
+    first, second = world.llama.instance(), world.mistral.instance()
+    first._runner = Faulty()
+    engine.activate(first).result(PATIENCE)
+    engine.activate(second).result(PATIENCE)
+    engine.submit(first.id, greedy("ill", prompt(5), 30))
+    with pytest.raises(IndexError, match="own fault"):
+        engine.ended.result(PATIENCE)
+    with pytest.raises(EngineStopped):
+        engine.submit(second.id, greedy("well", prompt(6), 30))
+    assert listener.failures == []  # no instance of an agent that is about to end goes back to warm
+    for instance in (first, second):
+        instance.close("cleared up")
+
+
 def test_a_grammar_without_a_way_out_ends_its_own_request_only(listener: Listener) -> None:
     trapped = within_grammar("trapped", 'root ::= "a" rest\nrest ::= rest "c"')
     engine = EngineLoop(listener.on_step, listener.on_failure)
