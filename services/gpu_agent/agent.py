@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Gauge
 
 from services.common.queues import RequestQueue
 from services.common.tasks import begin_task, end_tasks
@@ -22,6 +22,7 @@ from services.gpu_agent.loading import Loader
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.serving import Serving
 from services.gpu_agent.shard import ACTIVE, COLD, DRAINING, WARM, WARMING, Shard
+from services.gpu_agent.taken_back import TakenBack
 from services.gpu_agent.transitions import Moved, Transitions
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt
 from warmserve.v1 import cluster_pb2, common_pb2
@@ -30,11 +31,6 @@ _log = logger(__name__)
 _OUTSIDE = Gauge(
     "warmserve_gpu_agent_outside_arena_bytes", "Device memory outside the arena: its bound, held, grown", ["what"]
 )
-
-_TAKEN_BACK = Counter(
-    "warmserve_gpu_agent_pages_taken_back_total", "Pages of warm weights that KV caches took back", ["model"]
-)
-_TELL_S = 0.2
 
 
 class NoRoomError(Exception):
@@ -75,13 +71,7 @@ class Agent:
         self._loader = Loader(arena, backend, images, reports.changed, on_pages=look, on_near=self._serve_early)
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # fails when the device is lost
         reports.describe = self.residency
-        self._taken_back: dict[str, tuple[int, str]] = {}  # pages by model, and who took the last; not yet told
-        loop = asyncio.get_running_loop()
-
-        def on_taken_back(model: str, pages: int, owner: str) -> None:
-            loop.call_soon_threadsafe(self._on_taken_back, model, pages, owner)
-
-        arena.on_taken_back = on_taken_back
+        TakenBack(arena, self._shards, self._transitions)  # the arena holds it
 
     def start(self) -> None:
         """Starts the engine."""
@@ -238,35 +228,6 @@ class Agent:
             await asyncio.wait(drains, timeout=grace_s)
         await end_tasks(drains)
         await self._serving.stop(f"agent {self._id} stopped")
-
-    # Lending
-
-    def _on_taken_back(self, model: str, pages: int, owner: str) -> None:
-        """KV took pages of a warm model: one page at a time, so it is told for several at once."""
-        _TAKEN_BACK.labels(model).inc(pages)
-        if model in self._shards:
-            self._shards[model].prewarming.lost(pages * self._arena.page_bytes)
-        if not self._taken_back:
-            asyncio.get_running_loop().call_later(_TELL_S, self._tell_taken_back)
-        self._taken_back[model] = self._taken_back.get(model, (0, ""))[0] + pages, owner
-
-    def _tell_taken_back(self) -> None:
-        names = {shard.server.instance_id: shard.name for shard in self._shards.values() if shard.server}
-        news, self._taken_back = self._taken_back, {}
-        for model, (pages, owner) in news.items():
-            shard = self._shards.get(model)
-            if shard is None:
-                continue
-            by_model = names.get(owner, owner if owner in self._shards else "")
-            what = "its weights" if owner == by_model else "its KV cache"
-            reason = common_pb2.Reason(
-                cause=common_pb2.CAUSE_MADE_ROOM,
-                text=f"{pages} pages went to {by_model or owner}, which needed them for {what}",
-                by_model=by_model,
-                score=shard.score,
-            )
-            self._transitions.lost_pages(shard, pages * self._arena.page_bytes, reason)
-        self._reports.changed()
 
     # Loading
 

@@ -82,6 +82,7 @@ class Transitions:
             self.enter(shard, COLD, reason, kind, moved)
         else:
             self._report(shard, kind, shard.state, reason, moved, 0.0)
+            self._reports.changed()
 
     def instance(self, shard: Shard) -> None:
         """The shard's instance is there, or has another state."""

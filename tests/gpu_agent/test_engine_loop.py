@@ -435,6 +435,33 @@ def test_whatever_a_step_fails_with_the_others_go_on(world: World, engine: Engin
     assert [failed for failed, _ in listener.failures] == [first.id]
 
 
+@pytest.mark.parametrize("order", ["cancel", "add"])
+def test_an_order_that_fails_ends_its_instance_and_no_other(
+    world: World, engine: EngineLoop, listener: Listener, order: str
+) -> None:
+    """Nobody waits for the order's own outcome: without that, its request would never end."""
+
+    def broken(_: object) -> None:
+        raise ValueError("the accounts are wrong")
+
+    first, second = world.llama.instance(), world.mistral.instance()
+    engine.activate(first).result(PATIENCE)
+    engine.activate(second).result(PATIENCE)
+    engine.submit(first.id, greedy("ill", prompt(5), 200))
+    listener.wait_started("ill")
+    setattr(first, order, broken)
+    engine.submit(second.id, greedy("well", prompt(6), 30))
+    if order == "add":
+        engine.submit(first.id, greedy("late", prompt(7), 5))
+    else:
+        engine.cancel("ill")
+    listener.wait(lambda: bool(listener.failures))
+    assert "accounts" in str(listener.failures[0][1])
+    listener.wait_ended("ill", "well")
+    assert end_of(listener.outputs, "ill").finish_reason is FinishReason.ERROR
+    assert tokens_of(listener.outputs, "well") == generate(world.references["mistral"], prompt(6), 30)
+
+
 def test_a_step_that_loses_the_device_ends_the_engine(world: World, listener: Listener) -> None:
     """Nothing on it can go on: the agent learns of it at once, and what waits for the engine is told."""
     engine = EngineLoop(listener.on_step, listener.on_failure, is_fatal=lambda error: isinstance(error, IndexError))

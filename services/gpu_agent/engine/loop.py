@@ -61,10 +61,10 @@ class EngineLoop:
         on_failure: Callable[[str, Exception], None],
         is_fatal: Callable[[BaseException], bool] = lambda _: False,
     ) -> None:
-        """`on_step(instance_id, outputs)` tells news, `on_failure(instance_id, error)` a failed step.
+        """`on_step(instance_id, outputs)` tells news, `on_failure(instance_id, error)` a failure.
 
-        When a step fails, all of the instance's sequences end with FinishReason.ERROR, its KV pages are given back,
-        it is no longer active, and then on_failure is called. An error that `is_fatal` ends the thread.
+        When a step or an order fails, all of the instance's sequences end with FinishReason.ERROR, its KV pages are
+        given back, it is no longer active, and then on_failure is called. An error that `is_fatal` ends the thread.
         """
         self._on_step = on_step
         self._on_failure = on_failure
@@ -252,7 +252,10 @@ class EngineLoop:
             active.stalled = False
 
     def _guard(self, active: _Active, part: Callable[[_Active], None]) -> None:
-        """Carries out a part of a step. Where it fails, its instance ends, and the others go on unless all is lost."""
+        """Carries out a part of a step, or an order. Where it fails its instance ends, and the others go on.
+
+        Unless all is lost. The orders are those nobody waits for: a request whose order failed unseen would never end.
+        """
         instance = active.instance
         try:
             part(active)
@@ -260,7 +263,7 @@ class EngineLoop:
             if self._is_fatal(error):
                 raise
             _log.exception("instance %s of %s failed", instance.id, instance.model_name)
-            self._deactivate(instance.id, f"a step of {instance.model_name} failed: {error}")
+            self._deactivate(instance.id, f"{instance.model_name} failed: {error}")
             self._on_failure(instance.id, error)
 
     def _continue(self, job: _Job) -> None:
@@ -331,8 +334,8 @@ class EngineLoop:
             if not active.instance.has_work:
                 # Having been idle, or not yet there, earns no claim on the others' time: they may be idle too just now.
                 active.share = max(active.share, self._served)
-            active.instance.add(sequence)
             active.stalled = False
+            self._guard(active, lambda there: there.instance.add(sequence))
             return
         output = SequenceOutput(
             sequence.request_id,
@@ -346,9 +349,9 @@ class EngineLoop:
 
     def _expect(self, instance_id: str, sequences: float) -> None:
         if active := self._active.get(instance_id):
-            active.instance.expect(sequences)
+            self._guard(active, lambda there: there.instance.expect(sequences))
 
     def _cancel(self, request_id: str) -> None:
-        for active in self._active.values():
-            active.instance.cancel(request_id)
+        for active in list(self._active.values()):
+            self._guard(active, lambda there: there.instance.cancel(request_id))
         self._look_again()
