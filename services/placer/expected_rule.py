@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
+
 from services.placer import lending
 from services.placer.board import Board
 from services.placer.demand import Demand
@@ -9,12 +12,12 @@ from services.placer.loading import load_s
 from services.placer.prewarm import prewarm
 from services.placer.rule import Prewarming
 from services.placer.scores import Kind, Worth
-from services.placer.sharing import Part, beside, relief
+from services.placer.sharing import FULL_SLOWDOWN, Part, beside, spared
 from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica
+from services.placer.spread import ENOUGH, Load, assign
 from services.placer.value import CERTAIN, Stakes, precedence, serves, share, stakes_of, usable
 
-_LEAST_RELIEF = 0.05  # requests in progress: for fewer no instance is kept
-_RESTS_AFTER_S = 60.0  # an instance that is idle for so long gives back the pages it keeps for KV
+_RESTS_AFTER_S = 60.0  # idle for so long, an instance gives its pages to models of which nothing is resident
 _ASSUMED_SERVICE_S = 1.0  # of a request, where nothing is known yet
 
 
@@ -92,21 +95,26 @@ class ExpectedRule:
             for r in self._board.on(group)
             if r.model != model.name and r.model in models and (serves(r) or r.running)
         ]
-        return beside(own, others, _service_s(model)) if others else 0.0
+        slowdown = 1 + FULL_SLOWDOWN * own.load / model.capacity
+        return beside(own, others, _service_s(model), slowdown) if others else 0.0
 
-    def relief(self, model: Model, serving: int) -> float:
+    def spared(self, model: Model, serving: int) -> float:
         """See `Rule`."""
-        loads = self.stakes(model).loads
-        if serving >= len(loads) or loads[serving] < _LEAST_RELIEF:
-            return 0.0
-        return relief(loads[serving], _service_s(model), model.priority)
+        return spared((model.waiting + model.running) ** 2, serving, model.capacity, _service_s(model), model.priority)
+
+    def spread(self, model: Model) -> Collection[GroupIds]:
+        """See `Rule`."""
+        there = {r.group for r in self._board.of(model.name) if serves(r)}
+        return [group for group in self._assigned.get(model.name, ()) if group not in there]
 
     def may_rest(self, model: Model, instance: Replica) -> bool:
-        """See `Rule`. Idle, it costs nobody anything but a few pages; busy, it takes time of its neighbours."""
-        if not instance.running:
-            return instance.idle_s >= _RESTS_AFTER_S
+        """See `Rule`. It takes time of its neighbours where it had not best lie; or, idle, pages that others want."""
+        if not instance.running and instance.idle_s >= _RESTS_AFTER_S and self._lacking:
+            return True
         margin = self._board.snapshot.rules.margin
-        return self.sharing(model, instance.group) > margin * self.relief(model, self._serving(model) - 1)
+        loads, others = self.stakes(model).loads, self._serving(model) - 1
+        relief = model.priority * loads[others] * _service_s(model) * FULL_SLOWDOWN if others < len(loads) else 0.0
+        return self.sharing(model, instance.group) > margin * relief
 
     def reserve(self, model: Model, agent: Agent) -> int:
         """See `Rule`. More than instances need only where that is not known."""
@@ -117,6 +125,37 @@ class ExpectedRule:
     def first_pages(self, model: Model, agent: Agent) -> int:
         """See `Rule`. For the requests that wait and one more."""
         return lending.for_instance(self._board.snapshot, agent, model, model.waiting)
+
+    @functools.cached_property
+    def _assigned(self) -> dict[str, list[GroupIds]]:
+        snapshot, agents = self._board.snapshot, self._board.open_agents
+        kinds = {agent.page_bytes: agent for agent in agents}
+        loads = []
+        for model in snapshot.models.values():
+            expected = self.demand(model).expected
+            need = max(expected.peak.p99, expected.later.p99) / model.capacity
+            there = self._there[model.name]
+            serving = frozenset(r.group for r in there if serves(r))
+            if need < ENOUGH and not serving:
+                continue
+            pages = {
+                size: snapshot.shard_pages(model, agent.id)
+                + lending.for_instance(snapshot, agent, model, min(expected.mean.p90, model.capacity))
+                for size, agent in kinds.items()
+            }
+            warm = frozenset(r.group for r in there if share(r) == 1)
+            loads.append(Load(model.name, model.tp, need, pages, model.max_replicas, serving, warm))
+        return assign(agents, loads, snapshot.rules.margin)
+
+    @functools.cached_property
+    def _lacking(self) -> bool:
+        """Whether a model is likely enough to be needed of which nothing is wholly resident."""
+        snapshot = self._board.snapshot
+        return any(
+            self.stakes(model).chance(0) >= snapshot.rules.least_chance
+            and not any(usable(snapshot, r) and share(r) == 1 for r in self._there[name])
+            for name, model in snapshot.models.items()
+        )
 
     def _serving(self, model: Model) -> int:
         return sum(map(serves, self._board.of(model.name)))

@@ -60,7 +60,7 @@ class _Planner:
         self._rule = rule(self._board)  # what models need and replicas are worth, without what was cleared away
 
     def plan(self) -> Plan:
-        self._wake(self._models)
+        self._wake(self._models, self._spread)
         self._drain_low_load()
         prewarming = self._rule.prewarm()
         self._actions += prewarming.actions
@@ -68,7 +68,7 @@ class _Planner:
         return self._done(self._models, prewarming)
 
     def wake(self, name: str) -> Plan:
-        self._wake([model for model in self._models if model.waiting])
+        self._wake([model for model in self._models if model.waiting], lambda model, serving: None)
         return self._done([model for model in self._models if model.name == name], Prewarming())
 
     def _done(self, told: list[Model], prewarming: Prewarming) -> Plan:
@@ -108,12 +108,13 @@ class _Planner:
 
     # Instances
 
-    def _wake(self, models: list[Model]) -> None:
+    def _wake(self, models: list[Model], spread: Callable[[Model, int], Wish | None]) -> None:
+        """`spread`: the wish of a model that has enough instances, of which it has so many."""
         # Who has waited longest, weighted by priority, chooses first and keeps what is being freed for it.
         for model in sorted(models, key=lambda m: (-m.waited_s * m.priority, -m.waiting, m.name)):
-            while (wish := self._wish(model)) is not None:
+            while (wish := self._wish(model, spread)) is not None:
                 decision = choose(self._board, self._rule, model, wish)
-                if wish.gain is not None and decision.wake.outcome is not Outcome.NOW:
+                if wish.places is not None and decision.wake.outcome is not Outcome.NOW:
                     break
                 self._wakes.setdefault(model.name, decision.wake)
                 self._make_room(model, decision.wake, decision.room)
@@ -121,13 +122,13 @@ class _Planner:
                     break
                 self._carry_out(model, decision.wake)
 
-    def _wish(self, model: Model) -> Wish | None:
+    def _wish(self, model: Model, spread: Callable[[Model, int], Wish | None]) -> Wish | None:
         """Why the model wants one more instance; None where it has enough."""
         serving = len(_serving(self._board.of(model.name)))
         if not model.waiting and not model.running and serving >= model.min_replicas:
             return None
         if serving >= self._rule.demand(model).wake:
-            return self._spread(model, serving)
+            return spread(model, serving)
         if serving < model.min_replicas and not model.waiting:
             text = f"its minimum is {count(model.min_replicas, 'active replica')}"
             return Wish(common_pb2.CAUSE_OPERATOR, text)
@@ -139,20 +140,25 @@ class _Planner:
         text = (
             f"{count(model.waiting + model.running, 'request')} in progress, {count(serving, 'instance')} for {carried}"
         )
-        return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text, self._rule.urgency(model, serving))
+        return Wish(
+            common_pb2.CAUSE_WAITING_REQUESTS,
+            text,
+            self._rule.urgency(model, serving),
+            self._rule.spared(model, serving),
+        )
 
     def _spread(self, model: Model, serving: int) -> Wish | None:
-        """A wish for an instance that is not needed, but would spare requests more than it costs others."""
+        """A wish for an instance that is not needed yet, where a GPU is free for the peaks to come."""
         if not serving or (model.max_replicas and serving >= model.max_replicas):
             return None
-        relief = self._rule.relief(model, serving)
-        if not relief:
+        places = self._rule.spread(model)
+        if not places:
             return None
         text = (
             f"{count(model.waiting + model.running, 'request')} in progress on {count(serving, 'instance')}: "
-            f"one more spares them {relief:.2f} s"
+            "in its peaks one more relieves them"
         )
-        return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text, relief, relief)
+        return Wish(common_pb2.CAUSE_WAITING_REQUESTS, text, 0.0, self._rule.spared(model, serving), places)
 
     def _make_room(self, model: Model, wake: Wake, room: Room) -> None:
         place = names(wake.group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from services.placer import lending
@@ -69,9 +69,13 @@ class PublishedRule:
         """See `Rule`. Neighbours count only where all else is equal."""
         return 0.0
 
-    def relief(self, model: Model, serving: int) -> float:
+    def spared(self, model: Model, serving: int) -> float:
+        """See `Rule`. Where instances are overloaded another one is woken, whatever it costs."""
+        return math.inf
+
+    def spread(self, model: Model) -> Collection[GroupIds]:
         """See `Rule`. Nobody is woken before instances are overloaded."""
-        return 0.0
+        return ()
 
     def may_rest(self, model: Model, instance: Replica) -> bool:
         """See `Rule`. It always is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,8 +39,12 @@ class Rule(Protocol):
     def sharing(self, model: Model, group: GroupIds) -> float:
         """What one more instance of a model and the instances on a group cost one another, in the unit of scores."""
 
-    def relief(self, model: Model, serving: int) -> float:
-        """What one more instance spares a model's requests where the instances it has carry them; 0: too little."""
+    def spared(self, model: Model, serving: int) -> float:
+        """What one more instance beside `serving` others spares requests, in the unit of scores: where sharing
+        costs more, it is not woken for them."""
+
+    def spread(self, model: Model) -> Collection[GroupIds]:
+        """Groups on which further instances of a model had best lie although those it has carry its requests."""
 
     def may_rest(self, model: Model, instance: Replica) -> bool:
         """Whether an instance that its model's load does not need is drained though nobody asks for its place."""

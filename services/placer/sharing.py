@@ -27,13 +27,20 @@ class Part:
         return 1 - math.exp(-self.load)
 
 
-def beside(own: Part, others: Iterable[Part], service_s: float) -> float:
-    """Seconds that an instance and its neighbours cost one another, over `service_s`."""
+def beside(own: Part, others: Iterable[Part], service_s: float, slowdown: float) -> float:
+    """Seconds that an instance and its neighbours cost one another until its requests have ended.
+
+    `slowdown`: of its own requests by one another, by which they take longer than `service_s`.
+    """
     return service_s * sum(
-        own.priority * own.load * other.busy + other.priority * other.load * own.busy for other in others
+        own.priority * own.load * other.busy + slowdown * other.priority * other.load * own.busy for other in others
     )
 
 
-def relief(load: float, service_s: float, priority: float) -> float:
-    """Seconds that requests take less over `service_s` with an instance for a load that the others do not carry."""
-    return priority * load * service_s * FULL_SLOWDOWN
+def spared(square: float, instances: int, capacity: int, service_s: float, priority: float) -> float:
+    """Seconds that requests take less over `service_s` when one more instance takes its part of what is in progress.
+
+    Each takes longer by FULL_SLOWDOWN times the share of its instance's capacity that is taken, or more than taken, so
+    that it is the square of the requests in progress that counts (`square`, or its mean).
+    """
+    return priority * service_s * FULL_SLOWDOWN * square / (instances * (instances + 1) * capacity)

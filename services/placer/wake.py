@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from services.placer.board import Board, Room, Source, Step
@@ -29,7 +31,9 @@ class Wish:
     text: str
     limit: float | None = None  # of a further instance, its score: only what scores less is evicted for it, and only
     # instances that have long been idle drain
-    gain: float | None = None  # of one that only spreads what others carry: it costs less, and is all resident already
+    worth: float = math.inf  # of a further one: what it spares requests; where sharing costs more, it is not woken
+    places: Collection[GroupIds] | None = None  # of one that only spreads what others carry: where it may lie, if there
+    # is room
 
 
 _Rank = tuple[int, float, int, str, int, GroupIds]
@@ -69,23 +73,24 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
         (
             (_rank(board, rule, model, group, own, Room()), own, group)
             for group, own in _owns(board, model, usable)
-            if wish.gain is None or _whole(own)
+            if wish.places is None or group in wish.places
         ),
         key=lambda place: place[0],
     ):
         if best is not None and best[0] <= at_least:
             break  # making room costs something, or nothing
-        if wish.gain is not None and at_least[1] >= wish.gain:
-            break
+        shared = rule.sharing(model, group) if wish.worth < math.inf else 0.0
+        if shared > wish.worth:
+            continue
         kept, first = _kv(board, rule, model, group)
         room = board.make_room(model, group, _sources(board, rule, model, group, wish), kept=kept, first=first)
-        if room is not None and (wish.gain is None or (room.now and room.cost + at_least[1] < wish.gain)):
+        if room is not None and room.cost + shared <= wish.worth and (wish.places is None or room == Room()):
             rank = _rank(board, rule, model, group, own, room)
             if best is None or rank < best[0]:
                 best = rank, _Candidate(group, own, room)
     if best is not None:
         return _decide(best[1], model, wish, snapshot.agents[best[1].group[0]].node)
-    if wish.gain is not None:
+    if wish.places is not None:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, "it would cost others more")
     if tried and not usable:
         text = "; ".join(f"{names(group)}: {snapshot.refused[model.name, group]}" for group in tried)
@@ -93,10 +98,6 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     if not usable:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, "it has a replica on every group of agents already")
     return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _in_the_way(board, rule, model, usable))
-
-
-def _whole(replica: Replica | None) -> bool:
-    return replica is not None and replica.residency == 1
 
 
 def _kv(board: Board, rule: Rule, model: Model, group: GroupIds) -> tuple[dict[str, int], dict[str, int]]:
@@ -129,7 +130,7 @@ def _sources(board: Board, rule: Rule, model: Model, group: GroupIds, wish: Wish
         elif replica.state is State.DRAINING:
             wait = _AWAIT_BUSY_S if replica.running else 0.0
             sources.append(Source(replica, Step.AWAIT, worth.score + wait))
-        elif replica.state is State.ACTIVE and wish.gain is None and _may_go(board, replica):
+        elif replica.state is State.ACTIVE and wish.places is None and _may_go(board, replica):
             idle = not replica.running and not board.snapshot.models[replica.model].waiting
             if idle and (wish.limit is None or replica.idle_s >= board.snapshot.rules.max_wait_s):
                 cost = worth.score + _DRAIN_IDLE_S / (1 + replica.idle_s)

@@ -75,8 +75,10 @@ def test_one_load_at_a_time_on_each_agent() -> None:
     assert {where for _, where in done(made, Do.WARM)} == {"g0", "g1"}
 
 
-def test_an_idle_instance_that_nobody_expects_is_drained() -> None:
-    made = plan(snapshot([agent("g0")], [model("a")], [replica("a", "g0", State.ACTIVE)]))
+def test_an_idle_instance_that_nobody_expects_stays_until_a_model_that_is_expected_has_no_replica() -> None:
+    idle = [replica("a", "g0", State.ACTIVE)]
+    assert plan(snapshot([agent("g0")], [model("a")], idle)).actions == ()
+    made = plan(snapshot([agent("g0")], [model("a"), model("b", 60, mean=1)], idle))
     assert done(made, Do.DRAIN) == [("a", "g0")]
     assert action(made, Do.DRAIN, "a").reason.cause == common_pb2.CAUSE_LOW_LOAD
 
@@ -107,8 +109,11 @@ def test_scale_up_at_eight_tenths_and_down_below_half() -> None:
     two = [replica("a", "g0", State.ACTIVE, running=3), replica("a", "g1", State.ACTIVE, running=2)]
     assert plan(snapshot(agents, [model("a", running=5)], two)).actions == ()
     idle = [replica("a", "g0", State.ACTIVE, running=4), replica("a", "g1", State.ACTIVE)]
-    made = plan(snapshot(agents, [model("a", running=4)], idle))
+    absent = model("b", 60, mean=1)
+    made = plan(snapshot(agents[:2], [model("a", running=4), absent], idle))
     assert done(made, Do.DRAIN) == [("a", "g1")]
+    idle[0] = replica("a", "g0", State.ACTIVE, running=5)
+    assert done(plan(snapshot(agents[:2], [model("a", running=5), absent], idle)), Do.DRAIN) == []
 
 
 def test_a_busy_instance_that_is_not_needed_gives_its_time_to_neighbours() -> None:
@@ -125,17 +130,30 @@ def test_an_idle_instance_stays_for_a_while() -> None:
     assert plan(snapshot([agent("g0")], [model("a")], there)).actions == ()
 
 
-def test_an_instance_more_where_a_peak_exceeds_what_one_carries() -> None:
+def test_an_instance_more_where_a_gpu_is_free_and_peaks_need_it() -> None:
     agents = [agent(f"g{i}") for i in range(2)]
     one = [replica("a", "g0", State.ACTIVE, running=1)]
-    made = plan(snapshot(agents, [model("a", running=1, mean=1, peak=12)], one))
-    assert (done(made, Do.WAKE), done(made, Do.WARM)) == ([], [("a", "g1")])  # nobody waits, so it is not hurried
-    one.append(replica("a", "g1"))
+    assert done(plan(snapshot(agents, [model("a", running=1, mean=1, peak=1.5)], one)), Do.WAKE) == []
     made = plan(snapshot(agents, [model("a", running=1, mean=1, peak=12)], one))
     assert done(made, Do.WAKE) == [("a", "g1")]
+    full = [*one, replica("b", "g1", pages=56)]
+    made = plan(snapshot(agents, [model("a", running=1, mean=1, peak=12), model("b", 56, mean=1)], full))
+    assert done(made, Do.WAKE) == []  # nothing is evicted for that
     crowded = [*one, replica("b", "g1", State.ACTIVE, running=8)]
     models = [model("a", running=1, mean=1, peak=12), model("b", running=8, max_replicas=1, priority=9.0)]
     assert done(plan(snapshot(agents, models, crowded)), Do.WAKE) == []  # it would cost b more
+
+
+def test_a_further_instance_is_not_woken_where_sharing_costs_more_than_it_spares() -> None:
+    agents = [agent(f"g{i}") for i in range(2)]
+
+    def woken(waiting: int) -> list[tuple[str, str]]:
+        there = [replica("a", "g0", State.ACTIVE, running=7), replica("b", "g1", State.ACTIVE, running=8)]
+        models = [model("a", running=7, waiting=waiting), model("b", running=8, max_replicas=1)]
+        return done(plan(snapshot(agents, models, there)), Do.WAKE)
+
+    assert woken(0) == []
+    assert woken(60) == [("a", "g1")]
 
 
 def test_a_burst_wakes_as_many_as_it_needs_at_once() -> None:
