@@ -6,7 +6,9 @@ A leading placer in a process of its own, over a real etcd, Redis and gRPC; one 
 that answer orders at once and write their residency as agents do, but hold no weights. Every model has a forecast, so
 that whole plans are made all the while: each wake changes what etcd shows, and each change makes a plan. Measured from
 before the caller sends, so the hop to the leader is in it. "Room is made first": the model is cold and its agents full,
-so that an eviction is ordered and answered before.
+so that an eviction is ordered and answered before. The parts' times are this process's processor time, of the same
+records: the cluster as the leader sees it at each wake, and the decision; then what all the placer's process used for
+each wake, whole plans included.
 """
 
 from __future__ import annotations
@@ -33,6 +35,12 @@ import uvloop
 from benchmarks.report import Row, report
 from launcher.backing import start_etcd, start_redis
 from services.common.grpc_frame import channel
+from services.common.queues import QueueCounts
+from services.placer import planner
+from services.placer import records as convert
+from services.placer.memory import Memory
+from services.placer.mirrors import Mirrors
+from services.placer.snapshot import Rules
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.mirror import Mirror
 from warmserve.cluster.store import Store
@@ -43,6 +51,8 @@ PAGES = 64
 SHARD_PAGES = 16  # three fit on an agent, beside KV
 TARGET_MS = 5.0
 SEED = 5
+_REPEATS = 200
+_SEEN_S = 20.0  # after which a plan that does not come is an error
 BATCH = 16
 COLD = common_pb2.REPLICA_STATE_COLD
 WARM = common_pb2.REPLICA_STATE_WARM
@@ -85,8 +95,9 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
             )
             await self.store.put(self.keys.residency(self.name), residency)
 
-    def put(self, model: str, state: common_pb2.ReplicaState.ValueType) -> None:
-        """Sets a replica's state."""
+    def put(self, model: str, state: common_pb2.ReplicaState.ValueType, score: float | None = None) -> None:
+        """Sets a replica's state. It keeps the score that it was told last, else it would be told again and again."""
+        known = self.shards.get(model)
         self.shards[model] = cluster_pb2.ResidentShard(
             model=model,
             group=common_pb2.Group(agent_ids=[self.name], node=node_of(self.name)),
@@ -94,6 +105,7 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
             pages_resident=SHARD_PAGES,
             pages_total=SHARD_PAGES,
             residency=1,
+            score=score if score is not None else known.score if known is not None else 0.0,
         )
 
     def PrepareModel(self, request: agent_pb2.PrepareModelRequest, context: Any) -> Any:
@@ -106,7 +118,7 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         return agent_pb2.WakeReplicaResponse(state=ACTIVE)
 
     async def WarmReplica(self, request: agent_pb2.WarmReplicaRequest, context: Any) -> Any:
-        self.put(request.spec.name, WARM)
+        self.put(request.spec.name, WARM, request.reason.score)
         await self.report()
         return agent_pb2.WarmReplicaResponse(state=WARM)
 
@@ -137,6 +149,7 @@ class Cluster:
     agents: list[Agent]
     plans: Mirror[cluster_pb2.Plan]
     arrivals: dict[str, float]  # when WakeReplica came, by model
+    placer: int  # its process
 
     async def see(self, models: Sequence[str], active: bool) -> None:
         """Waits for a plan that knows that these models have an instance, or that they have none."""
@@ -145,7 +158,14 @@ class Cluster:
             told = {o.model: o.active_replicas > 0 for plan in items.values() for o in plan.outlooks}
             return all(told.get(model) is active for model in models)
 
-        await self.plans.wait_for(known)
+        try:
+            async with asyncio.timeout(_SEEN_S):
+                await self.plans.wait_for(known)
+        except TimeoutError:
+            told = {o.model: o for plan in self.plans.items.values() for o in plan.outlooks}
+            other = [f"{m}: {told[m].reason.text}" for m in models if (told[m].active_replicas > 0) is not active]
+            there = [f"{a.name}: {m} {s.state}" for a in self.agents for m, s in a.shards.items() if m in models]
+            raise RuntimeError(f"the placer's plan never showed {active=}: {other}; agents: {there}") from None
 
 
 @asynccontextmanager
@@ -185,7 +205,9 @@ async def running(agents: int, models: int, resident: int) -> AsyncIterator[Clus
         await leaders.wait_for(lambda items: bool(items))
         open_channel = await stack.enter_async_context(channel(leaders.items[""].address))
         await plans.wait_for(lambda items: bool(items))
-        yield Cluster(store, keys, placement_pb2_grpc.PlacementServiceStub(open_channel), peers, plans, arrivals)
+        yield Cluster(
+            store, keys, placement_pb2_grpc.PlacementServiceStub(open_channel), peers, plans, arrivals, placer.pid
+        )
 
 
 def start_placer(etcd: str, redis: str, prefix: str, log: Path) -> subprocess.Popen[bytes]:
@@ -294,6 +316,40 @@ def rows(what: str, taken: Sequence[float]) -> list[Row]:
     ]
 
 
+def used_s(process: int) -> float:
+    """Processor seconds that a process has used so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def parts(cluster: Cluster, what: str) -> list[Row]:
+    """Processor time of what a wake waits for in the leader, over the records as they are now."""
+    mirrors = Mirrors(cluster.store, cluster.keys)
+    await mirrors.start()
+    try:
+        memory, rules = Memory(), Rules()
+        models = sorted({name for agent in cluster.agents for name in agent.shards})
+        spent = {"records": 0.0, "replicas": 0.0, "snapshot": 0.0, "decision": 0.0}
+        for repeat in range(_REPEATS):
+            model = models[repeat % len(models)]
+            counts = {model: QueueCounts(1, 0)}
+            at = [time.process_time()]
+            records = mirrors.records()
+            at.append(time.process_time())
+            replicas = convert.replicas(records)
+            at.append(time.process_time())
+            now = time.monotonic()
+            snapshot = memory.snapshot(records, replicas.values(), counts, rules, now, time.time())
+            at.append(time.process_time())
+            planner.wake(snapshot, model)
+            at.append(time.process_time())
+            for name, first, last in zip(spent, at, at[1:], strict=False):
+                spent[name] += last - first
+        return [Row(f"{what}, {name}, processor", s / _REPEATS * 1e3, "ms") for name, s in spent.items()]
+    finally:
+        await mirrors.close()
+
+
 async def measure(wakes: int) -> list[Row]:
     """All rows."""
     found = []
@@ -303,8 +359,14 @@ async def measure(wakes: int) -> list[Row]:
             resident = 3 * agents if kind.cold else min(models, 3 * agents)
             async with running(agents, resident + models // 2 if kind.cold else models, resident) as cluster:
                 await wakes_of(cluster, 2 * BATCH, kind)  # connections, caches
-                found += rows(f"{agents} GPUs, {kind.what}", await wakes_of(cluster, wakes, kind))
-            print(f"{found[-2].what}: {found[-2].value:.2f} ms, p99 {found[-1].value:.2f} ms", file=sys.stderr)
+                what, before = f"{agents} GPUs, {kind.what}", used_s(cluster.placer)
+                taken = await wakes_of(cluster, wakes, kind)
+                found += rows(what, taken)
+                used_ms = (used_s(cluster.placer) - before) / len(taken) * 1e3
+                print(f"{what}: {found[-2].value:.2f} ms, p99 {found[-1].value:.2f} ms", file=sys.stderr)
+                found.append(Row(f"{what}, processor of the placer for each, plans included", used_ms, "ms"))
+                if kind is KINDS[0]:
+                    found += await parts(cluster, f"{agents} GPUs")
     return found
 
 
