@@ -9,9 +9,10 @@ a tenth of their tokens, are sent to it as clients would send them.
 Before it, on a cluster of its own, what the machine does is measured, as a client sees it: prompts of some lengths and
 batches of some sizes on an active instance, which the simulator's cost model is fitted to, and what a warm and a cold
 replica take to serve. These are measured one at a time; in a replay, agents, router, placer and forecaster share the
-machine's cores. How much slower that makes it, one factor for all, is learnt from two further replays, before and after
-the one that is foretold, with other requests of the trace. From these figures and the requests alone the simulator
-foretells the replay. Ten minutes, and seven to measure; on a machine that does nothing else, or it measures that.
+machine's cores. How much slower that makes prompts and tokens, a factor for each, is learnt from two further replays,
+before and after the one that is foretold, with other requests of the trace. From these figures and the requests alone
+the simulator foretells the replay. Ten minutes, and seven to measure; on a machine that does nothing else, or it
+measures that.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ WINDOW_S = 1.0
 LOOKAHEAD_S = 4.0
 BATCH = 8  # host agents' most sequences
 LEARN_S = 90.0  # of each replay from which it is learnt how much slower the machine is then
-_ROUNDS = 5
+_ROUNDS = 8
 _STEADY = 0.6  # the power of what is off by which the factor is mended: waiting grows faster than steps
 
 
@@ -85,7 +86,7 @@ class Observed:
     """The machine, as slow as it is in replays, and the replay that is to be foretold."""
 
     machine: Machine
-    times_slower: float  # than when it was measured
+    times_slower: tuple[float, float]  # than when it was measured: prompts, tokens
     models: Sequence[ModelSpec]
     replayed: Replayed
 
@@ -114,15 +115,19 @@ def foretell(machine: Machine, models: Sequence[ModelSpec], replayed: Replayed) 
     return simulate(cluster, models, moved, Ours(), settings=settings)
 
 
-def times_slower(machine: Machine, models: Sequence[ModelSpec], learnt_from: Sequence[Replayed]) -> float:
-    """The factor with which simulated requests of these replays take as long, from arrival to end, as they did."""
-    took = sum(one.total_s for replayed in learnt_from for one in replayed.outcomes if not one.lost)
-    times = 1.0
+def times_slower(machine: Machine, models: Sequence[ModelSpec], learnt_from: Sequence[Replayed]) -> tuple[float, float]:
+    """Factors for `Machine.slower` with which simulated requests of these replays take as long as they did: up to their
+    first tokens, and from there to their ends."""
+    real = [one for replayed in learnt_from for one in replayed.outcomes if not one.lost]
+    waited, answered = sum(one.ttft_s for one in real), sum(one.total_s - one.ttft_s for one in real)
+    prompts = tokens = 1.0
     for _ in range(_ROUNDS):
-        told = [foretell(machine.slower(times), models, replayed) for replayed in learnt_from]
-        simulated = sum(float((one.finished_s - one.arrival_s)[one.served].sum()) for one in told)
-        times *= (took / simulated) ** _STEADY
-    return times
+        told = [foretell(machine.slower(prompts, tokens), models, replayed) for replayed in learnt_from]
+        first = sum(float(one.ttft_s[one.served].sum()) for one in told)
+        ends = sum(float((one.finished_s - one.arrival_s)[one.served].sum()) for one in told)
+        prompts *= (waited / first) ** _STEADY
+        tokens *= (answered / (ends - first)) ** _STEADY
+    return prompts, tokens
 
 
 def rows(observed: Observed, foretold: Results) -> list[Row]:
@@ -148,7 +153,8 @@ def rows(observed: Observed, foretold: Results) -> list[Row]:
         Row("requests", len(real), "requests"),
         Row("lost by the real system", len(real) - len(answered), "requests", target=0.0),
         Row("steps fitted, mean error", 100 * machine.fit_error, "%"),
-        Row("all is slower in replays than one at a time", observed.times_slower, "times"),
+        Row("prompts are slower in replays than one at a time", observed.times_slower[0], "times"),
+        Row("tokens likewise", observed.times_slower[1], "times"),
         Row("waking what is all resident, upper quartile", 1000 * machine.wake_s[1], "ms"),
         Row("loading", machine.load_gbps, "GB/s"),
         *off("mean time to the first token", "ms", 1000 * float(foretold.ttft_s.mean()), 1000 * ttft, 15.0),
@@ -218,8 +224,8 @@ async def observe(duration_s: float, trace: Path | None) -> Observed:
                 learnt_from.append(await send(cluster, duration_s + LEARN_S, LEARN_S))
     machine = machine_of(models, steps, switches)
     times = times_slower(machine, models, learnt_from)
-    say(f"measured: {machine}, {times:.2f} times slower in replays")
-    return Observed(machine.slower(times), times, models, replayed)
+    say(f"measured: {machine}, slower in replays by {times[0]:.2f} (prompts) and {times[1]:.2f} (tokens)")
+    return Observed(machine.slower(*times), times, models, replayed)
 
 
 async def _replayed(address: str, requests: Sequence[Request], offset_s: float) -> Replayed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 from launcher.replay import Outcome, replay
 from services.placer.snapshot import Rules
@@ -34,12 +34,22 @@ class Machine:
     wake_s: tuple[float, float]  # lower and upper quartile, of a replica all resident; assumed where too few were
     load_gbps: float
 
-    def slower(self, times: float) -> Machine:
-        """All that it does takes so many times as long."""
-        per = {one.name: times * getattr(self.cost, one.name) for one in fields(CostModel)}
-        per["reduce_bytes_per_s"] = self.cost.reduce_bytes_per_s / times
-        wake_s = self.wake_s[0] * times, self.wake_s[1] * times
-        return Machine(CostModel(**per), self.fit_error, wake_s, self.load_gbps / times)
+    def slower(self, prompts: float, tokens: float) -> Machine:
+        """What prompts cost, and waking and loading, takes `prompts` times as long, what each step costs `tokens`."""
+        cost = self.cost
+        cost = replace(
+            cost,
+            per_layer=tokens * cost.per_layer,
+            per_weight_byte=tokens * cost.per_weight_byte,
+            per_sequence=tokens * cost.per_sequence,
+            per_kv_byte=tokens * cost.per_kv_byte,
+            per_operation=prompts * cost.per_operation,
+            per_activation_byte=prompts * cost.per_activation_byte,
+            per_attention_operation=prompts * cost.per_attention_operation,
+            per_prefill_layer=prompts * cost.per_prefill_layer,
+        )
+        wake_s = self.wake_s[0] * prompts, self.wake_s[1] * prompts
+        return Machine(cost, self.fit_error, wake_s, self.load_gbps / prompts)
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,16 @@ def test_a_machine_that_shows_no_loading_is_refused() -> None:
 
 
 def test_how_much_slower_the_machine_was_is_found_from_what_requests_took() -> None:
-    """Requests as a machine 1.7 times slower than measured would have served them."""
+    """Requests as a machine slower than measured would have served them."""
     machine = Machine(H100, 0.0, (0.005, 0.010), 1.0)
     requests = [Request(0.02 * at, "m", 160, 30) for at in range(100)]
-    truth = foretell(machine.slower(1.7), [MODEL], Replayed(requests, [], 0.0))
+    truth = foretell(machine.slower(1.7, 1.3), [MODEL], Replayed(requests, [], 0.0))
     outcomes = [
         Outcome("m", request.time_s, "active", ttft_s, end_s - request.time_s, 160, 30, 0, "")
         for request, ttft_s, end_s in zip(requests, truth.ttft_s, truth.finished_s, strict=True)
     ]
-    assert times_slower(machine, [MODEL], [Replayed(requests, outcomes, 0.0)]) == pytest.approx(1.7, rel=0.05)
+    prompts, tokens = times_slower(machine, [MODEL], [Replayed(requests, outcomes, 0.0)])
+    found = foretell(machine.slower(prompts, tokens), [MODEL], Replayed(requests, [], 0.0))
+    assert found.ttft_s.mean() == pytest.approx(truth.ttft_s.mean(), rel=0.03)
+    assert found.finished_s.mean() == pytest.approx(truth.finished_s.mean(), rel=0.03)
+    assert prompts > tokens > 1.1
