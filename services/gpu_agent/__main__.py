@@ -62,20 +62,7 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
         started_unix_ms=int(time.time() * 1e3),
     )
     models = Mirror(node.store, node.keys.models(), cluster_pb2.ModelSpec)
-    forgetting: set[asyncio.Task[None]] = set()
-
-    def on_model(_: str, old: cluster_pb2.ModelSpec | None, new: cluster_pb2.ModelSpec | None) -> None:
-        if old is None or (new is not None and new.deployed_unix_ms == old.deployed_unix_ms):
-            return
-
-        def image_needed() -> bool:
-            return any(spec.facts.fingerprint == old.facts.fingerprint for spec in models.items.values())
-
-        task = begin_task(agent.forget(old, image_needed), f"forget {old.name}")
-        forgetting.add(task)
-        task.add_done_callback(forgetting.discard)
-
-    models.on_change(on_model)
+    forgetting = _forget_undeployed(models, agent)
     forecasts = Mirror(node.store, node.keys.forecasts(), cluster_pb2.Forecast)
     instances = Mirror(node.store, node.keys.instances(), cluster_pb2.InstanceRecord)
     follow(forecasts, instances, agent.expect)
@@ -104,6 +91,25 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     await node.server.stop(1)
     if died:
         raise OSError(f"the engine has died: {died!r}")
+
+
+def _forget_undeployed(models: Mirror[cluster_pb2.ModelSpec], agent: Agent) -> set[asyncio.Task[None]]:
+    """Has the agent forget what is undeployed; call it before `models` starts. Returns the tasks at work, as they are."""
+    forgetting: set[asyncio.Task[None]] = set()
+
+    def on_model(_: str, old: cluster_pb2.ModelSpec | None, new: cluster_pb2.ModelSpec | None) -> None:
+        if old is None or (new is not None and new.deployed_unix_ms == old.deployed_unix_ms):
+            return
+
+        def image_needed() -> bool:
+            return any(spec.facts.fingerprint == old.facts.fingerprint for spec in models.items.values())
+
+        task = begin_task(agent.forget(old, image_needed), f"forget {old.name}")
+        forgetting.add(task)
+        task.add_done_callback(forgetting.discard)
+
+    models.on_change(on_model)
+    return forgetting
 
 
 def main() -> None:
