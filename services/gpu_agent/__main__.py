@@ -94,7 +94,7 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
 
 
 def _forget_undeployed(models: Mirror[cluster_pb2.ModelSpec], agent: Agent) -> set[asyncio.Task[None]]:
-    """Has the agent forget what is undeployed; call it before `models` starts. Returns the tasks at work, as they are."""
+    """Has the agent forget what is undeployed; call it before `models` starts. Returns the tasks that are at it."""
     forgetting: set[asyncio.Task[None]] = set()
 
     def on_model(_: str, old: cluster_pb2.ModelSpec | None, new: cluster_pb2.ModelSpec | None) -> None:
