@@ -170,14 +170,20 @@ def tell(done: dict[tuple[Setting, str], Outcome], arguments: argparse.Namespace
     result = rows(done, arguments.quick)
     print(run_lines(done), table(result), sep="\n\n", flush=True)
     if arguments.plots is not None:
-        draw(done, sweeps(arguments.quick), arguments.plots, arguments.seed)
+        draw(done, sweeps(arguments.quick), arguments.plots, command(arguments))
     if arguments.json is not None:
-        write(arguments.json, done, result, arguments.seed)
+        write(arguments.json, done, result, command(arguments), arguments.seed)
 
 
-def write(file: Path, done: dict[tuple[Setting, str], Outcome], result: Sequence[Row], seed: int) -> None:
+def command(arguments: argparse.Namespace) -> str:
+    """What gives the same figures again, wherever they are to lie."""
+    quick = "--quick " if arguments.quick else ""
+    return f"python -m benchmarks.cluster --json FILE --plots FOLDER {quick}--seed {arguments.seed}"
+
+
+def write(file: Path, done: dict[tuple[Setting, str], Outcome], result: Sequence[Row], command: str, seed: int) -> None:
     """The JSON file: rows, and each run's figures."""
-    content = {**document("cluster", result), "seed": seed, "runs": run_values(done, seed)}
+    content = {**document("cluster", result), "command": command, "seed": seed, "runs": run_values(done, seed)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 

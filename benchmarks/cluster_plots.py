@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from benchmarks.cluster_runs import CURVE, ENGINE_STARTS_S, Outcome
 from simulator import plots, scenarios
 
 
-def draw(runs: Runs, sweeps: Sequence[Sweep], folder: Path, seed: int) -> None:
-    """Writes them. The command and the seed stand below each."""
+def draw(runs: Runs, sweeps: Sequence[Sweep], folder: Path, command: str) -> None:
+    """Writes them. The command, with its seed, stands below each."""
     compared = Compared(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    save = functools.partial(_save, folder, seed)
+    save = functools.partial(_save, folder, command)
     for sweep in sweeps:
         rates = [setting.rate_per_s for setting in sweep.settings]
         curves = _competitors(compared, sweep)
@@ -67,7 +66,6 @@ def _shares(runs: Mapping[str, Outcome]) -> Figure:
     )
 
 
-def _save(folder: Path, seed: int, figure: Figure, *name: str) -> None:
-    command = " ".join(["python -m benchmarks.cluster", *sys.argv[1:], f"(seed {seed})"])
+def _save(folder: Path, command: str, figure: Figure, *name: str) -> None:
     figure.text(0.005, 0.005, command, fontsize=5, color="grey")
     figure.savefig(folder / f"cluster-{'-'.join(name)}.png", dpi=120)

@@ -128,9 +128,9 @@ def test_all_that_rows_need_is_run_and_nothing_twice(tmp_path: Path) -> None:
         assert quick or any(4 < setting.rate_per_s < 8 for setting, _ in done)  # where requests come late
         assert len({row.what for row in rows}) == len(rows)
         file = tmp_path / f"{quick}.json"
-        cluster.write(file, done, rows, 7)
+        cluster.write(file, done, rows, "command", 7)
         assert json.loads(file.read_text())["seed"] == 7
-    draw(done, cluster.sweeps(quick=False), tmp_path, seed=7)
+    draw(done, cluster.sweeps(quick=False), tmp_path, "command")
     plots = {plot.stem for plot in tmp_path.glob("*.png")}
     assert {"cluster-paper-p99", "cluster-fine-tunes-within", "cluster-fine-tunes-ablations"} <= plots
 
