@@ -38,7 +38,6 @@ class Action:
     group: GroupIds
     reason: Reason
     keep: float = 0.0  # of an eviction: the share of the weights to leave resident
-    share: float = 1.0  # of warming: the share to have resident; less than 1 only where the rules allow partial loads
 
 
 class Outcome(Enum):

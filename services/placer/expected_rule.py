@@ -18,6 +18,7 @@ from services.placer.spread import ENOUGH, Load, assign
 from services.placer.value import CERTAIN, Stakes, precedence, serves, share, stakes_of, usable
 
 _RESTS_AFTER_S = 60.0  # idle for so long, an instance gives its pages to models of which nothing is resident
+_LEAST_S = 0.02  # what sharing a GPU has to cost for an instance to go
 _ASSUMED_SERVICE_S = 1.0  # of a request, where nothing is known yet
 
 
@@ -114,7 +115,7 @@ class ExpectedRule:
         margin = self._board.snapshot.rules.margin
         loads, others = self.stakes(model).loads, self._serving(model) - 1
         relief = model.priority * loads[others] * _service_s(model) * FULL_SLOWDOWN if others < len(loads) else 0.0
-        return self.sharing(model, instance.group) > margin * relief
+        return self.sharing(model, instance.group) > margin * relief + _LEAST_S
 
     def reserve(self, model: Model, agent: Agent) -> int:
         """See `Rule`. More than instances need only where that is not known."""

@@ -15,7 +15,7 @@ from services.placer.scores import Kind
 from services.placer.snapshot import Replica, State
 from services.placer.target import Target, target
 from services.placer.value import Stakes
-from services.placer.words import chance, count, load, names, share
+from services.placer.words import chance, count, load, names
 from warmserve.v1 import common_pb2
 
 
@@ -93,9 +93,8 @@ class _Prewarmer:
             return False
         for replica, keep in evictions:
             self._evict(replica, keep, item)
-        part = item.used / item.pages
-        self._actions.append(Action(Do.WARM, model.name, group, self._reason(item), share=part))
-        self._board.put(Replica(model.name, group, State.WARMING, item.pages, held, loading=item.used))
+        self._actions.append(Action(Do.WARM, model.name, group, self._reason(item)))
+        self._board.put(Replica(model.name, group, State.WARMING, item.pages, held))
         self._loading.update(group)
         self._copied[node] += rate
         for agent in item.agents:
@@ -170,8 +169,7 @@ class _Prewarmer:
         rank, group = seat.order.index(item) + seat.serving, self._aim.ids(item.agents)
         needed, kind, net = stakes.demand, stakes.kind(rank), self._net(item)
         what = "completing" if seat.held.get(item.agents) else "warming"
-        text = f"{what} {share(item.used / item.pages) + ' of ' if item.used < item.pages else ''}"
-        text += f"replica {rank + 1} on {names(group)}"
+        text = f"{what} replica {rank + 1} on {names(group)}"
         if item.fixed:
             pinned = stakes.model.pinned
             return Reason(common_pb2.CAUSE_OPERATOR, f"{count(pinned, 'replica')} of it are pinned; {text}", score=net)

@@ -17,7 +17,6 @@ _LEAST_GAIN = 1e-9  # of the value
 SMALL = 8  # agents: so few are searched more thoroughly
 _FEW = 8  # places that are looked at where there are many
 _GUESTS = 8  # models from elsewhere that are tried when a part is put back
-_LEAST_SHARE = 0.1  # of a replica that is worth a load
 _SHUFFLES = 8  # further orders tried on small clusters
 _VAIN = 3  # rounds
 _LEFT_OUT = 0.2  # share of the models that such an order leaves out
@@ -123,14 +122,12 @@ class Search:
                 heapq.heappush(queue, (-self._density(seat), index))
 
     def _complete(self, seat: Seat) -> bool:
-        """Makes a partly resident replica whole, or fills it up where parts may be loaded, if there is room."""
+        """Makes a partly resident replica whole, if there is room."""
         for item in seat.order:
             missing, room = item.pages - item.used, self._layout.room_for(seat, item.agents)
-            enough = missing if not self._rules.partial_loads else min(missing, _LEAST_SHARE * item.pages)
-            if missing and room >= enough and item.agents not in seat.barred:
+            if missing and room >= missing and item.agents not in seat.barred:
                 self._layout.remove(item)
-                used = item.used + min(missing, room)
-                self._layout.add(Item(seat, item.agents, item.pages, used, item.fixed))
+                self._layout.add(Item(seat, item.agents, item.pages, item.pages, item.fixed))
                 return True
         return False
 
@@ -145,7 +142,8 @@ class Search:
             if room <= 0 or agents in seat.at or agents in seat.barred:
                 continue
             pages = seat.pages_on(agents)
-            used = pages if wants and room >= pages else self._part(seat, agents, pages, room, wants)
+            held = seat.held.get(agents, 0)
+            used = pages if wants and room >= pages else held if held <= room else 0
             if not used:
                 continue
             rank = whole
@@ -165,13 +163,6 @@ class Search:
             return None
         return choice
 
-    def _part(self, seat: Seat, agents: Agents, pages: int, room: int, wants: bool) -> int:
-        """Pages that a replica would have on a group where no whole one is to come; 0 where none should lie there."""
-        held = seat.held.get(agents, 0)
-        if wants and self._rules.partial_loads and room >= max(held, _LEAST_SHARE * pages):
-            return room
-        return held if held <= room else 0
-
     def _coolest(self, seat: Seat) -> list[Agents]:
         """Places with room for a replica; where there are many, some where little is likely to be woken."""
         size = seat.stakes.model.tp
@@ -185,7 +176,7 @@ class Search:
         looked = 0
         for agents in self._open[size]:
             looked += 1
-            if self._layout.room_for(seat, agents) >= self._least_room(seat, agents) and agents not in seat.at:
+            if self._layout.room_for(seat, agents) >= seat.pages_on(agents) and agents not in seat.at:
                 found.append(agents)
                 if len(found) == _FEW:
                     break
@@ -198,15 +189,12 @@ class Search:
         room, heat = self._layout.room, self._layout.heat
         groups = self._places[size]
         if seats and groups:
-            least = min(self._least_room(seat, groups[0]) - max(seat.alone, default=0) for seat in seats)
+            least = min(seat.pages_on(groups[0]) - max(seat.alone, default=0) for seat in seats)
             self._open[size] = sorted((agents for agents in groups if room(agents) >= least), key=heat)
         else:
             self._open[size] = []
         self._fresh[size] = 1 + len(groups) // 16
         self._effort -= len(groups) // 4
-
-    def _least_room(self, seat: Seat, agents: Agents) -> float:
-        return seat.pages_on(agents) * (_LEAST_SHARE if self._rules.partial_loads else 1.0)
 
     def _unplaced(self) -> list[Seat]:
         """Models that would have one more replica, the most valuable per page first."""

@@ -119,7 +119,6 @@ class Replica:
     idle_s: float = 0.0  # since it was last loaded, woken or busy
     slots: int = 0  # requests it can run at a time, where it has told so
     score: float | None = None  # what its agents were last told it is worth; None: nobody needs to be told
-    loading: int = 0  # of one that is WARMING: pages it is to have in the end; 0: all
 
     @property
     def key(self) -> Key:
@@ -129,8 +128,6 @@ class Replica:
     @property
     def pages(self) -> int:
         """Pages it holds, or has been promised, on each agent of its group."""
-        if self.state is State.WARMING and self.loading:
-            return self.loading
         return self.resident if self.state is State.WARM else self.shard_pages
 
     @property
@@ -152,7 +149,6 @@ class Rules:
     margin: float = 1.25  # what comes must be worth so many times what goes, or each forecast would turn the two round
     interference: float = 0.5  # share of its value that a replica loses when one that shares its GPU is woken with it
     least_chance: float = 0.02  # what is less likely to be needed is not warmed; what is warm already may stay
-    partial_loads: bool = False  # whether agents can warm a part of a replica, where the whole has no room
     widening_per_hour: float = 1.0  # growth of a forecast's spread per hour that it is older than its last window
 
 

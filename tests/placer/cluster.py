@@ -61,8 +61,7 @@ def after(before: Snapshot, plan: Plan) -> dict[Key, Replica]:
             assert there is None or there.state in (State.WARM, State.WARMING, State.DRAINING)
             pages = max(before.shard_pages(before.models[action.model], a) for a in action.group)
             state = State.WAKING if action.do is Do.WAKE else State.WARMING
-            part = round(action.share * pages)
-            present[key] = Replica(action.model, action.group, state, pages, 0, loading=part)
+            present[key] = Replica(action.model, action.group, state, pages, 0)
     return present
 
 

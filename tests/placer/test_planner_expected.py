@@ -174,15 +174,6 @@ def test_outlooks_name_whom_a_model_won_or_lost_against() -> None:
     assert (won.model, won.won, won.where) == ("weak", True, group("g0"))
 
 
-def test_parts_are_loaded_only_where_that_is_possible() -> None:
-    models = [model("a", 40, mean=4), model("b", 16, mean=4, min_replicas=1)]
-    there = [replica("b", "g0", State.ACTIVE, slots=8)]
-    assert done(plan(snapshot([agent("g0", pages=60)], models, there)), Do.WARM) == []
-    made = plan(snapshot([agent("g0", pages=60)], models, there, rules=Rules(partial_loads=True)))
-    assert 0 < action(made, Do.WARM, "a").share < 1
-    assert "% of replica 1" in action(made, Do.WARM, "a").reason.text
-
-
 def test_a_wake_is_decided_alone_as_the_plan_decides_it() -> None:
     models = [model("a", waiting=1), model("b", mean=4)]
     there = snapshot([agent("g0"), agent("g1")], models)

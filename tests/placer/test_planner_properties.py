@@ -11,7 +11,7 @@ from services.placer.board import Board
 from services.placer.decisions import Do
 from services.placer.groups import groups
 from services.placer.planner import plan
-from services.placer.snapshot import Model, Node, Quantiles, Replica, Rules, Snapshot, State, Tier, WindowLoad
+from services.placer.snapshot import Model, Node, Quantiles, Replica, Snapshot, State, Tier, WindowLoad
 from services.placer.target import target
 from services.placer.value import expected_value, stakes
 from tests.placer.cluster import NOW, PAGE, after, agent, pages_on, snapshot, window
@@ -108,8 +108,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     agents = [replace(a, pages_kv=draw(st.integers(0, free[a.id]))) for a in agents]
     nodes = {name: Node(name, copy_bytes_per_s=draw(st.sampled_from([0.0, 20.0 * PAGE]))) for name in ("n0", "n1")}
     refused = {("a", ("g1",)): "the image is damaged"} if draw(st.integers(0, 4)) == 0 else {}
-    rules = Rules(partial_loads=draw(st.booleans()))
-    return snapshot(agents, deployed, there, nodes=nodes, refused=refused, rules=rules)
+    return snapshot(agents, deployed, there, nodes=nodes, refused=refused)
 
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
