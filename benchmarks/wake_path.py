@@ -118,7 +118,8 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         return agent_pb2.WakeReplicaResponse(state=ACTIVE)
 
     async def WarmReplica(self, request: agent_pb2.WarmReplicaRequest, context: Any) -> Any:
-        self.put(request.spec.name, WARM, request.reason.score)
+        known = self.shards.get(request.spec.name)
+        self.put(request.spec.name, known.state if known is not None else WARM, request.reason.score)
         await self.report()
         return agent_pb2.WarmReplicaResponse(state=WARM)
 
