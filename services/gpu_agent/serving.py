@@ -86,16 +86,17 @@ class Serving:
         assert blueprint is not None
         assert program is not None
         instance_id = f"{self._id}.{uuid.uuid4().hex[:8]}"
-        kv = KvCache(self._arena, instance_id, blueprint.kv, program.clear_page)
-        # So that prewarming beside it can never leave an instance without memory to go on.
-        kv.reserve(self.kv_reserve(shard))
         limits, vocab_size = program.limits, program.model.vocab_size
         # Some checkpoints name tokens that they do not have. Those never come, and have no logit that could be banned.
         eos_ids = frozenset(token for token in blueprint.checkpoint.eos_token_ids if token < vocab_size)
+        runner = program.runner(eos_ids)
+        kv = KvCache(self._arena, instance_id, blueprint.kv, program.clear_page)
+        # So that prewarming beside it can never leave an instance without memory to go on.
+        kv.reserve(self.kv_reserve(shard))
         instance = Instance(
             instance_id,
             shard.name,
-            program.runner(eos_ids),
+            runner,
             kv,
             vocab_size=vocab_size,
             eos_ids=eos_ids,

@@ -231,12 +231,13 @@ async def test_a_resumed_request_goes_on_at_its_offset(agent: RunningAgent, tmp_
 
 
 async def test_stopping_hands_running_requests_over(etcd, redis_server, keys, tmp_path: Path) -> None:
-    checkpoints.llama(tmp_path / "m")
+    longest = 4000  # tokens of an answer: more than could be made before the agent stops
+    checkpoints.save(checkpoints.CONFIGS["llama"](max_position_embeddings=longest + 96), tmp_path / "m")
     async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
         object.__setattr__(agent.settings, "grace_s", 0.0)
         spec = await agent.prepare("m", tmp_path / "m")
         for name in ("r0", "r1"):  # both wait before it is woken, so that they run side by side
-            await agent.submit("m", name, PROMPT, 250)
+            await agent.submit("m", name, PROMPT, longest)
         await agent.wake(spec)
         for name in ("r0", "r1"):
             await agent.relay.some_tokens(name, 1)
