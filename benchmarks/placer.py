@@ -392,7 +392,7 @@ def quality(number: int, processes: int) -> list[Row]:
                 limit_source="its bound, which nothing may reach",
             ),
         ]
-    ratios = [one.later / one.best_later.bound for one in found if one.best_later.bound > _NOTHING]
+    ratios = [min(1.0, one.later / one.best_later.bound) for one in found if one.best_later.bound > _NOTHING]
     what = f"value missed after other forecasts, mean ({len(ratios)} clusters, warm ones moved only where it pays)"
     rows.append(Row(what, 100 * (1 - statistics.mean(ratios)), "%", limit_source="optimum that moves for nothing"))
     return rows
