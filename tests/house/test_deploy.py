@@ -26,7 +26,7 @@ FOREIGN = {
     "router": {"torch", "triton"},
     "gpu-agent": {"starlette", "uvicorn"},
     "forecaster": {"torch", "transformers", "starlette", "uvicorn", "jinja2", "rich", "typer"},
-    "placer": {"torch", "transformers", "starlette", "uvicorn", "jinja2", "rich", "typer", "numpy"},
+    "placer": {"torch", "transformers", "starlette", "uvicorn", "jinja2", "rich", "typer"},
 }
 
 
