@@ -102,12 +102,13 @@ class _Prewarmer:
         return True
 
     def _make_room(self, item: Item) -> list[tuple[Replica, int]] | None:
-        """What has to give way on an item's agents, with the pages each keeps; None where it does not suffice yet."""
+        """What has to give way on an item's agents, with the pages each keeps; None where it does not suffice yet.
+
+        Also where there is room: what the layout has dropped might be woken beside the item.
+        """
         held = item.seat.held.get(item.agents, 0)
         alone = item.seat.alone or (0,) * len(self._free)
         short = {agent: item.used - held - self._free[agent] - alone[agent] for agent in item.agents}
-        if max(short.values()) <= 0:
-            return []
         found = []
         for replica in self._board.on(self._aim.ids(item.agents)):
             seat = self._aim.seats.get(replica.model)
@@ -122,7 +123,7 @@ class _Prewarmer:
         evictions = []
         for _, replica, agents, stays, harms in sorted(found, key=lambda f: (f[0], f[1].key)):
             needed = max((short[agent] for agent in agents if agent in short), default=0)
-            if needed <= 0:
+            if needed <= 0 and not harms:
                 continue
             keep = 0 if harms else max(stays, replica.resident - needed)
             evictions.append((replica, keep))

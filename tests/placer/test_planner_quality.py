@@ -9,9 +9,10 @@ from services.placer.planner import plan
 from services.placer.value import expected_value
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_a_plans_value_is_near_the_optimum(seed: int) -> None:
-    start = cluster(seed, 1 + seed % 4, 3 + seed % 4)
+# In the last cluster a plan drops a replica whose neighbour is worth much more, and whose pages nobody needs.
+@pytest.mark.parametrize(("seed", "gpus", "models"), [*((s, 1 + s % 4, 3 + s % 4) for s in range(8)), (395, 3, 4)])
+def test_a_plans_value_is_near_the_optimum(seed: int, gpus: int, models: int) -> None:
+    start = cluster(seed, gpus, models)
     found = optimum(start)
     assert found.proved
     best = found.bound
