@@ -114,6 +114,8 @@ class _Prewarmer:
             seat = self._aim.seats.get(replica.model)
             if replica.state is not State.WARM or seat is None or seat is item.seat:
                 continue
+            if not self._aim.index.keys() >= set(replica.group):  # a part of it lies where nothing is changed
+                continue
             agents = tuple(self._aim.index[agent_id] for agent_id in replica.group)
             left = seat.at.get(agents)
             stays = min(left.used, replica.resident) if left is not None else 0

@@ -206,6 +206,13 @@ def test_a_replica_on_a_cordoned_agent_does_not_make_its_successor_a_spare_one()
     assert "1 is warm on g1" in outlook(made, "c").reason.text
 
 
+def test_beside_a_replica_that_lies_partly_on_a_cordoned_agent_room_is_used_and_it_stays() -> None:
+    models = [model("wide", 16, tp=2, mean=1), model("new", 16, mean=2)]
+    made = plan(snapshot([agent("g0", cordoned=True), agent("g1")], models, [replica("wide", "g0+g1", pages=16)]))
+    assert done(made, Do.WARM) == [("new", "g1")]
+    assert done(made, Do.EVICT) == []
+
+
 def test_a_group_that_lost_an_agent_is_cleared_away() -> None:
     there = [replica("a", "g0+g1"), replica("b", "g0+g1", State.ACTIVE)]
     made = plan(snapshot([agent("g0", pages=100)], [model("a", tp=2), model("b", tp=2)], there))
