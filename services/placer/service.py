@@ -144,7 +144,7 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
 
     async def _leading(self) -> Controller:
         """The leadership in progress. Raises StatusError where this placer stands by."""
-        if self._controller is None and self._mirrors.leader_address == self._address:
+        if self._controller is None and self._mirrors.leader_address in ("", self._address):
             # Elected, and etcd told others before it told us; or the lease has just been lost.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_ELECTED_S):
