@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,15 +41,15 @@ def test_it_tells_the_committed_measurements_which_differ_from_run_to_run() -> N
 
 
 def test_steps_are_taken_over_as_they_were_measured() -> None:
-    taken: dict[str, object] = {}
+    taken: dict[str, Any] = {}
     exec(rendered(MEASURED), taken)
     a_step = re.compile("(8B|1B-0): (decode step, |prefill )[0-9 x]+")
     milliseconds = {what: value for what, value in measured_rows().items() if a_step.fullmatch(what)}
     assert len(milliseconds) == 12
-    assert [round(row[-1] * 1e3, 4) for row in taken["STEPS"]] == [  # type: ignore[attr-defined]
+    assert [round(row[-1] * 1e3, 4) for row in taken["STEPS"]] == [
         round(value, 4) for what, value in milliseconds.items()
     ]
-    assert ("8B", 64, 1024, 0, pytest.approx(milliseconds["8B: decode step, 64 x 1024"] / 1e3)) in taken["STEPS"]  # type: ignore[operator]
+    assert ("8B", 64, 1024, 0, pytest.approx(milliseconds["8B: decode step, 64 x 1024"] / 1e3)) in taken["STEPS"]
 
 
 def test_measurements_without_steps_are_refused(tmp_path: Path) -> None:
