@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.placer import at_rest, cluster, optimum, plan_published
+from benchmarks.placer import at_rest, cluster, plan_published
+from benchmarks.plan_optimum import optimum
 from services.placer.planner import plan
 from services.placer.value import expected_value
 
