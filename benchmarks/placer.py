@@ -289,9 +289,7 @@ def _asleep(snapshot: Snapshot, i: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.placer", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument(
-        "--clusters", type=int, default=500, help="random small clusters (500: two minutes)"
-    )
+    parser.add_argument("--clusters", type=int, default=500, help="random small clusters (500: two minutes)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="clusters at a time (all cores)")
     parser.add_argument("--speed-only", action="store_true", help="leave out how good plans are")
     options = parser.parse_args()
