@@ -58,11 +58,16 @@ def report(benchmark: str, rows: Many[Row], file: Path | None = None) -> None:
         print(f"written to {file}")
 
 
+def _portable(argument: str) -> str:
+    """An argument without the folders of this machine."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
 def document(benchmark: str, rows: Many[Row]) -> dict[str, Any]:
     """What the JSON file holds."""
     return {
         "benchmark": benchmark,
-        "command": " ".join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"benchmarks.{benchmark}", *map(_portable, sys.argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(),

@@ -60,13 +60,13 @@ def test_table_is_aligned_and_shows_what_was_missed() -> None:
 def test_the_file_holds_what_the_table_shows_and_where_it_was_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["engine.py", "--shape", "8b"])
+    monkeypatch.setattr(sys, "argv", ["engine.py", "--shape", "8b", "--json", "/home/me/engine.json"])
     file = tmp_path / "results" / "engine-here.json"
     report.report("engine", ROWS, file)
     assert capsys.readouterr().out == f"{report.table(ROWS)}\nwritten to {file}\n"
     found = json.loads(file.read_text())
     assert found["benchmark"] == "engine"
-    assert found["command"] == "python -m benchmarks.engine --shape 8b"
+    assert found["command"] == "python -m benchmarks.engine --shape 8b --json engine.json"
     assert timedelta() <= datetime.now(UTC) - datetime.fromisoformat(found["date"]) < timedelta(minutes=5)
     assert found["machine"]["cores"] >= 1
     assert found["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
