@@ -170,8 +170,22 @@ class _Forecast:
         return found
 
 
-@functools.lru_cache(maxsize=4096)
+_KEPT = 4096  # forecasts
+# By identity: comparing windows would cost more than all else that is done with them.
+_same: dict[int, tuple[tuple[WindowLoad, ...], _Forecast]] = {}
+
+
 def _forecast(windows: tuple[WindowLoad, ...]) -> _Forecast:
+    known = _same.get(id(windows))
+    if known is None:
+        if len(_same) >= _KEPT:
+            _same.clear()
+        known = _same[id(windows)] = windows, _equal(windows)  # which it keeps, so that no other has its identity
+    return known[1]
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _equal(windows: tuple[WindowLoad, ...]) -> _Forecast:
     return _Forecast(windows)
 
 

@@ -28,7 +28,11 @@ class Seat:
     @property
     def whole(self) -> int:
         """Instances and replicas that are wholly resident: the rank of the next one."""
-        return self.serving + sum(item.used == item.pages for item in self.order)
+        whole = self.serving
+        for item in self.order:  # asked for so often that a sum would take a tenth of a plan
+            if item.used == item.pages:
+                whole += 1
+        return whole
 
     def pages_on(self, agents: Agents) -> int:
         """Pages of a shard on a group."""
@@ -102,7 +106,7 @@ class Layout:
 
     def on(self, agents: Iterable[int]) -> list[Item]:
         """The items on any of these agents."""
-        return list({id(item): item for agent in agents for item in self._on[agent]}.values())
+        return list(dict.fromkeys([item for agent in agents for item in self._on[agent]]))
 
     def room(self, agents: Agents) -> int:
         """Pages that are free on each agent of a group."""

@@ -19,9 +19,13 @@ def load_s(model: Model, node: str, beside: bool = False) -> float:
     return seconds
 
 
-def quickest_s(model: Model, nodes: Iterable[str], beside: bool = False) -> float:
-    """Seconds on the best of these nodes."""
-    return min((load_s(model, node, beside) for node in nodes), default=model.cold_load_s)
+def quickest_s(model: Model, nodes: Iterable[str]) -> tuple[float, float]:
+    """Seconds on the best of these nodes: of the first replica, and of one beside another of the model."""
+    alone = [load_s(model, node) for node in nodes]
+    if not alone:
+        return model.cold_load_s, model.cold_load_s
+    first_s = min(alone)
+    return first_s, min(first_s, model.load_s.get(Tier.PEER, first_s))
 
 
 def load_bytes_per_s(model: Model, seconds: float) -> float:

@@ -18,7 +18,7 @@ def outlook(board: Board, rule: Rule, model: Model, wake: Wake | None, prewarmin
     """The outlook of a model, the plan being carried out on the board."""
     needed = rule.demand(model)
     replicas = board.of(model.name)
-    active = sum(r.state is State.ACTIVE for r in board.snapshot.replicas if r.model == model.name)
+    active = board.snapshot.active.get(model.name, 0)
     warm = sum(r.state in (State.WARM, State.WARMING) for r in replicas)
     if wake is not None and (wake.outcome is Outcome.NOW or not any(map(serves, replicas))):
         reason = wake.reason

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -163,6 +165,11 @@ class Snapshot:
     refused: Mapping[Key, str] = field(default_factory=dict)  # replicas not to try for now, with what failed
     rules: Rules = Rules()
     nodes: Mapping[str, Node] = field(default_factory=dict)  # by name
+
+    @functools.cached_property
+    def active(self) -> Mapping[str, int]:
+        """Active instances, by model."""
+        return Counter(replica.model for replica in self.replicas if replica.state is State.ACTIVE)
 
     def shard_pages(self, model: Model, agent_id: str) -> int:
         """Pages of one of the model's shards on an agent."""

@@ -97,13 +97,12 @@ def _seat(stakes: Stakes, agents: list[Agent], served: set[str], lent: lending.L
         tuple(agent.node for agent in agents),
         next(iter(pages.values())) if len(pages) == 1 else 0,
     )
-    alone = []
-    for agent, needed in zip(agents, seat.pages, strict=True):
-        reserve = max(agent.pages_kv, lent.reserve(agent))
-        least = max(1, agent.pages_kv, min(reserve, agent.pages_total - needed))
-        alone.append(0 if agent.id in served else reserve - least)
-    if any(alone):
-        seat.alone = tuple(alone)
+    reserves = [0 if agent.id in served else max(agent.pages_kv, lent.reserve(agent)) for agent in agents]
+    if any(r and r > a.pages_total - needed for a, r, needed in zip(agents, reserves, seat.pages, strict=True)):
+        seat.alone = tuple(
+            reserve - max(1, agent.pages_kv, min(reserve, agent.pages_total - needed)) if reserve else 0
+            for agent, reserve, needed in zip(agents, reserves, seat.pages, strict=True)
+        )
     return seat
 
 

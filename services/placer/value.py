@@ -20,6 +20,7 @@ an instance's is 1. `expected_value` is the sum over all warm replicas, and what
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -52,7 +53,7 @@ class Stakes:
     further_s: float  # of any other
     _load_s: dict[tuple[bool, str], float] = field(default_factory=dict, repr=False)  # what was asked for already
 
-    @property
+    @functools.cached_property
     def popularity(self) -> int:
         """How likely one more instance is needed, in thousandths."""
         return round(CERTAIN * self.chance(self.serving))
@@ -70,12 +71,16 @@ class Stakes:
         return self.later[rank] * self._spared(rank, node, share) if rank < len(self.later) else 0.0
 
     def _spared(self, rank: int, node: str, share: float) -> float:
-        cold_s = self.further_s if rank else self.first_s
+        cold = self._cold_pains[rank > 0]
         if share == 1:
-            return self.pain(cold_s)
+            return cold
         if not share:
             return 0.0
-        return max(0.0, self.pain(cold_s) - self.pain((1 - share) * self.load_s(rank, node)))
+        return max(0.0, cold - self.pain((1 - share) * self.load_s(rank, node)))
+
+    @functools.cached_property
+    def _cold_pains(self) -> tuple[float, float]:
+        return self.pain(self.first_s), self.pain(self.further_s)
 
     def load_s(self, rank: int, node: str) -> float:
         """Seconds that the whole replica of that rank takes to load on a node."""
@@ -116,35 +121,48 @@ def stakes(snapshot: Snapshot, replicas: Iterable[Replica]) -> dict[str, Stakes]
 
 def stakes_of(snapshot: Snapshot, model: Model, serving: int, nodes: Iterable[str]) -> Stakes:
     """What is at stake for a model of which `serving` instances serve; `nodes`: those that take something new."""
-    first_s, further_s = quickest_s(model, nodes), quickest_s(model, nodes, beside=True)
+    first_s, further_s = quickest_s(model, nodes)
     rules = snapshot.rules
     # A window has to be known of in time to load for it.
     wanted = demand(model, snapshot.now_s, serving, rules, max(rules.lookahead_s, 2 * first_s))
-    now = _needs(model, wanted.expected.peak)
-    waits = _waits(model, now, first_s, further_s)
-    ahead = [_LATER * wait for wait in _waits(model, _needs(model, wanted.expected.later), first_s, further_s)]
-    later = tuple(max(pair) for pair in itertools.zip_longest(waits, ahead, fillvalue=0.0))
-    chances, loads = tuple(chance for chance, _ in now), tuple(load for _, load in now)
-    return Stakes(model, wanted, serving, chances, loads, waits, later, first_s, further_s)
-
-
-def _waits(model: Model, needs: Iterable[tuple[float, float]], first_s: float, further_s: float) -> tuple[float, ...]:
-    """Requests that wait for each rank, times priority."""
-    return tuple(
-        model.priority * _requests(model, chance, load, further_s if rank else first_s)
-        for rank, (chance, load) in enumerate(needs)
-    )
-
-
-def _needs(model: Model, peak: Quantiles) -> tuple[tuple[float, float], ...]:
-    """`needed`, of the ranks that may be at all."""
     most = min(_MOST_RANKS, model.max_replicas or _MOST_RANKS)
-    return needed(peak, max(1, model.capacity), most, _LEAST_CHANCE)
+    peak, later = wanted.expected.peak, wanted.expected.later
+    ranks = _ranks(peak, later, max(1, model.capacity), most, model.priority, model.service_s, first_s, further_s)
+    return Stakes(model, wanted, serving, *ranks, first_s, further_s)
 
 
-def _requests(model: Model, chance: float, load: float, cold_s: float) -> float:
+_Numbers = tuple[float, ...]  # by rank
+
+
+@functools.lru_cache(maxsize=4096)  # forecasts outlive many plans
+def _ranks(
+    peak: Quantiles,
+    later: Quantiles,
+    capacity: int,
+    most: int,
+    priority: float,
+    service_s: float,
+    first_s: float,
+    further_s: float,
+) -> tuple[_Numbers, _Numbers, _Numbers, _Numbers]:
+    """`Stakes.chances`, `loads`, `waits` and `later`."""
+
+    def waits(needs: Iterable[tuple[float, float]]) -> list[float]:
+        return [
+            priority * _requests(chance, load, further_s if rank else first_s, service_s)
+            for rank, (chance, load) in enumerate(needs)
+        ]
+
+    now = needed(peak, capacity, most, _LEAST_CHANCE)
+    soon = waits(now)
+    ahead = [_LATER * wait for wait in waits(needed(later, capacity, most, _LEAST_CHANCE))]
+    kept = tuple(max(pair) for pair in itertools.zip_longest(soon, ahead, fillvalue=0.0))
+    return tuple(chance for chance, _ in now), tuple(load for _, load in now), tuple(soon), kept
+
+
+def _requests(chance: float, load: float, cold_s: float, service_s: float) -> float:
     """Requests that wait for an instance that is needed with a chance, for an expected load."""
-    return chance + load * cold_s / (2 * model.service_s) if model.service_s > 0 else load
+    return chance + load * cold_s / (2 * service_s) if service_s > 0 else load
 
 
 def expected_value(snapshot: Snapshot, replicas: Iterable[Replica]) -> float:

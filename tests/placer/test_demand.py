@@ -18,12 +18,17 @@ forecasts = st.lists(
 )
 
 
+def forget() -> None:
+    demand._same.clear()
+    demand._equal.cache_clear()
+
+
 @given(forecasts, st.lists(st.tuples(times, st.sampled_from([0.5, 1.0, 3.0])), min_size=2, max_size=12))
 def test_answers_that_are_kept_are_those_that_would_be_found(
     windows: list[WindowLoad], asked: list[tuple[float, float]]
 ) -> None:
-    demand._forecast.cache_clear()
+    forget()
     kept = [demand.expect(windows, now_s, Rules(), lookahead_s) for now_s, lookahead_s in asked]
     for (now_s, lookahead_s), answer in zip(asked, kept, strict=True):
-        demand._forecast.cache_clear()
+        forget()
         assert answer == demand.expect(windows, now_s, Rules(), lookahead_s)
