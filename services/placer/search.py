@@ -19,6 +19,7 @@ _FEW = 8  # places that are looked at where there are many
 _GUESTS = 8  # models from elsewhere that are tried when a part is put back
 _SHUFFLES = 8  # further orders tried on small clusters
 _VAIN = 3  # rounds
+_VAIN_SEATS = 2  # models in a row for which nothing gave way: where there are many, the rest is not tried
 _LEFT_OUT = 0.2  # share of the models that such an order leaves out
 Order = Callable[[Seat], float]  # the higher, the earlier; below 0: not at all
 
@@ -52,8 +53,11 @@ class Search:
     def run(self) -> None:
         """Fills the layout and improves it."""
         self.fill(self._seats)
+        vain = 0
         for seat in self._unplaced():
-            self._force(seat)
+            vain = 0 if self._force(seat) else vain + 1
+            if vain == _VAIN_SEATS and not self._small:  # the others are worth less per page
+                break
         self._guests = self._unplaced()[:_GUESTS]
         if self._small:
             self._improve_small()
@@ -134,17 +138,21 @@ class Search:
     def _place(self, seat: Seat, places: Iterable[Agents]) -> Item | None:
         """Adds a replica at the best of these places; None where none gains anything."""
         layout, wants, whole = self._layout, self.wants(seat), seat.whole
+        at, barred, held_on, even = seat.at, seat.barred, seat.held, seat.even
+        free, alone = layout.free, bool(seat.alone)
         best: tuple[float, int] | None = None
         choice: Item | None = None
         for agents in places:
             self._effort -= 1
-            room = layout.room_for(seat, agents)
-            if room <= 0 or agents in seat.at or agents in seat.barred:
+            if agents in at or agents in barred:
                 continue
-            pages = seat.pages_on(agents)
-            held = seat.held.get(agents, 0)
-            used = pages if wants and room >= pages else held if held <= room else 0
-            if not used:
+            room = free[agents[0]] if len(agents) == 1 and not alone else layout.room_for(seat, agents)
+            pages = even or seat.pages_on(agents)
+            if wants and room >= pages:
+                used = pages
+            elif 0 < (held := held_on.get(agents, 0)) <= room:
+                used = held
+            else:
                 continue
             rank = whole
             if used < pages:
@@ -200,11 +208,10 @@ class Search:
         """Models that would have one more replica, the most valuable per page first."""
         return sorted(filter(self.wants, self._seats), key=lambda s: (-self._density(s), self._index[id(s)]))
 
-    def _force(self, seat: Seat) -> None:
+    def _force(self, seat: Seat) -> bool:
         """Tries to put a replica where the least has to go for it."""
-        for agents in itertools.islice(self._cheapest(seat), _FEW // 2):
-            if agents not in seat.at and self._attempt(agents, self._density, seat):
-                return
+        cheapest = itertools.islice(self._cheapest(seat), _FEW // 2)
+        return any(agents not in seat.at and self._attempt(agents, self._density, seat) for agents in cheapest)
 
     def _cheapest(self, seat: Seat) -> Iterator[Agents]:
         """All places of a model, that first where the least value lies; as of a while ago where there are many."""
@@ -293,7 +300,7 @@ class Search:
         return seat.stakes.worth(seat.whole, "", 1.0)
 
     def _size(self, seat: Seat) -> float:
-        return max(seat.pages, default=0) * seat.stakes.model.tp
+        return (seat.even or max(seat.pages, default=0)) * seat.stakes.model.tp
 
     def _density(self, seat: Seat) -> float:
         return self._worth(seat) / max(1, self._size(seat))
