@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -54,6 +55,9 @@ def run(service: str, kind: type[S], main: Callable[[S, Node], Awaitable[None]])
     """
     settings = load_settings(kind, service)
     configure_logging(service, settings)
+    # What was imported is never garbage, and a collection that walked all of it would stop every thread: with torch and
+    # transformers for some 0.2 s.
+    gc.freeze()
     try:
         uvloop.run(_run(service, settings, main))
     except OSError as error:

@@ -25,7 +25,7 @@ from warmserve.cluster.mirror import Mirror
 from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2
 
 _log = logger(__name__)
-_SWITCH_S = 0.001
+_SWITCH_S = 0.0001
 _THREADS = 64  # a load whose image is yet to be built has one for minutes, which must not keep others from loading
 
 
@@ -114,7 +114,8 @@ def _forget_undeployed(models: Mirror[cluster_pb2.ModelSpec], agent: Agent) -> s
 
 def main() -> None:
     """Entry point."""
-    # The engine's thread, the one that copies, and this one want the interpreter lock in turns: 5 ms is a decode step.
+    # The engine's thread, the one that copies, and this one want the interpreter lock in turns, and a step asks for it
+    # again behind each of its calls: beside a thread that computes, each waits for so long.
     sys.setswitchinterval(_SWITCH_S)
     run("gpu-agent", GpuAgentSettings, serve)
 

@@ -67,8 +67,16 @@ class Agent:
         self._undeployed: dict[str, int] = {}  # by name: when the last model to be removed was deployed
         self._transitions = Transitions(agent_id, reports)
         self._serving = Serving(agent_id, arena, queue, reports, self._transitions, self._shards, self._wake_again)
-        look = self._serving.engine.look
-        self._loader = Loader(arena, backend, images, reports.changed, on_pages=look, on_near=self._serve_early)
+        engine = self._serving.engine
+        self._loader = Loader(
+            arena,
+            backend,
+            images,
+            reports.changed,
+            on_pages=engine.look,
+            on_near=self._serve_early,
+            is_computing=lambda: engine.computing,
+        )
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # fails when the device is lost
         reports.describe = self.residency
         TakenBack(arena, self._shards, self._transitions)  # the arena holds it

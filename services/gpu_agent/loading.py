@@ -36,14 +36,19 @@ class Loader:
         on_progress: Callable[[], None],
         on_pages: Callable[[], None],
         on_near: Callable[[Shard], None],
+        is_computing: Callable[[], bool],
     ) -> None:
-        """`on_pages()` is called from threads when more is resident, `on_near(shard)` when a wake's copy ends soon."""
+        """`on_pages()` is called from threads when more is resident, `on_near(shard)` when a wake's copy ends soon.
+
+        Prewarming takes less of the bus while `is_computing()`; it is asked from threads too.
+        """
         self._arena = arena
         self._backend = backend
         self._images = images
         self._on_progress = on_progress
         self._on_pages = on_pages
         self._on_near = on_near
+        self._is_computing = is_computing
         self._lane = CopyLane()
         self._tier = images.tier
         self.keeper = TierKeeper(images, on_progress)
@@ -88,7 +93,7 @@ class Loader:
         finally:
             if image is not None:
                 image.close()
-            if shard.complete:
+            if shard.complete and shard.tier != common_pb2.TIER_HOST:
                 self.keeper.arrived()
             shard.turn = None
             shard.bytes_per_s = 0.0
@@ -169,6 +174,7 @@ class Loader:
                     cancel=turn.cancel,
                     progress=progress,
                     claim=lambda: shard.wanted_active,
+                    gives_way=self._is_computing,
                     host=host,
                 )
 

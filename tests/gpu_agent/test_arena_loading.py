@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.arena.weight_range import WeightRange
+from services.gpu_agent.weights import loader
 from services.gpu_agent.weights.direct import DirectFile
 from services.gpu_agent.weights.errors import ImageCorrupt
 from services.gpu_agent.weights.image import Image
@@ -96,6 +98,48 @@ def assert_holds(weights: WeightRange, content: torch.Tensor, pages: int = PAGES
 
 def test_each_page_is_told_when_it_holds_its_data(image: Image, weights: WeightRange, content: torch.Tensor) -> None:
     assert loaded(image, weights) == list(range(1, PAGES + 1))
+    assert_holds(weights, content)
+
+
+class Bus:
+    """Stands for a bus with room for many copies; each has arrived when it is waited for."""
+
+    ahead = 32
+
+    def __init__(self, image: Image) -> None:
+        self._image = image
+        self._begun: list[tuple[int, torch.Tensor]] = []
+        self.most = 0  # copies under way at once
+
+    def begin(self, index: int, page: torch.Tensor) -> None:
+        self._begun.append((index, page))
+        self.most = max(self.most, len(self._begun))
+
+    def end(self, index: int) -> None:
+        begun, page = self._begun.pop(0)
+        assert begun == index
+        self._image.read_page(index, page)
+
+
+@pytest.mark.parametrize("backend", EACH[:1], indirect=True)
+@pytest.mark.parametrize(("urgent", "computing", "most"), [(False, False, 7), (False, True, 1), (True, True, 8)])
+def test_prewarming_leaves_the_bus_to_steps_and_a_wake_does_not(
+    image: Image,
+    weights: WeightRange,
+    content: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    urgent: bool,
+    computing: bool,
+    most: int,
+) -> None:
+    bus = Bus(image)
+    monkeypatch.setattr(loader, "page_source", lambda *_: nullcontext(bus))
+    never = threading.Event()
+    done = load(
+        image, weights, cancel=never, progress=lambda _: None, claim=lambda: urgent, gives_way=lambda: computing
+    )
+    assert done.complete
+    assert bus.most == most
     assert_holds(weights, content)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from services.gpu_agent.arena.memory import Memory
 from services.gpu_agent.arena.pages import ArenaClosed, OutOfPages, Pages
+from services.gpu_agent.arena.turns import Turns
 from services.gpu_agent.arena.weight_range import WeightRange
 
 
@@ -64,6 +65,11 @@ class Arena:
     def device(self) -> torch.device:
         """Where the pages are, and with them every tensor over them."""
         return self._memory.device
+
+    @property
+    def turns(self) -> Turns:
+        """What is taken to launch a step, so that it does not wait for the driver again and again (see Memory)."""
+        return self._memory.turns
 
     @property
     def free_pages(self) -> int:

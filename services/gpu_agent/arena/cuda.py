@@ -15,8 +15,9 @@ from cuda.bindings import driver as cu
 
 from services.gpu_agent.arena.memory import AddressRange, Memory, runs
 
-# While it unmaps, the driver begins no other work: 16 GB take it 13 ms, for which other models' steps would wait.
-_UNMAPPED_AT_ONCE = 1 << 30
+# While it unmaps, the driver begins no other work: 16 GB take it 13 ms, for which other models' steps would wait. A
+# step is some twenty calls, each of which would wait for a piece; so a step is launched between two pieces.
+_UNMAPPED_AT_ONCE = 512 << 20
 
 
 class CudaError(RuntimeError):
@@ -120,12 +121,13 @@ class CudaMemory(Memory):
         self._enter()
         done = 0
         try:
-            for page in pages:
-                place = address + done * self.page_bytes
-                _check("cuMemMap", cu.cuMemMap(place, self.page_bytes, 0, self._handles[page], 0))
-                done += 1
-            # Once for all of them: per page it would cost more than the mapping itself.
-            _check("cuMemSetAccess", cu.cuMemSetAccess(address, done * self.page_bytes, [self._access], 1))
+            with self.turns:
+                for page in pages:
+                    place = address + done * self.page_bytes
+                    _check("cuMemMap", cu.cuMemMap(place, self.page_bytes, 0, self._handles[page], 0))
+                    done += 1
+                # Once for all of them: per page it would cost more than the mapping itself.
+                _check("cuMemSetAccess", cu.cuMemSetAccess(address, done * self.page_bytes, [self._access], 1))
         except CudaError as error:
             if done:
                 self._unmap(address, done * self.page_bytes)
@@ -137,7 +139,8 @@ class CudaMemory(Memory):
         self._enter()
         piece = max(1, _UNMAPPED_AT_ONCE // self.page_bytes) * self.page_bytes
         for begin in range(0, nbytes, piece):
-            _check("cuMemUnmap", cu.cuMemUnmap(address + begin, min(piece, nbytes - begin)))
+            with self.turns:
+                _check("cuMemUnmap", cu.cuMemUnmap(address + begin, min(piece, nbytes - begin)))
 
     def _close(self) -> None:
         self._give_back()

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from services.gpu_agent.arena.turns import Turns
+
 
 class AddressRange:
     """Reserved addresses of whole pages. They stay the same while the physical pages under them come and go.
@@ -56,6 +58,9 @@ class Memory(ABC):
         self.page_bytes = page_bytes
         self.num_pages = num_pages
         self.device = device
+        self.turns = Turns()
+        """Who has it keeps the driver to himself: pages are mapped and unmapped with it, a piece at a time, and steps
+        launched."""
         self._ranges: set[AddressRange] = set()
         self._kv: torch.Tensor | None = None  # set by the backend; None again once closed
 

@@ -92,6 +92,11 @@ class EngineLoop:
         """Whether the thread runs; False after a stop or a crash."""
         return self._thread.is_alive()
 
+    @property
+    def computing(self) -> bool:
+        """Whether steps are under way."""
+        return bool(self._under_way)
+
     def activate(self, instance: Instance) -> Future[None]:
         """Begins to run an instance. The future fails with ValueError where one with its id is active."""
         return self._do(lambda: self._activate(instance))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from services.gpu_agent.weights.sums import host_sum
 
 _FORMAT = 4  # 2: the matrices of a layer before its vectors, a dtype for each tensor; 3: sums of pages; 4: sums alone
 
+_DESCRIBED = 256  # images of which JSONs that were read are kept: reading one takes milliseconds, which a wake has not
+
 
 class Image:
     """An image's open file. Safe to read from several threads; reading and summing hold no interpreter lock."""
 
-    def __init__(self, path: Path, fingerprint: str, layout: ImageLayout, sums: list[int], file: DirectFile) -> None:
+    def __init__(
+        self, path: Path, fingerprint: str, layout: ImageLayout, sums: Sequence[int], file: DirectFile
+    ) -> None:
         """sums: of each page (see sums.py)."""
         self.path = path
         self.fingerprint = fingerprint
@@ -102,21 +107,28 @@ def describe(fingerprint: str, layout: ImageLayout, sums: Iterable[int]) -> byte
 
 def open_image(path: Path) -> Image:
     """Opens an image. FileNotFoundError where there is none; ImageCorrupt where file and JSON do not fit."""
-    try:
-        body = json.loads(sidecar(path).read_bytes())
-        checksum = body.pop("crc32")
-        if body["format"] != _FORMAT or checksum != _checksum(body):
-            raise ImageCorrupt(f"{sidecar(path)} is damaged or of another version")
-        layout = ImageLayout.from_json(body["layout"])
-        sums = body["page_sums"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ImageCorrupt(f"{sidecar(path)} is damaged: {error!r}") from error
+    beside = sidecar(path)
+    found = beside.stat()
+    fingerprint, layout, sums = _described(beside, (found.st_ino, found.st_mtime_ns, found.st_size))
     file = DirectFile(path)
     if file.size != layout.total_bytes or len(sums) != layout.num_pages:
         size = file.size
         file.close()
         raise ImageCorrupt(f"{path} has {size} bytes and not {layout.total_bytes}")
-    return Image(path, body["fingerprint"], layout, sums, file)
+    return Image(path, fingerprint, layout, sums, file)
+
+
+@lru_cache(maxsize=_DESCRIBED)
+def _described(path: Path, version: tuple[int, ...]) -> tuple[str, ImageLayout, tuple[int, ...]]:
+    """Fingerprint, layout and sums that a JSON tells; `version` is another one when the file is."""
+    try:
+        body = json.loads(path.read_bytes())
+        checksum = body.pop("crc32")
+        if body["format"] != _FORMAT or checksum != _checksum(body):
+            raise ImageCorrupt(f"{path} is damaged or of another version")
+        return body["fingerprint"], ImageLayout.from_json(body["layout"]), tuple(body["page_sums"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ImageCorrupt(f"{path} is damaged: {error!r}") from error
 
 
 def open_image_of(path: Path, fingerprint: str, layout: ImageLayout) -> Image:

@@ -17,7 +17,9 @@ from services.gpu_agent.weights.staging import page_source
 
 # Prewarming gives way within so many pages. A wake has more copies under way: its first prompt is computed in Python
 # beside them, and the interpreter lock then comes too late for the bus to be kept busy page by page.
-_AHEAD_OF_PREWARMING = 4
+_AHEAD_OF_PREWARMING = 8
+# Most pages mapped at once: the bus waits for the first of them, and steps of instances for all.
+_MAPPED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,17 @@ def load(
     cancel: threading.Event,
     progress: Callable[[LoadProgress], None],
     claim: Callable[[], bool] = lambda: False,
+    gives_way: Callable[[], bool] = lambda: False,
     host: HostImage | None = None,
 ) -> LoadProgress:
     """Copies the missing pages in layer order, from `host` where it is given, and returns how far it came.
 
     Between two pages it looks at `cancel`, and stops there if it is set or KV has taken pages back. As soon as `claim`
-    says so, it takes all pages that are missing, before KV does. However it ends, the resident pages are a prefix with
-    the right data. Raises ImageCorrupt, OutOfPages (evict, then go on), OSError where the disk fails, and ArenaClosed
-    where the range is removed before. To be called in a thread; the interpreter lock is free while it copies.
+    says so, it takes all pages that are missing, before KV does. Until then, while `gives_way` says so, it leaves the
+    bus idle for as long as each page took: beside a copy at full speed steps take a fifteenth longer. However it ends,
+    the resident pages are a prefix with the right data. Raises ImageCorrupt, OutOfPages (evict, then go on), OSError
+    where the disk fails, and ArenaClosed where the range is removed before. To be called in a thread; the interpreter
+    lock is free while it copies.
     """
     layout = image.layout
     if (layout.num_pages, layout.page_bytes) != (weights.num_pages, weights.page_bytes):
@@ -67,10 +72,13 @@ def load(
                 return replace(done, pages_done=weights.resident_pages, overtaken=True)
             if urgent := claim():
                 filling.claim()
-            ahead = source.ahead if urgent else min(source.ahead, _AHEAD_OF_PREWARMING)
-            if begun - done.pages_done <= ahead // 2:
+            paced = source.ahead > 1 and not urgent and gives_way()
+            ahead = source.ahead if urgent else min(source.ahead, 1 if paced else _AHEAD_OF_PREWARMING)
+            count = max(1, min(ahead // 2, _MAPPED_AT_ONCE))
+            turned = time.monotonic()
+            if begun + count <= done.pages_done + ahead and begun < weights.num_pages:
                 try:
-                    pages = _mapped(filling, min(weights.num_pages, done.pages_done + ahead) - begun)
+                    pages = _mapped(filling, min(weights.num_pages - begun, count))
                 except OutOfPages:
                     if begun == done.pages_done:
                         raise
@@ -84,6 +92,8 @@ def load(
             copied += layout.page_bytes
             done = LoadProgress(done.pages_done + 1, weights.num_pages, copied / (time.monotonic() - began))
             progress(done)
+            if paced:
+                cancel.wait(time.monotonic() - turned)
     return done
 
 

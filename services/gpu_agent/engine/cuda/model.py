@@ -46,6 +46,8 @@ class CudaModel:
     ) -> None:
         self.model = model
         self.workspace = workspace
+        self.turns = arena.turns
+        """Taken to launch a step of resident weights; one behind a copy would keep the copy from being made."""
         self.ladder = Ladder(max_batch, max_tokens, TILE)
         self.captures = 0
         """Graphs captured, ever: as many as the ladder has shapes, however often the model is evicted."""

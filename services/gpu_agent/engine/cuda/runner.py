@@ -44,7 +44,8 @@ class CudaRunner:
         """See Runner. Where it raises, the device has ended what was begun: no page is touched any more."""
         bound = self._model.model
         if bound.weights.complete:
-            return self._begin(parts, rows, behind=False)
+            with self._model.turns:
+                return self._begin(parts, rows, behind=False)
         return Behind(lambda: self._begin(parts, rows, behind=True), self._model.gates, bound.weights)
 
     @torch.inference_mode()
