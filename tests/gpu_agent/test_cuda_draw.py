@@ -1,6 +1,6 @@
-"""The kernel that draws tokens chooses what the CPU's implementation chooses, row by row, in any batch.
+"""The kernels that draw tokens choose what the CPU's implementation chooses, row by row, in any batch.
 
-Without a GPU it runs in Triton's interpreter (see conftest.py), on vocabularies of a few blocks.
+Without a GPU they run in Triton's interpreter (see conftest.py), on vocabularies of a few blocks.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ FILTERS: list[tuple[float, float, float]] = [
 ]
 
 
+UNITS = [(1.0, 0.0), (1.0, 0.5), (1.0, 1 - 2.0**-53), (1e-30, 0.5)]  # temperature, unit
+
+
 @pytest.fixture(autouse=True)
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the interpreter, blocks small enough that small vocabularies take several."""
@@ -48,9 +51,14 @@ def settings_of(*rows: tuple[float, float, float, float, float]) -> torch.Tensor
 
 
 def draw(logits: torch.Tensor, settings: torch.Tensor, filtered: bool) -> tuple[list[int], list[bool]]:
-    """What the kernel draws."""
-    tokens, finite = kernel.draw(logits.to(DEVICE), settings.to(DEVICE), filtered)
-    return tokens.tolist(), finite.tolist()
+    """What the kernels draw, and whether the logits are finite."""
+    return told(kernel.draw(logits.to(DEVICE), settings.to(DEVICE), filtered))
+
+
+def told(outcome: torch.Tensor) -> tuple[list[int], list[bool]]:
+    tokens, finite = outcome.tolist()
+    assert set(finite) <= {0, 1}
+    return tokens, [bool(sound) for sound in finite]
 
 
 def random_logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
@@ -63,6 +71,8 @@ def random_units(count: int, seed: int = 0) -> list[float]:
 
 SIZES = [
     pytest.param(5, 1, id="small"),
+    pytest.param(64, 1, id="one block"),
+    pytest.param(65, 1, id="one token more"),
     pytest.param(200, 1, id="blocks"),
     *(pytest.param(v, 40, id=f"v{v}", marks=pytest.mark.gpu) for v in (50_257, 128_256, 151_936, 262_144)),
 ]
@@ -75,9 +85,9 @@ def test_draws_are_those_of_the_cpu(vocabulary: int, repeats: int, temperature: 
     settings = settings_of(*((*row, unit) for row, unit in zip(rows, random_units(len(rows)), strict=True)))
     logits = random_logits(len(rows), vocabulary)
     tokens, finite = draw(logits, settings, True)
-    expected, _ = draw_on_cpu(logits, settings, True)
+    expected, _ = told(draw_on_cpu(logits, settings, True))
     assert all(finite)
-    differing = sum(a != b for a, b in zip(tokens, expected.tolist(), strict=True))
+    differing = sum(a != b for a, b in zip(tokens, expected, strict=True))
     # Sums in float32 move the bounds between tokens by about 1e-6 of the whole.
     assert differing <= (0 if repeats == 1 else len(rows) // 100)
 
@@ -103,8 +113,10 @@ def test_a_row_is_drawn_alike_alone_and_in_a_batch() -> None:
     logits = random_logits(len(rows), vocabulary, 5)
     together, _ = draw(logits, settings, True)
     assert together == [draw(logits[i : i + 1], settings[i : i + 1], True)[0][0] for i in range(len(rows))]
-    plain = draw(logits[:1], settings[:1], False)[0]
-    assert plain == together[:1]
+    # Without top_k and top_p the kernel is another where nobody in the batch has one.
+    plain = [i for i, (_, top_k, top_p, _) in enumerate(rows) if top_k == 0 and top_p == 1]
+    assert len(plain) == 3
+    assert draw(logits[plain], settings[plain], False)[0] == [together[i] for i in plain]
 
 
 def test_the_first_of_equal_tokens_is_the_likeliest() -> None:
@@ -148,8 +160,53 @@ def test_logits_that_are_not_finite_are_told() -> None:
     tokens, finite = draw(logits, settings_of(*[(1.0, 5, 0.9, 0.0, 0.3)] * 6), True)
     assert finite == [True, False, False, False, True, True]
     assert [tokens[i] for i in (1, 2, 3)] == [0, 0, 0]
-    _, on_cpu = draw_on_cpu(logits, settings_of(*[(1.0, 5, 0.9, 0.0, 0.3)] * 6), True)
-    assert on_cpu.tolist() == finite
+    _, on_cpu = told(draw_on_cpu(logits, settings_of(*[(1.0, 5, 0.9, 0.0, 0.3)] * 6), True))
+    assert on_cpu == finite
+
+
+@pytest.mark.parametrize("damage", [math.nan, INF])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_one_bad_logit_is_found_wherever_it_is(damage: float, temperature: float) -> None:
+    """At the ends of blocks and of the vocabulary, beside a larger logit; the rows around it get what they would."""
+    places = [0, 63, 64, 127, 128, 199]
+    logits = random_logits(len(places) + 1, 200)
+    logits[:, 100] = 50.0
+    settings = settings_of(*[(temperature, 0, 1.0, 0.0, 0.5)] * len(logits))
+    for row, place in enumerate(places):
+        logits[row, place] = damage
+    assert draw(logits, settings, False) == ([0] * len(places) + [100], [False] * len(places) + [True])
+
+
+@pytest.mark.parametrize("likely", [63, 64, 150, 199])
+def test_where_whole_blocks_are_impossible(likely: int) -> None:
+    """Blocks without a possible token, as masks leave them, and one with all that is possible."""
+    logits = torch.full((5, 200), -INF)
+    logits[:, likely] = -1e30
+    settings = settings_of(*((temperature, 0, 1.0, 0.0, unit) for temperature, unit in ((0, 0), *UNITS)))
+    assert draw(logits, settings, False) == ([likely] * 5, [True] * 5)
+
+
+def test_the_border_between_blocks_is_where_their_probabilities_say() -> None:
+    """Four blocks, the last not whole, of unlike peaks: each token's share of equal steps of the unit."""
+    steps = 200
+    logits = torch.full((200,), -INF)
+    for token, probability in ((10, 0.15), (63, 0.1), (64, 0.05), (70, 0.35), (190, 0.05), (199, 0.3)):
+        logits[token] = math.log(probability) + 3.0
+    settings = settings_of(*((1.0, 0, 1.0, 0.0, (i + 0.5) / steps) for i in range(steps)))
+    tokens, _ = draw(logits.expand(steps, -1).contiguous(), settings, False)
+    expected = [10] * 30 + [63] * 20 + [64] * 10 + [70] * 70 + [190] * 10 + [199] * 60
+    assert tokens == expected
+
+
+def test_a_hot_row_keeps_its_unlikely_blocks() -> None:
+    """A token far below the likeliest is drawn as often as float64 says, though its block is far below too."""
+    logits = torch.full((200,), -INF)
+    logits[[5, 150]] = torch.tensor([-60.0, 0.0])
+    units = [0.0, 8e-27, 1e-26, 0.5]  # exp(-60) is 8.76e-27
+    settings = settings_of(*((1.0, 0, 1.0, 0.0, unit) for unit in units))
+    many = logits.expand(4, -1).contiguous()
+    tokens, _ = draw(many, settings, False)
+    assert tokens == [5, 5, 150, 150] == told(draw_on_cpu(many, settings, False))[0]
 
 
 def test_no_rows_are_no_work() -> None:
@@ -218,7 +275,7 @@ def test_the_kernel_can_be_captured_in_a_graph() -> None:
     kernel.draw(logits, settings, True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tokens, _ = kernel.draw(logits, settings, True)
+        outcome = kernel.draw(logits, settings, True)
     logits.copy_(random_logits(8, 128_256, 3))
     graph.replay()
-    assert tokens.tolist() == kernel.draw(logits, settings, True)[0].tolist()
+    assert outcome.tolist() == kernel.draw(logits, settings, True).tolist()

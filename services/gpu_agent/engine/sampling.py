@@ -54,20 +54,23 @@ class LogprobReport:
 class Sampled:
     """The outcome of a step, all tensors on one device."""
 
-    tokens: torch.Tensor
-    """(rows,) int64. 0, which is safe to go on with, where the logits are not finite."""
-    finite: torch.Tensor
-    """(rows,) bool: whether the model's logits were sound."""
+    outcome: torch.Tensor
+    """(2, rows) int64, one tensor so that it is one copy to the CPU: the tokens, 0, which is safe to go on with, where
+    the logits are not finite; and 1 where the model's logits were sound, else 0."""
     report: LogprobReport | None
     """Where any row asked for log probabilities."""
     asked: dict[int, int]
     """SamplingBatch.logprobs."""
 
+    @property
+    def tokens(self) -> torch.Tensor:
+        """(rows,) int64: the chosen ones."""
+        return self.outcome[0]
+
     def to_host(self) -> Sampled:
         """The same in pinned memory of the CPU: valid once the current stream has come to this point."""
         return Sampled(
-            tokens=_to_host(self.tokens),
-            finite=_to_host(self.finite),
+            outcome=_to_host(self.outcome),
             report=self.report
             and LogprobReport(*map(_to_host, (self.report.chosen, self.report.top_tokens, self.report.top))),
             asked=self.asked,
@@ -75,7 +78,7 @@ class Sampled:
 
     def choices(self) -> list[Choice]:
         """One per row. Waits for the device, unless the tensors are on the CPU. Raises NonFiniteLogits."""
-        finite = self.finite.tolist()
+        chosen_tokens, finite = self.outcome.tolist()
         if not all(finite):
             bad = len(finite) - sum(finite)
             raise NonFiniteLogits(f"the model computed NaN or infinite logits for {bad} of {len(finite)} sequences")
@@ -85,7 +88,7 @@ class Sampled:
             for line, (row, count) in enumerate(self.asked.items()):
                 top = list(zip(tokens[line][:count], values[line][:count], strict=True))
                 reports[row] = TokenLogprobs(chosen[line], top)
-        return [Choice(token, reports.get(row)) for row, token in enumerate(self.tokens.tolist())]
+        return [Choice(token, reports.get(row)) for row, token in enumerate(chosen_tokens)]
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
@@ -112,11 +115,11 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
         from services.gpu_agent.engine.cuda.draw import draw  # Triton is there only with a GPU
     else:
         draw = draw_on_cpu
-    tokens, finite = draw(logits, batch.settings, batch.filtered)
+    outcome = draw(logits, batch.settings, batch.filtered)
     if sound is not None:
-        finite = sound
-    report = None if batch.logprob_rows is None else _report(own, tokens[batch.logprob_rows], batch.logprobs)
-    return Sampled(tokens, finite, report, batch.logprobs)
+        outcome[1] = sound
+    report = None if batch.logprob_rows is None else _report(own, outcome[0, batch.logprob_rows], batch.logprobs)
+    return Sampled(outcome, report, batch.logprobs)
 
 
 def _report(logits: torch.Tensor, chosen: torch.Tensor, asked: dict[int, int]) -> LogprobReport:
@@ -126,8 +129,10 @@ def _report(logits: torch.Tensor, chosen: torch.Tensor, asked: dict[int, int]) -
     return LogprobReport(own.squeeze(1), top.indices, top.values - normaliser)
 
 
-def draw_on_cpu(logits: torch.Tensor, settings: torch.Tensor, filtered: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The chosen token of each row, and whether its logits are finite; `settings` as in SamplingBatch.
+def draw_on_cpu(logits: torch.Tensor, settings: torch.Tensor, filtered: bool) -> torch.Tensor:
+    """The chosen token of each row, and 1 where its logits are finite, else 0: (2, rows) int64.
+
+    `settings` and `filtered` are SamplingBatch's.
 
     Where every logit is minus infinity (bans left nothing), or any is not finite, the token is 0.
     """
@@ -137,7 +142,7 @@ def draw_on_cpu(logits: torch.Tensor, settings: torch.Tensor, filtered: bool) ->
     drawn = ((settings[:, 0] > 0) & finite).nonzero().squeeze(1)
     if len(drawn):
         tokens[drawn] = _draw_rows(logits[drawn].double(), settings[drawn], filtered)
-    return tokens, finite
+    return torch.stack((tokens, finite.long()))
 
 
 def _draw_rows(logits: torch.Tensor, settings: torch.Tensor, filtered: bool) -> torch.Tensor:
