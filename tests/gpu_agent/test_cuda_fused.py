@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from services.gpu_agent.engine.cuda.attention import PagedKv
-from services.gpu_agent.engine.cuda.fused import gate, resolve_ids, rms_norm, rotate_and_store, store_tokens
+from services.gpu_agent.engine.cuda.fused import (
+    cosines_and_sines,
+    gate,
+    resolve_ids,
+    rms_norm,
+    rotate_and_store,
+    store_tokens,
+)
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.kv_tensors import KvTensors
 
@@ -104,6 +111,30 @@ def test_gate_far_out(device: str, dtype: torch.dtype) -> None:
     fused = torch.tensor([[-200.0, -30.0, 0.0, 30.0, 200.0, *[1.0] * 5]], device=device, dtype=dtype)
     for activation in ("silu", "gelu_tanh"):
         close(gate(fused, activation), torch.tensor([[0.0, 0.0, 0.0, 30.0, 200.0]], device=device, dtype=dtype))
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("size", [32, 20, 1])
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+def test_cosines_and_sines(integer: torch.dtype, size: int, copies: int, device: str, dtype: torch.dtype) -> None:
+    """Far out too, where an angle has many whole turns: the product is a float32's, and exact from there on."""
+    positions = torch.tensor([[0, 1, 2, 511, 8191], [131_071, 1_000_003, 5, 6, 7]], dtype=integer, device=device)
+    frequencies = 500_000.0 ** -(torch.arange(size, device=device) / size)
+    angles = (positions[..., None].float() * frequencies).double()
+    found = cosines_and_sines(positions, frequencies, 1.25, copies, dtype)
+    for table, exact in zip(found, (angles.cos(), angles.sin()), strict=True):
+        close(table, torch.cat([exact.float() * 1.25] * copies, dim=-1).to(dtype))
+
+
+def test_cosines_and_sines_of_a_row_among_facts(device: str, dtype: torch.dtype) -> None:
+    """Positions as a step has them: a part of a larger buffer; and where they lie apart."""
+    facts = torch.arange(100, dtype=torch.int32, device=device)
+    frequencies = torch.tensor([1.0, 0.01], device=device)
+    for positions in (facts[32:40][None], facts[::7][None]):
+        cos, sin = cosines_and_sines(positions, frequencies, 1.0, 1, dtype)
+        angles = positions[..., None].float() * frequencies
+        close(cos, angles.cos().to(dtype))
+        close(sin, angles.sin().to(dtype))
 
 
 @pytest.mark.parametrize("by_head", [False, True])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,15 +22,16 @@ from services.gpu_agent.engine.cuda.attention import TILE
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 from services.gpu_agent.engine.cuda.model import CudaModel
 from services.gpu_agent.engine.cuda.pack import pack
-from services.gpu_agent.engine.cuda.rewrite import (
+from services.gpu_agent.engine.cuda.rewrite import gated_activation, norm_style, prenorm_layer
+from services.gpu_agent.engine.cuda.rotary import (
     PendingRope,
-    gated_activation,
-    norm_style,
-    prenorm_layer,
+    RotaryTable,
+    replace_tables,
+    rotary_tables,
     rotation_width,
 )
 from services.gpu_agent.engine.cuda.workspace import Workspace
-from services.gpu_agent.engine.model import build_model
+from services.gpu_agent.engine.model import _fix_frequencies, build_model
 from services.gpu_agent.engine.step import Part
 from services.gpu_agent.weights.loader import load
 from tests.gpu_agent.checkpoints import CONFIGS, FAMILIES
@@ -268,6 +270,145 @@ def test_queries_changed_behind_their_rotation_are_an_error() -> None:
             rope.take(*changed)
 
 
+TABLE = RotaryTable("inv_freq", "attention_scaling", 2, rounds=True)
+
+
+def rotary_modules(model: nn.Module) -> list[nn.Module]:
+    return [part for name, part in model.named_modules() if name.endswith("rotary_emb")]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_tables_of_families(family: str) -> None:
+    """Found in each, and in no other module of it."""
+    model = on_meta(family)
+    rotary = rotary_modules(model)
+    assert len(rotary) == 1
+    assert [part for part in model.modules() if rotary_tables(part)] == rotary
+    expected: dict[str | None, RotaryTable] = {None: TABLE}
+    if family == "olmo2":
+        expected = {None: replace(TABLE, rounds=False)}
+    if family == "gpt_oss":
+        expected = {None: replace(TABLE, copies=1)}
+    if family == "gemma3":
+        expected = {
+            f"{kind}_attention": replace(
+                TABLE, frequencies=f"{kind}_attention_inv_freq", scaling=f"{kind}_attention_attention_scaling"
+            )
+            for kind in ("full", "sliding")
+        }
+    assert rotary_tables(rotary[0]) == expected
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3", "dynamic", "longrope"])
+def test_tables_of_frequencies_that_change_with_the_length_are_left(kind: str) -> None:
+    """Unless the model was bound, which keeps those of short sequences."""
+    options: dict[str, dict[str, Any]] = {
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        "longrope": {
+            "long_factor": [2.0] * 8,
+            "short_factor": [1.1] * 8,
+            "original_max_position_embeddings": 64,
+        },
+    }
+    parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **options.get(kind, {})}
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(CONFIGS["llama"](rope_parameters=parameters)).eval()
+    (part,) = rotary_modules(model)
+    before = {name: buffer.clone() for name, buffer in part.named_buffers()}
+    facts = {name: value for name, value in vars(part).items() if not name.startswith("_")}
+    changes = kind in ("dynamic", "longrope")
+    assert rotary_tables(part) == ({} if changes else {None: TABLE})
+    _fix_frequencies(model)
+    assert rotary_tables(part) == {None: TABLE}
+    # The judged one was a copy.
+    assert {name: value for name, value in vars(part).items() if not name.startswith("_")} == {
+        **facts,
+        **({"rope_type": "default"} if changes else {}),
+    }
+    assert dict(part.named_buffers()).keys() == before.keys()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in part.named_buffers())
+
+
+class Rotary(nn.Module):
+    """Tables as Llama's, with one thing changed."""
+
+    def __init__(self, change: str = "") -> None:
+        super().__init__()
+        self.inv_freq = nn.Buffer(torch.tensor([1.0, 0.1, 0.01]))
+        self.attention_scaling: Any = 0.5
+        self.change = change
+        if change == "no factor":
+            del self.attention_scaling
+        if change == "a learned factor":
+            self.attention_scaling = nn.Parameter(torch.ones(()))
+        if change == "learned frequencies":
+            del self.inv_freq
+            self.register_parameter("inv_freq", nn.Parameter(torch.ones(3)))
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        positions = position_ids[..., None].to(x.dtype if self.change == "half precision" else torch.float32)
+        if self.change == "of the longest":
+            positions = positions / position_ids.max()
+        if self.change == "from 1":
+            positions = positions + 1
+        angles = positions * self.inv_freq
+        if self.change == "half precision":
+            angles = angles.to(x.dtype)
+        if self.change == "interleaved":
+            angles = angles.repeat_interleave(2, dim=-1)
+        else:
+            angles = torch.cat((angles,) * (3 if self.change == "three copies" else 2), dim=-1)
+        scaling = 1.0 if self.change == "unscaled" else getattr(self, "attention_scaling", 1.0)
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        if self.change == "of the states":
+            cos = cos * x.float().mean()
+        if self.change == "backwards":
+            sin = -sin
+        if self.change == "float32":
+            return cos, sin
+        if self.change == "float16":
+            return cos.half(), sin.half()
+        if self.change == "one tensor":
+            return torch.stack((cos, sin)).to(x.dtype)[0]
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+OTHER_TABLES = [
+    *("of the longest", "from 1", "half precision", "interleaved", "three copies", "unscaled", "of the states"),
+    *("backwards", "float16", "one tensor", "no factor", "a learned factor", "learned frequencies"),
+]
+
+
+def test_tables_of_others_are_told_by_what_they_compute() -> None:
+    assert rotary_tables(Rotary()) == {None: TABLE}
+    assert rotary_tables(Rotary("float32")) == {None: replace(TABLE, rounds=False)}
+
+
+@pytest.mark.parametrize("change", OTHER_TABLES)
+def test_what_makes_no_such_tables_is_left_alone(change: str) -> None:
+    part = Rotary(change)
+    assert rotary_tables(part) == {}
+    assert not replace_tables(part)
+    assert "forward" not in vars(part)
+
+
+@interpreted
+@pytest.mark.parametrize("change", ["", "float32"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_replaced_tables_are_those_of_before(by_name: bool, change: str) -> None:
+    """With the module's own factor and frequencies, as they are when it is called."""
+    part, own = Rotary(change), Rotary(change)
+    assert replace_tables(part)
+    own.inv_freq[1] = part.inv_freq[1] = 0.3
+    x, positions = torch.zeros(1, 4, 6, dtype=torch.float16), torch.tensor([[5, 0, 1, 300]], dtype=torch.int32)
+    found = part(x, position_ids=positions) if by_name else part(x, positions)
+    for table, expected in zip(found, own(x, positions), strict=True):
+        torch.testing.assert_close(table, expected, rtol=1e-3 if table.dtype == torch.float16 else 0, atol=1e-6)
+    # Of positions with other dimensions nothing was proved: the module's own forward computes.
+    sections = positions.expand(3, 1, 4)
+    assert all(torch.equal(a, b) for a, b in zip(part(x, sections), own(x, sections), strict=True))
+
+
 @pytest.mark.parametrize(("width", "given"), [(1.0, 4), (0.5, 8), (0.5, 2)])
 def test_a_part_of_the_head_turned_is_an_error(width: float, given: int) -> None:
     q, k, cos = torch.zeros(1, 2, 3, 8), torch.zeros(1, 1, 3, 8), torch.ones(1, 3, given)
@@ -354,8 +495,9 @@ class Buffers:
         return self._logits[: rows * vocabulary].view(rows, vocabulary)
 
 
-# What is replaced in the tiny checkpoints: projections in one, rotary embeddings, feed-forwards, norms, residual sums.
-# Biases of 32 numbers have gaps between them, so that qwen2's and gpt_oss's projections stay apart; see below.
+# What is replaced in the tiny checkpoints: projections in one, rotary embeddings, feed-forwards, norms, residual sums;
+# and in each the one module that makes cosines and sines. Biases of 32 numbers have gaps between them, so that qwen2's
+# and gpt_oss's projections stay apart; see below.
 REPLACED = {
     "llama": (2, 2, 2, 5, 4),
     "mistral": (4, 4, 4, 9, 8),
@@ -400,6 +542,7 @@ def test_logits_are_those_of_transformers(
     model = CudaModel(bound, files.layout, weights, memory, cast(Workspace, buffers), max_batch=4, max_tokens=32)
     expected = (2, *REPLACED[family][1:]) if wide else REPLACED[family]
     assert tuple(model.rewritten.get(kind, 0) for kind in KINDS) == expected
+    assert model.rewritten["cosines and sines"] == 1
     slots = bound.kv_spec.slots_per_page(memory.page_bytes)
     memory.kv_view(torch.float32)[memory.take_kv("x", 1)[0]] = torch.nan
     blocks = [page * slots for page in memory.take_kv("x", 6)][::-1]

@@ -7,6 +7,7 @@ import triton
 
 from services.gpu_agent.engine.cuda.attention import PagedKv
 from services.gpu_agent.engine.cuda.fused_kernels import (
+    cosines_and_sines_kernel,
     gate_kernel,
     resolve_ids_kernel,
     rms_norm_kernel,
@@ -64,6 +65,31 @@ def gate(fused: torch.Tensor, activation: str) -> torch.Tensor:
     block = 1024
     gate_kernel[(tokens, triton.cdiv(size, block))](fused, out, SIZE=size, BLOCK=block, GELU=activation == "gelu_tanh")
     return out
+
+
+def cosines_and_sines(
+    positions: torch.Tensor, frequencies: torch.Tensor, scaling: float, copies: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each position (batch, tokens, integers) times each of the frequencies (n, float32), times `scaling`.
+
+    Each (batch, tokens, copies * n) of `dtype`: the n numbers so many times, one copy behind the other. They are
+    computed in float32 like transformers' own, to within 1e-6.
+    """
+    size = len(frequencies)
+    shape = (*positions.shape, copies * size)
+    cos, sin = (torch.empty(shape, dtype=dtype, device=frequencies.device) for _ in range(2))
+    cosines_and_sines_kernel[(positions.numel(),)](
+        positions.contiguous(),
+        frequencies,
+        cos,
+        sin,
+        scaling,
+        SIZE=size,
+        COPIES=copies,
+        BLOCK=triton.next_power_of_2(size),
+        num_warps=1,
+    )
+    return cos, sin
 
 
 def rotate_and_store(

@@ -57,6 +57,23 @@ def gate_kernel(fused, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.co
 
 
 @triton.jit
+def cosines_and_sines_kernel(
+    positions, frequencies, cos, sin, scaling, SIZE: tl.constexpr, COPIES: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < SIZE
+    frequency = tl.load(frequencies + columns, mask=inside, other=0.0).to(tl.float32)
+    angle = tl.load(positions + token).to(tl.float32) * frequency
+    c = (tl.cos(angle) * scaling).to(cos.dtype.element_ty)
+    s = (tl.sin(angle) * scaling).to(sin.dtype.element_ty)
+    for copy in tl.static_range(COPIES):
+        at = token * (COPIES * SIZE) + copy * SIZE + columns
+        tl.store(cos + at, c, mask=inside)
+        tl.store(sin + at, s, mask=inside)
+
+
+@triton.jit
 def rotate_and_store_kernel(
     query,
     key,

@@ -18,7 +18,8 @@ from services.gpu_agent.engine.cuda import fused
 from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, attend
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 from services.gpu_agent.engine.cuda.pack import Ladder, StepShape
-from services.gpu_agent.engine.cuda.rewrite import PendingRope, rewrite
+from services.gpu_agent.engine.cuda.rewrite import rewrite
+from services.gpu_agent.engine.cuda.rotary import PendingRope
 from services.gpu_agent.engine.cuda.workspace import Workspace
 from services.gpu_agent.engine.model import BoundModel
 from services.gpu_agent.weights.layout import ImageLayout

@@ -6,11 +6,10 @@ children, and must give what the replacement would compute. A part that differs 
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -19,44 +18,14 @@ from torch.nn import functional as F
 
 from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.cuda.fused import gate, rms_norm
+from services.gpu_agent.engine.cuda.rotary import PendingRope, defer_rotation, replace_tables
+from services.gpu_agent.engine.cuda.stand_in import stand_in
 from services.gpu_agent.weights.layout import ImageLayout, fused
 
-_ROPE = "apply_rotary_pos_emb"
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-
-
-@dataclass
-class PendingRope:
-    """Queries and keys whose rotation is left to the attention function, which stores the keys in the same kernel."""
-
-    width: float = 1.0  # of cos and sin, relative to the head size
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
-    cos: torch.Tensor | None = None
-    sin: torch.Tensor | None = None
-
-    def defer(self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-        """Stands for transformers' apply_rotary_pos_emb."""
-        self.query, self.key, self.cos, self.sin = query, key, cos, sin
-        return query, key
-
-    def take(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(cos, sin) still to be applied to these; None where nothing is.
-
-        RuntimeError where the model changed them after what should have been their rotation.
-        """
-        if self.cos is None or self.sin is None:
-            return None
-        if query is not self.query or key is not self.key:
-            raise RuntimeError("the model changes queries or keys behind their rotary embedding")
-        if self.cos.shape[-1] != int(self.width * query.shape[-1]):
-            raise RuntimeError("the model rotates a part of each head only")
-        rope = self.cos, self.sin
-        self.query = self.key = self.cos = self.sin = None
-        return rope
 
 
 @dataclass
@@ -81,8 +50,10 @@ def rewrite(module: nn.Module, layout: ImageLayout, weights: WeightRange) -> Rew
     for part, name in names.items():
         if _fuse_siblings(part, ("q_proj", "k_proj", "v_proj"), name, layout, weights):
             done.parts["query, key and value projections in one"] += 1
-        if _defer_rope(part, done.rope):
+        if defer_rotation(part, done.rope):
             done.parts["rotary embedding with the KV write"] += 1
+        if replace_tables(part):
+            done.parts["cosines and sines"] += 1
         if _fuse_gated(part, name, layout, weights):
             done.parts["gated feed-forward"] += 1
     norms = {part: style for part in names if (style := norm_style(part)) is not None}
@@ -135,11 +106,11 @@ def norm_style(part: nn.Module) -> _NormStyle | None:
         return None
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     scale = torch.linspace(-0.5, 1.5, 64).bfloat16()
-    stand_in = _stand_in(part)
-    stand_in._parameters["weight"] = nn.Parameter(scale, requires_grad=False)
+    twin = stand_in(part)
+    twin._parameters["weight"] = nn.Parameter(scale, requires_grad=False)
     try:
         with torch.no_grad():
-            found = type(part).forward(stand_in, x)
+            found = type(part).forward(twin, x)
     except Exception:  # foreign code: whatever it raises, it is another kind of module
         return None
     unit = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
@@ -246,12 +217,12 @@ def _fuse_gated(part: nn.Module, name: str, layout: ImageLayout, weights: Weight
 
 def gated_activation(part: nn.Module, children: dict[str, nn.Linear]) -> str | None:
     """Which activation a gated feed-forward uses, if it is one; `children` stand in for its projections."""
-    stand_in = _stand_in(part)
-    stand_in._modules.update(children)
+    twin = stand_in(part)
+    twin._modules.update(children)
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         try:
-            found = type(part).forward(stand_in, x)
+            found = type(part).forward(twin, x)
         except Exception:  # foreign code: whatever it raises, it is another kind of module
             return None
         if not isinstance(found, torch.Tensor):
@@ -263,57 +234,6 @@ def gated_activation(part: nn.Module, children: dict[str, nn.Linear]) -> str | N
         for activation, compute in _ACTIVATIONS.items():
             if torch.allclose(found, children["down_proj"](compute(gated) * up), atol=1e-6, rtol=1e-5):
                 return activation
-    return None
-
-
-# Rotary embedding
-
-
-def _defer_rope(part: nn.Module, rope: PendingRope) -> bool:
-    own = type(part).forward
-    if not isinstance(own, FunctionType) or _ROPE not in own.__code__.co_names or hasattr(own, "__wrapped__"):
-        return False
-    width = rotation_width(own.__globals__.get(_ROPE))
-    parameters = getattr(getattr(part, "config", None), "rope_parameters", None) or {}
-    partial = [
-        value.get("partial_rotary_factor", 1.0)
-        for value in (parameters, *parameters.values())
-        if isinstance(value, dict)
-    ]
-    if width is None or any(factor != 1.0 for factor in partial):
-        return False
-    rope.width = width
-    # The same code, seeing one other function: no other model's class or module is touched.
-    seen = {**own.__globals__, _ROPE: rope.defer}
-    forward = FunctionType(own.__code__, seen, own.__name__, own.__defaults__, own.__closure__)
-    forward.__kwdefaults__ = own.__kwdefaults__
-    part.forward = MethodType(forward, part)
-    return True
-
-
-def rotation_width(apply: Any) -> float | None:
-    """How wide the cosines of a rotary embedding are, relative to the head: 1, or 0.5 where each is given once.
-
-    None unless it turns element i together with element i + size / 2, over the whole size.
-    """
-    if not callable(apply):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 1, 3, 8, generator=generator)
-    angles = torch.randn(1, 3, 4, generator=generator)
-
-    def turned(x: torch.Tensor) -> torch.Tensor:
-        low, high = x.chunk(2, dim=-1)
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
-
-    for width, given in ((1.0, torch.cat((angles, angles), dim=-1)), (0.5, angles)):
-        try:
-            turned_q, turned_k = apply(q, k, given.cos(), given.sin())
-        except Exception:  # foreign code: it wants the other form, or is something else
-            continue
-        if torch.allclose(turned_q, turned(q), atol=1e-6) and torch.allclose(turned_k, turned(k), atol=1e-6):
-            return width
     return None
 
 
@@ -370,8 +290,8 @@ def prenorm_layer(layer: nn.Module) -> bool:
     names = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
     if not all(isinstance(getattr(layer, name, None), nn.Module) for name in names):
         return False
-    stand_in = _stand_in(layer).eval()
-    stand_in._modules.update(
+    twin = stand_in(layer).eval()
+    twin._modules.update(
         input_layernorm=_Apply(lambda x: x * 0.5 + 1),
         self_attn=_Tanh(),
         post_attention_layernorm=_Apply(lambda x: x * 2 - 0.5),
@@ -380,17 +300,9 @@ def prenorm_layer(layer: nn.Module) -> bool:
     x = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            found = type(layer).forward(stand_in, x)
+            found = type(layer).forward(twin, x)
     except Exception:  # foreign code: it wants other arguments, or an mlp of two results
         return False
     middle = x + (x * 0.5 + 1).tanh()
     expected = middle + (middle * 2 - 0.5).sin()
     return isinstance(found, torch.Tensor) and torch.allclose(found, expected)
-
-
-def _stand_in(part: nn.Module) -> Any:
-    """A copy of a module whose children and parameters can be replaced without touching the module."""
-    twin = copy.copy(part)
-    twin.__dict__["_modules"] = dict(part._modules)
-    twin.__dict__["_parameters"] = dict(part._parameters)
-    return twin
