@@ -1,6 +1,7 @@
 """Whole clusters in virtual time: ours beside autoscaling, static sharing, dedicated GPUs, the published rule, oracle.
 
     python -m benchmarks.cluster [--json FILE] [--plots FOLDER] [--keep FOLDER] [--quick] [--processes N] [--seed 1]
+    python -m benchmarks.cluster --day ...    the whole day alone: how long a simulated day takes
 
 The paper's setting (two nodes of eight GPUs; Llama-2 7B twice, 13B over two, 70B over four; Azure's arrivals with
 power-law popularity) at rates swept over two orders of magnitude, and beyond it sixty fine-tunes with ServeGen's
@@ -102,8 +103,13 @@ def run_everything(run: Run, done: dict[tuple[Setting, str], Outcome], quick: bo
     run((setting, policy) for setting in moments for policy in (*OURS, *STATIC, best))
     yield
     if not quick:
-        run((_day(), policy) for policy in ON_A_DAY)
-        yield
+        yield from run_day(run)
+
+
+def run_day(run: Run) -> Iterator[None]:
+    """A whole day of sixty models on sixteen GPUs."""
+    run((_day(), policy) for policy in ON_A_DAY)
+    yield
 
 
 def _day() -> Setting:
@@ -127,12 +133,20 @@ def rows(done: dict[tuple[Setting, str], Outcome], quick: bool) -> list[Row]:
         if other is not None:
             what = f"p99 TTFT, windows of {window_s:g} s"
             found.append(Row(what, other.p99, "s", compared.of(usual, "ours").p99, "ours, 600 s"))
+    return [*found, *day_rows(done)]
+
+
+def day_rows(done: dict[tuple[Setting, str], Outcome]) -> list[Row]:
+    """Of the whole day, if it was run: what a policy made of it, and how long that took."""
     day = done.get((_day(), "ours"))
-    if day is not None:
-        found += beside(compared, _day(), ON_A_DAY[1:])
-        what = f"seconds of one core for a day of {day.requests:,} requests, plans included"
-        found.append(Row(what, day.cpu_s, "s", target=DAY_S))
-    return found
+    if day is None:
+        return []
+    what = f"seconds of one core for a day of {day.requests:,} requests"
+    return [
+        *beside(Compared(done), _day(), ON_A_DAY[1:]),
+        Row(f"{what}, plans included", day.cpu_s, "s", target=DAY_S),
+        Row("  of them plans", day.plan_s, "s"),
+    ]
 
 
 def main() -> None:
@@ -141,7 +155,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw into this folder")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep what was run there, and go on from it")
-    parser.add_argument("--quick", action="store_true", help="three rates, twelve minutes of fine-tunes")
+    less = parser.add_mutually_exclusive_group()
+    less.add_argument("--quick", action="store_true", help="three rates, twelve minutes of fine-tunes")
+    less.add_argument("--day", action="store_true", help="the whole day of fine-tunes alone, without plots")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="runs at a time (all cores)")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -161,15 +177,15 @@ def main() -> None:
             told = f"{case.setting.name}: {case.policy}, {outcome.cpu_s:.0f} s"
             print(f"{number}/{len(cases)} {told}", file=sys.stderr, flush=True)
 
-    for _ in run_everything(run, done, arguments.quick):
+    for _ in run_day(run) if arguments.day else run_everything(run, done, arguments.quick):
         tell(dict(sorted(done.items(), key=lambda item: repr(item[0]))), arguments)  # in whatever order they ended
 
 
 def tell(done: dict[tuple[Setting, str], Outcome], arguments: argparse.Namespace) -> None:
     """Prints what there is, and writes and draws it where that was asked for."""
-    result = rows(done, arguments.quick)
+    result = day_rows(done) if arguments.day else rows(done, arguments.quick)
     print(run_lines(done), table(result), sep="\n\n", flush=True)
-    if arguments.plots is not None:
+    if arguments.plots is not None and not arguments.day:
         draw(done, sweeps(arguments.quick), arguments.plots, command(arguments))
     if arguments.json is not None:
         write(arguments.json, done, result, command(arguments), arguments.seed)
@@ -177,8 +193,8 @@ def tell(done: dict[tuple[Setting, str], Outcome], arguments: argparse.Namespace
 
 def command(arguments: argparse.Namespace) -> str:
     """What gives the same figures again, wherever they are to lie."""
-    quick = "--quick " if arguments.quick else ""
-    return f"python -m benchmarks.cluster --json FILE --plots FOLDER {quick}--seed {arguments.seed}"
+    part = "--day" if arguments.day else "--plots FOLDER" + (" --quick" if arguments.quick else "")
+    return f"python -m benchmarks.cluster --json FILE {part} --seed {arguments.seed}"
 
 
 def write(file: Path, done: dict[tuple[Setting, str], Outcome], result: Sequence[Row], command: str, seed: int) -> None:

@@ -144,3 +144,15 @@ def test_runs_are_the_same_in_any_number_of_processes_and_are_kept(tmp_path: Pat
     assert all(told.unserved == 0 for told in alone.values())
     again = dict(Runner(1, tmp_path).run(static))
     assert again == together  # with the same seconds of the processor: it was read, not run
+
+
+def test_the_whole_day_can_be_asked_for_alone() -> None:
+    done: dict[tuple[Setting, str], Outcome] = {}
+    assert cluster.day_rows(done) == []
+    told = 0
+    for _ in cluster.run_day(lambda wanted: done.update({one: outcome() for one in wanted})):
+        told = len(cluster.day_rows(done))
+    assert {(setting.hours, policy) for setting, policy in done} == {(24.0, "ours"), (24.0, "static, by means")}
+    taken = [row for row in cluster.day_rows(done) if "a day of 1,000 requests" in row.what]
+    assert told
+    assert [(row.value, row.target) for row in taken] == [(1.0, 300.0)]
