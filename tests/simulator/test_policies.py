@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from services.forecaster.predictors import Floats, PublishedPredictor
 from simulator.engine import Job
@@ -217,6 +218,9 @@ class Recording:
 
     def predict_many(self, series: Floats, horizon: int) -> Floats:
         raise AssertionError("the simulator asks for all quantities")
+
+    def at(self, series: Floats, origins: NDArray[np.int64], distance: int) -> Floats:
+        raise AssertionError("the simulator asks for what comes")
 
     def forecast_all(self, history: Floats, horizon: int) -> Floats:
         self.asked.append(history)

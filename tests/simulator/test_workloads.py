@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from simulator import scenarios, servegen
 from simulator.arrivals import Gaps, Lengths, counts_of, in_window, load_windows, rotated
 from simulator.spec import ClusterSpec, check
-from simulator.workloads import traffic_from
+from simulator.workloads import Workload, traffic_from
 from warmserve.traces import Request
 
 TRACES = Path(os.environ.get("WARMSERVE_TRACES") or Path(__file__).resolve().parents[3] / "shared" / "traces")
@@ -25,9 +25,9 @@ needs_traces = pytest.mark.skipif(
 NODE = ClusterSpec(nodes=1, gpus_per_node=8)
 
 
-def small(seed: int = 1, **settings: float) -> scenarios.Workload:
+def small(seed: int = 1) -> Workload:
     models = scenarios.fine_tuned()[:4]
-    return scenarios.generated(models, NODE, seed, rate_per_s=0.5, hours=6.0, past_days=1, **settings)  # type: ignore[arg-type]
+    return scenarios.generated(models, NODE, seed, rate_per_s=0.5, hours=6.0, past_days=1)
 
 
 # Arrivals
