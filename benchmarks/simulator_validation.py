@@ -49,6 +49,7 @@ PERIOD_S = 18.0
 WINDOW_S = 1.0
 LOOKAHEAD_S = 4.0
 BATCH = 8  # host agents' most sequences
+TOKEN_BUDGET = 512  # of a step of theirs
 LEARN_S = 90.0  # of each replay from which it is learnt how much slower the machine is then
 _ROUNDS = 8
 _STEADY = 0.6  # the power of what is off by which the factor is mended: waiting grows faster than steps
@@ -110,6 +111,9 @@ def foretell(machine: Machine, models: Sequence[ModelSpec], replayed: Replayed) 
         delays=Delays(wake_s=machine.wake_s),
         cost=machine.cost,
         rules=Rules(lookahead_s=LOOKAHEAD_S),
+        token_budget=TOKEN_BUDGET,
+        prefill_budget=TOKEN_BUDGET,
+        under_way=1,
     )
     moved = [replace(request, time_s=request.time_s + replayed.offset_s) for request in replayed.requests]
     return simulate(cluster, models, moved, Ours(), settings=settings)

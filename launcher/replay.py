@@ -34,6 +34,7 @@ class Outcome:
     output_tokens: int
     resumed: int
     error: str  # "" where it was answered in full
+    tokens_s: tuple[float, ...] = ()  # when each token came, since it was sent
 
     @property
     def lost(self) -> bool:
@@ -71,7 +72,7 @@ async def replay(
 async def _send(client: AsyncClient, request: Request, chance: random.Random, begin: float) -> Outcome:
     prompt = " ".join(chance.choices(_WORDS, k=request.prompt_tokens))
     sent = time.monotonic()
-    first: float | None = None
+    tokens_s: list[float] = []
     error = ""
     completion = None
     options: Options = {
@@ -83,8 +84,8 @@ async def _send(client: AsyncClient, request: Request, chance: random.Random, be
     try:
         async with client.stream_generate(request.model, prompt, **options) as stream:
             async for event in stream:
-                if first is None and isinstance(event, TextDelta) and event.token_ids:
-                    first = time.monotonic()
+                if isinstance(event, TextDelta):
+                    tokens_s += [time.monotonic() - sent] * len(event.token_ids)
         completion = stream.completion
     except WarmServeError as failure:
         error = f"{type(failure).__name__}: {failure}"
@@ -93,10 +94,11 @@ async def _send(client: AsyncClient, request: Request, chance: random.Random, be
         model=request.model,
         at_s=sent - begin,
         found_state=completion.timing.found_state if completion else "",
-        ttft_s=(first or ended) - sent,
+        ttft_s=tokens_s[0] if tokens_s else ended - sent,
         total_s=ended - sent,
         prompt_tokens=completion.usage.prompt_tokens if completion else 0,
         output_tokens=completion.usage.completion_tokens if completion else 0,
         resumed=completion.timing.resumed if completion else 0,
         error=error,
+        tokens_s=tuple(tokens_s),
     )

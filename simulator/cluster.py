@@ -211,6 +211,7 @@ class Cluster:
             tokens_per_page=model.tokens_per_page,
             reserve=self.reserve(model),
             budgets=(self.settings.token_budget, self.settings.prefill_budget),
+            under_way=self.settings.under_way,
             layers=model.spec.layers,
             ahead_s=ahead_s,
             memory=self.arenas,

@@ -88,14 +88,16 @@ class Engine:
         tokens_per_page: int,
         reserve: int,
         budgets: tuple[int, int],
+        under_way: int,
         layers: int,
         ahead_s: float,
         memory: Memory,
         news: News,
     ) -> None:
         """`reserve`: pages that it holds from its first moment. `budgets`: tokens of a step in which sequences decode,
-        and of one in which none does. `ahead_s`: for how long its first step may have been computed, layer by layer,
-        behind the copy of its weights, which has just ended."""
+        and of one in which none does. `under_way`: steps that it begins before the first of them has ended. `ahead_s`:
+        for how long its first step may have been computed, layer by layer, behind the copy of its weights, which has
+        just ended."""
         self.gpus = gpus
         self.slots = slots
         self.jobs = 0  # taken and not ended
@@ -111,6 +113,7 @@ class Engine:
         self._cost = cost
         self._per_page = tokens_per_page
         self._budget, self._prefill_budget = budgets
+        self._under_way = under_way
         self._memory = memory
         self._news = news
         self._alarm = Alarm(self._due)
@@ -237,7 +240,7 @@ class Engine:
     def _go_on(self, came: bool = False) -> None:
         """Begins with prompts that wait, sees to KV, and arranges for the next event. Synced.
 
-        `came`: a prompt has come while the batch was decoding, so that steps under way go before it.
+        `came`: a prompt has come while the batch may be decoding, so that steps under way go before it.
         """
         self._until = math.inf
         while self._waiting and not self._prompts and not self._begin_prompts(came):
@@ -309,8 +312,10 @@ class Engine:
             chosen.append(job)
             tokens += job.tokens
             own += job.tokens * self._cost.per_prompt_token + job.tokens**2 * self._cost.per_prompt_square
+        # What is left of the step that the device works on, and those begun behind that.
+        before = _part_left(self._steps) + self._under_way - 1 if came and decoding else 0.0
         while chosen:
-            steps = max(1, -(-tokens // budget))
+            steps = before + max(1, -(-tokens // budget))
             if self._memory.resize(self, self._pages(self._context + decoding * (steps + 1) + tokens + len(chosen))):
                 break
             job = chosen.pop()
@@ -320,8 +325,6 @@ class Engine:
             return False
         for _ in chosen:
             self._waiting.popleft()
-        if came and decoding:
-            steps += 1  # before it go what is left of the step that the device works on, and the one begun behind that
         self._prompts, self._prompt_tokens = chosen, tokens
         seconds = steps * self._cost.decode(decoding, self._context) + self._cost.prefill_base + own
         # What was computed behind the copy since the last of them came; the last layer is computed when all is there.
@@ -353,3 +356,8 @@ class Engine:
         job.tokens = job.prompt + job.generated
         self.preemptions += 1
         self._waiting.appendleft(job)
+
+
+def _part_left(steps: float) -> float:
+    """Of the step that is being computed, in a count of steps."""
+    return max(0.0, math.ceil(steps - _STEP) - steps)

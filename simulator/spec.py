@@ -147,6 +147,7 @@ class Settings:
     rules: Rules = field(default_factory=Rules)
     token_budget: int = 2048  # tokens of a step in which sequences decode, as the engine's
     prefill_budget: int = 4096  # tokens of a step in which none does
+    under_way: int = 2  # steps that an engine begins before the first of them has ended; one without a GPU 1
     behind_s: float = 1.0  # before its last weights come, a waking instance takes requests and computes behind the copy
     first_load_s: float = 0.0  # on a GPU where a model was never resident: building its program, capturing its graphs
 

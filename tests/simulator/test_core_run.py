@@ -174,6 +174,25 @@ def test_a_lone_request_takes_what_the_cost_model_says() -> None:
     assert results.ttft_s[0] == pytest.approx(results.unloaded_ttft_s[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("under_way", [1, 2])
+def test_a_prompt_waits_for_the_steps_under_way(under_way: int) -> None:
+    """For what is left of the one that is computed, and for those begun behind it, each of which is whole."""
+    model = llama2_7b("one")
+    cost = H100.steps(model)
+    step = cost.decode(1, 650)
+    begun = 100.0 + H100.steps(model).prefill(500) + Delays().hop_s
+    waits = []
+    for part in (0.1, 0.5, 0.9):  # of a step that is done when the second request comes
+        count = 100  # steps before that
+        at = begun + sum(cost.decode(1, 501 + i) for i in range(count)) + part * cost.decode(1, 601) - Delays().hop_s
+        given_ = [Request(100.0, "one", 500, 300), Request(at, "one", 200, 10)]
+        settings = replace(QUICK, under_way=under_way)
+        results = simulate(ClusterSpec(1, 1), [model], given_, Dedicated(), settings=settings)
+        own = results.unloaded_ttft_s[1] - cost.base + step  # its prompt is computed with a token of the first one
+        waits.append((results.ttft_s[1] - own) / step)
+    assert waits == pytest.approx([under_way - 1 + left for left in (0.9, 0.5, 0.1)], abs=0.1)
+
+
 def test_instances_on_one_gpu_share_its_time() -> None:
     one, two = llama2_7b("one"), llama2_7b("two")
     both = [Request(0.0, name, 64, 400) for name in ("one", "two")]
