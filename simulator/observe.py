@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from services.placer.snapshot import Agent, Model, Node, Replica, Rules, Snapshot, Tier
+from services.placer.snapshot import Agent, GroupIds, Model, Node, Replica, Rules, Snapshot, Tier
+from simulator import replica as there
 from simulator.cluster import Cluster
+from simulator.memory import Gpu
 from simulator.replica import ModelState
 from simulator.spec import GB
 
@@ -23,31 +25,18 @@ class Observer:
         self._load_s: list[Mapping[Tier, float]] = [
             {tier: loads.seconds(model, tier) for tier in tiers} for model in cluster.models
         ]
+        self._agents: dict[str, Agent] = {}
         self._seen: dict[int, tuple[tuple[object, ...], Model]] = {}
 
     def snapshot(self) -> Snapshot:
         """What services.placer.planner.plan is asked with."""
-        cluster, now, spec = self._cluster, self._cluster.clock.now, self._cluster.spec
+        cluster, now = self._cluster, self._cluster.clock.now
         return Snapshot(
             now_s=now,
-            agents={
-                gpu.id: Agent(gpu.id, gpu.node, gpu.index, spec.page_bytes, spec.pages, gpu.kv)
-                for gpu in cluster.gpus.values()
-            },
+            agents={gpu.id: self._agent(gpu) for gpu in cluster.gpus.values()},
             models={model.name: self._model(model) for model in cluster.models},
             replicas=tuple(
-                Replica(
-                    model=model.name,
-                    group=group,
-                    state=replica.state,
-                    shard_pages=model.shard_pages,
-                    resident=cluster.resident(replica),
-                    kv_pages=replica.engine.kv_pages if replica.engine is not None else 0,
-                    running=replica.running,
-                    in_state_s=now - replica.since,
-                    idle_s=0.0 if replica.running else now - replica.used_at,
-                    slots=model.spec.max_batch if replica.engine is not None else 0,
-                )
+                self._replica(group, replica, now)
                 for model in cluster.models
                 for group, replica in sorted(model.replicas.items())
             ),
@@ -55,14 +44,38 @@ class Observer:
             nodes=self._nodes,
         )
 
+    def _agent(self, gpu: Gpu) -> Agent:
+        known = self._agents.get(gpu.id)
+        if known is None or known.pages_kv != gpu.kv:
+            spec = self._cluster.spec
+            known = Agent(gpu.id, gpu.node, gpu.index, spec.page_bytes, spec.pages, gpu.kv)
+            self._agents[gpu.id] = known
+        return known
+
+    def _replica(self, group: GroupIds, replica: there.Replica, now: float) -> Replica:
+        model, engine = replica.model, replica.engine
+        running = engine.jobs if engine is not None else 0
+        return Replica(
+            model=model.name,
+            group=group,
+            state=replica.state,
+            shard_pages=model.shard_pages,
+            resident=replica.resident if replica.load is None else self._cluster.resident(replica),
+            kv_pages=engine.kv_pages if engine is not None else 0,
+            running=running,
+            in_state_s=now - replica.since,
+            idle_s=0.0 if running else now - replica.used_at,
+            slots=model.spec.max_batch if engine is not None else 0,
+        )
+
     def _model(self, model: ModelState) -> Model:
         nodes = self._cluster.nodes
         waited = self._cluster.clock.now - model.waiting_since if model.waiting_since is not None else 0.0
         running = sum(replica.running for replica in model.instances)
         in_host = tuple(model.name in loads.host for loads in nodes.values())
-        key = (model.windows, len(model.queue), running, waited, in_host)
+        key = (len(model.queue), running, waited, in_host)
         known = self._seen.get(model.index)
-        if known is not None and known[0] == key:
+        if known is not None and known[0] == key and known[1].windows is model.windows:
             return known[1]
         spec, load_s = model.spec, self._load_s[model.index]
         made = Model(

@@ -23,19 +23,22 @@ _CHANGE = 0.3  # of a replica's worth, and at least so many seconds: for less no
 _LEAST_CHANGE_S = 0.01
 
 
-def plan(snapshot: Snapshot) -> Plan:
-    """What to wake, drain, warm and evict by our rule. The same snapshot gives the same plan."""
-    return plan_by(snapshot, ExpectedRule)
+def plan(snapshot: Snapshot, *, outlooks: bool = True) -> Plan:
+    """What to wake, drain, warm and evict by our rule. The same snapshot gives the same plan.
+
+    `outlooks`: whether it tells of every model why it is as it is; without them it takes a tenth less.
+    """
+    return plan_by(snapshot, ExpectedRule, outlooks=outlooks)
 
 
-def plan_published(snapshot: Snapshot) -> Plan:
+def plan_published(snapshot: Snapshot, *, outlooks: bool = True) -> Plan:
     """The same by the published rule: what ours is compared with."""
-    return plan_by(snapshot, PublishedRule)
+    return plan_by(snapshot, PublishedRule, outlooks=outlooks)
 
 
-def plan_by(snapshot: Snapshot, rule: Callable[[Board], Rule]) -> Plan:
+def plan_by(snapshot: Snapshot, rule: Callable[[Board], Rule], *, outlooks: bool = True) -> Plan:
     """The same by any rule."""
-    return _Planner(snapshot, rule).plan()
+    return _Planner(snapshot, rule).plan(outlooks)
 
 
 def wake(snapshot: Snapshot, model: str) -> Plan:
@@ -59,13 +62,13 @@ class _Planner:
         self._clear_away()
         self._rule = rule(self._board)  # what models need and replicas are worth, without what was cleared away
 
-    def plan(self) -> Plan:
+    def plan(self, outlooks: bool) -> Plan:
         self._wake(self._models, self._spread)
         self._drain_low_load()
         prewarming = self._rule.prewarm()
         self._actions += prewarming.actions
         self._tell_scores()
-        return self._done(self._models, prewarming)
+        return self._done(self._models if outlooks else [], prewarming)
 
     def wake(self, name: str) -> Plan:
         self._wake([model for model in self._models if model.waiting], lambda model, serving: None)

@@ -19,7 +19,6 @@ _FEW = 8  # places that are looked at where there are many
 _GUESTS = 8  # models from elsewhere that are tried when a part is put back
 _SHUFFLES = 8  # further orders tried on small clusters
 _VAIN = 3  # rounds
-_VAIN_SEATS = 2  # models in a row for which nothing gave way: where there are many, the rest is not tried
 _LEFT_OUT = 0.2  # share of the models that such an order leaves out
 Order = Callable[[Seat], float]  # the higher, the earlier; below 0: not at all
 
@@ -53,11 +52,8 @@ class Search:
     def run(self) -> None:
         """Fills the layout and improves it."""
         self.fill(self._seats)
-        vain = 0
         for seat in self._unplaced():
-            vain = 0 if self._force(seat) else vain + 1
-            if vain == _VAIN_SEATS and not self._small:  # the others are worth less per page
-                break
+            self._force(seat)
         self._guests = self._unplaced()[:_GUESTS]
         if self._small:
             self._improve_small()
@@ -208,10 +204,11 @@ class Search:
         """Models that would have one more replica, the most valuable per page first."""
         return sorted(filter(self.wants, self._seats), key=lambda s: (-self._density(s), self._index[id(s)]))
 
-    def _force(self, seat: Seat) -> bool:
+    def _force(self, seat: Seat) -> None:
         """Tries to put a replica where the least has to go for it."""
-        cheapest = itertools.islice(self._cheapest(seat), _FEW // 2)
-        return any(agents not in seat.at and self._attempt(agents, self._density, seat) for agents in cheapest)
+        for agents in itertools.islice(self._cheapest(seat), _FEW // 2):
+            if agents not in seat.at and self._attempt(agents, self._density, seat):
+                return
 
     def _cheapest(self, seat: Seat) -> Iterator[Agents]:
         """All places of a model, that first where the least value lies; as of a while ago where there are many."""

@@ -113,14 +113,18 @@ class _Assignment:
 
     def _best(self, seat: _Seat) -> int | None:
         """The place with room where least is done; of those where it serves, or is warm, then the emptiest."""
-        members = seat.members
-        room: Bools = np.asarray(((self._free - seat.pages)[members] >= 0).all(axis=1))
+        fits: Bools = self._free >= seat.pages
+        alone = seat.members.shape[1] == 1
+        members = seat.members[:, 0] if alone else seat.members
+        room: Bools = np.asarray(fits[members] if alone else fits[members].all(axis=1))
         room[seat.at] = False
         candidates = np.flatnonzero(room)
         if not len(candidates):
             return None
-        todo = self._todo[members[candidates]].max(axis=1).round(9)
-        emptiest = -self._free[members[candidates]].min(axis=1)
+        todo, free = self._todo[members[candidates]], self._free[members[candidates]]
+        if not alone:
+            todo, free = todo.max(axis=1), free.min(axis=1)
+        todo, emptiest = todo.round(9), -free
         return int(candidates[np.lexsort((emptiest, seat.preference[candidates], todo))[0]])
 
     def _put(self, seat: _Seat, at: int) -> None:

@@ -65,7 +65,7 @@ class Oracle:
             ]
         seen = self._observer.snapshot()
         told = replace(seen, models={m.name: self._told(cluster, m, seen) for m in cluster.models})
-        return (planner.wake(told, asked[0]) if asked else planner.plan(told)).actions
+        return (planner.wake(told, asked[0]) if asked else planner.plan(told, outlooks=False)).actions
 
     def _told(self, cluster: Cluster, model: ModelState, seen: Snapshot) -> Model:
         now = cluster.clock.now

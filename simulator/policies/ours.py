@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from services.placer import planner
 from services.placer.decisions import Action, Do, Plan
@@ -11,6 +12,14 @@ from services.placer.snapshot import Key, Rules, Snapshot
 from simulator.cluster import Cluster
 from simulator.observe import Observer
 from simulator.policies.base import Future
+
+
+class Planner(Protocol):
+    """One of services.placer.planner's."""
+
+    def __call__(self, snapshot: Snapshot, *, outlooks: bool) -> Plan:
+        """A whole plan; without outlooks, which nobody reads here."""
+        ...
 
 
 @dataclass
@@ -22,7 +31,7 @@ class Ours:
     """
 
     name: str = "warmserve"
-    plan: Callable[[Snapshot], Plan] = planner.plan
+    plan: Planner = planner.plan
     wake: Callable[[Snapshot, str], Plan] | None = planner.wake
     rules: Rules | None = None  # None: the settings'
     lends: bool = True
@@ -39,7 +48,7 @@ class Ours:
         """See Policy. A wake is decided by the plan's first part alone, as the placer does it."""
         assert self._observer is not None
         seen = self._observer.snapshot()
-        made = self.wake(seen, asked[0]) if asked and self.wake is not None else self.plan(seen)
+        made = self.wake(seen, asked[0]) if asked and self.wake is not None else self.plan(seen, outlooks=False)
         if self.partial:
             return made.actions
         return [replace(action, keep=0.0) if action.do is Do.EVICT else action for action in made.actions]
