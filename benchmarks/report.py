@@ -35,6 +35,8 @@ class Row:
     """What the value should reach."""
     more: bool = False
     """Whether more is better although the unit is no rate: how many times a peer's."""
+    note: str | None = None
+    """What else a reader of the table should know: why a target is missed."""
 
     @property
     def ratio(self) -> float | None:
@@ -81,6 +83,7 @@ def document(benchmark: str, rows: Many[Row]) -> dict[str, Any]:
                 "ratio": _rounded(row.ratio),
                 "target": _rounded(row.target),
                 "met": row.met,
+                "note": row.note,
             }
             for row in rows
         ],
@@ -89,13 +92,13 @@ def document(benchmark: str, rows: Many[Row]) -> dict[str, Any]:
 
 def table(rows: Many[Row]) -> str:
     """The rows, one a line, in aligned columns."""
-    lines = [("what", "value", "unit", "limit", "ratio", "target", "met", "limit is")]
+    lines = [("what", "value", "unit", "limit", "ratio", "target", "met", "limit is", "note")]
     for row in rows:
         met = {None: "", True: "yes", False: "NO"}[row.met]
         numbers = (_text(row.limit), _text(row.ratio), _text(row.target))
-        lines.append((row.what, _text(row.value), row.unit, *numbers, met, row.limit_source or ""))
+        lines.append((row.what, _text(row.value), row.unit, *numbers, met, row.limit_source or "", row.note or ""))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    left = {0, 2, 6, 7}  # columns of words
+    left = {0, 2, 6, 7, 8}  # columns of words
     return "\n".join(
         "  ".join(
             cell.ljust(width) if column in left else cell.rjust(width)

@@ -17,6 +17,7 @@ ROWS = [
     Row("decode step", 6.234567, "ms", limit=5.0, limit_source="copy bandwidth", target=6.6),
     Row("64 requests", 12345.6, "tokens/s", limit=1400.0, limit_source="transformers", target=15000.0),
     Row("idle", 0.0, "%"),
+    Row("prefill", 4.42, "ms", target=3.76, note="out of reach: the floor is 3.91 ms"),
 ]
 
 
@@ -50,10 +51,11 @@ def test_ratio_needs_a_limit() -> None:
 
 def test_table_is_aligned_and_shows_what_was_missed() -> None:
     assert report.table(ROWS).splitlines() == [
-        "what          value  unit      limit  ratio  target  met  limit is",
+        "what          value  unit      limit  ratio  target  met  limit is        note",
         "decode step    6.23  ms            5   1.25     6.6  yes  copy bandwidth",
         "64 requests  12,346  tokens/s  1,400   8.82  15,000  NO   transformers",
         "idle              0  %",
+        "prefill        4.42  ms                        3.76  NO                   out of reach: the floor is 3.91 ms",
     ]
 
 
@@ -79,8 +81,10 @@ def test_the_file_holds_what_the_table_shows_and_where_it_was_measured(
         "ratio": 1.2469,
         "target": 6.6,
         "met": True,
+        "note": None,
     }
-    assert [row["met"] for row in found["rows"]] == [True, False, None]
+    assert [row["met"] for row in found["rows"]] == [True, False, None, False]
+    assert found["rows"][3]["note"] == "out of reach: the floor is 3.91 ms"
     assert found["rows"][2]["ratio"] is None
 
 
