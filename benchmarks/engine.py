@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from benchmarks.gpu_limits import DEVICE, Limits, floor_rows, gpu_time, measure_limits
+from benchmarks.gpu_limits import DEVICE, Limits, beside_floors, floor_rows, gpu_time, measure_limits
 from benchmarks.models import ArenaModel, llama_1b, llama_8b, place
 from benchmarks.report import Row, report
 from services.gpu_agent.arena.arena import Arena
@@ -115,16 +115,15 @@ def main() -> None:
     large = serve(arena, backend, "8B", llama_8b())
     steps = step_rows(large, limits, (6.6, 7.6, 10.5))
     prefills = prefill_rows(large, limits, (11, 27, 105))
-    rows = [*steps, *prefills]
     burst = throughput(large)
-    rows += [*burst, Row("8B: graphs captured once for all batches", large.capture_s, "s")]
-    rows += memory_rows(backend)
-    rows += floor_rows(large.placed, large.name, limits, DECODES, PREFILLS)
+    outside = memory_rows(backend)
+    rows = with_floors(large, steps, prefills)
+    rows += [*burst, Row("8B: graphs captured once for all batches", large.capture_s, "s"), *outside]
     large.placed.weights.remove()
     small = [serve(arena, backend, f"1B-{i}", llama_1b()) for i in range(4)]
-    rows += step_rows(small[0], limits, like=steps)
-    rows += prefill_rows(small[0], limits, like=prefills)
-    rows += floor_rows(small[0].placed, small[0].name, limits, DECODES, PREFILLS)
+    rows += with_floors(
+        small[0], step_rows(small[0], limits, like=steps), prefill_rows(small[0], limits, like=prefills)
+    )
     rows += together(small)
     arena.close()
     del small, large, backend, arena
@@ -236,6 +235,19 @@ def prefill_rows(served: Served, limits: Limits, targets: Many[float] | None = N
         rows.append(Row(what, median(times) * 1e3, "ms", limit, source, target))
         device.append(Row(f"{what}, on the GPU", median(busy) * 1e3, "ms", rows[-1].value, "wall time"))
     return rows + device
+
+
+def with_floors(served: Served, steps: Many[Row], prefills: Many[Row]) -> list[Row]:
+    """The rows of step_rows and prefill_rows, and the floors, which tell which of their targets are out of reach."""
+    floors = floor_rows(served.placed, served.name, DECODES, PREFILLS)
+    decodes, mixed = len(DECODES), len(PREFILLS)
+    return [
+        *beside_floors(steps[:decodes], floors[:decodes]),
+        *steps[decodes:],
+        *beside_floors(prefills[:mixed], floors[decodes:]),
+        *prefills[mixed:],
+        *floors,
+    ]
 
 
 def throughput(served: Served) -> list[Row]:

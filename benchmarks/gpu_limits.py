@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -58,14 +58,14 @@ def gpu_time(work: Callable[[], object], repeats: int = 15) -> float:
     return median(times)
 
 
-def floor_rows(
-    placed: ArenaModel, name: str, limits: Limits, decodes: Many[tuple[int, int]], prefills: Many[int]
-) -> list[Row]:
+def floor_rows(placed: ArenaModel, name: str, decodes: Many[tuple[int, int]], prefills: Many[int]) -> list[Row]:
     """What a step takes at least with matrix products that somebody else made, as graphs with no kernel of ours.
 
-    Beside the products there is one pass over what lies between two of them (a copy of as many bytes as a norm with
-    its residual sum, the rotation and the gate must read and write), and attention: the bytes of the KV over the bus
-    for decode steps (sequences, tokens of context), torch's fused one, which reads no pages, for prefills.
+    Beside the products there is one pass over what lies between two of them (as many bytes as a norm with its residual
+    sum, the rotation and the gate must read and write), one over the logits for the choice of tokens, and attention:
+    in each layer of a decode step (sequences, tokens of context) one pass over as many bytes as its keys and values
+    have; for prefills torch's fused attention, which reads no pages. A pass over so many bytes is a copy of half as
+    many, which reads the one half and writes the other. Rows in the order of `decodes` and then `prefills`.
     """
     config, weights, layout = placed.config, placed.weights, placed.layout
     kv_heads = config.num_key_value_heads
@@ -86,30 +86,56 @@ def floor_rows(
     most = max(*prefills, *(batch for batch, _ in decodes))
     inputs = {matrix.shape[1]: bf16(most, matrix.shape[1]) for matrix in layers[0]}
     heads = [bf16(1, number, most, config.head_dim) for number in (config.num_attention_heads, kv_heads, kv_heads)]
-    norm, rotation = 2 * config.hidden_size, layers[0][0].shape[0]
-    passes = [norm, rotation, norm, 3 * config.intermediate_size // 2]  # elements of a token, read and written
-    source, target = (torch.empty(most * max(passes), device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    # Numbers, all of bf16: of a token between two products, read and written; of a token's keys and values in a layer.
+    norm, rotation = 4 * config.hidden_size, 2 * layers[0][0].shape[0]
+    between = [norm, rotation, norm, 3 * config.intermediate_size]
+    kv = 2 * kv_heads * config.head_dim
+    largest = max(most * max(between), *(n * max(c * kv, len(head)) for n, c in decodes))
+    source, target = (torch.empty(largest // 2, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
 
-    def step(tokens: int, rows: int, between: bool, attends: bool) -> None:
-        query, key, value = (states[:, :, :tokens] for states in heads)
+    def pass_over(numbers: int, layer: int = 0) -> None:
+        half = numbers // 2
+        # Of each layer elsewhere, as far as there is room, so that a small one is not found in the GPU's cache.
+        begin = layer % (len(source) // half) * half
+        target[begin : begin + half].copy_(source[begin : begin + half])
+
+    def products(tokens: int, rows: int) -> None:
         for matrices in layers:
-            for matrix, elements in zip(matrices, passes, strict=True):
-                if between:
-                    target[: tokens * elements].copy_(source[: tokens * elements])
+            for matrix in matrices:
                 functional.linear(inputs[matrix.shape[1]][:tokens], matrix)
-            if attends:
-                functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         functional.linear(inputs[head.shape[1]][:rows], head)
 
-    def row(what: str, tokens: int, rows: int, attends: bool, kv_s: float = 0.0) -> Row:
-        alone = graph_time(lambda: step(tokens, rows, between=False, attends=False))
-        whole = graph_time(lambda: step(tokens, rows, between=True, attends=attends)) + kv_s
+    def step(tokens: int, rows: int, context: int) -> None:
+        query, key, value = (states[:, :, :tokens] for states in heads)
+        for layer, matrices in enumerate(layers):
+            for matrix, numbers in zip(matrices, between, strict=True):
+                pass_over(tokens * numbers)
+                functional.linear(inputs[matrix.shape[1]][:tokens], matrix)
+            if context:
+                pass_over(tokens * context * kv, layer)
+            else:
+                functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        functional.linear(inputs[head.shape[1]][:rows], head)
+        pass_over(rows * len(head))
+
+    def row(what: str, tokens: int, rows: int, context: int = 0) -> Row:
+        alone = graph_time(lambda: products(tokens, rows))
+        whole = graph_time(lambda: step(tokens, rows, context))
         return Row(f"{name}: floor of {what}", whole * 1e3, "ms", alone * 1e3, "the products alone")
 
-    kv_token_s = 2 * config.num_hidden_layers * kv_heads * config.head_dim * 2 / limits.bytes_per_s
     return [
-        *(row(f"a decode step, {n} x {c}", n, n, attends=False, kv_s=n * c * kv_token_s) for n, c in decodes),
-        *(row(f"a prefill of {tokens}", tokens, 1, attends=True) for tokens in prefills),
+        *(row(f"a decode step, {n} x {c}", n, n, c) for n, c in decodes),
+        *(row(f"a prefill of {tokens}", tokens, 1) for tokens in prefills),
+    ]
+
+
+def beside_floors(rows: Many[Row], floors: Many[Row]) -> list[Row]:
+    """The rows, of which those say so whose target is below the floor that stands at the same place in `floors`."""
+    return [
+        replace(row, note=f"out of reach: the floor is {floor.value:.3g} {floor.unit}")
+        if row.target is not None and floor.value is not None and row.target < floor.value
+        else row
+        for row, floor in zip(rows, floors, strict=True)
     ]
 
 
