@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -269,7 +270,7 @@ def _named(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
 
 def _upload(arrays: dict[str, npt.NDArray[np.generic]], device: torch.device) -> dict[str, torch.Tensor]:
     """The arrays on the device, through one buffer, which is pinned for a GPU, and one copy."""
-    starts = np.cumsum([0] + [-(-array.nbytes // 16) * 16 for array in arrays.values()]).tolist()
+    starts = [0, *accumulate(-(-array.nbytes // 16) * 16 for array in arrays.values())]
     buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     raw = buffer.numpy()
     for start, array in zip(starts, arrays.values(), strict=False):

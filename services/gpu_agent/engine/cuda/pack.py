@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ class StepShape:
     tiles: int
     rows: int
 
-    @property
+    @cached_property
     def sections(self) -> dict[str, slice]:
         """Where each fact lies."""
         sizes = {
