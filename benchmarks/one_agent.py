@@ -41,7 +41,8 @@ class Cluster:
     store: Store
     keys: Keys
     client: AsyncClient
-    folder: Path
+    step_times: Path
+    """When steps of the engine ended (see timed_agent.py)."""
 
     def shard(self, name: str) -> cluster_pb2.ResidentShard:
         """A model's shard as etcd shows it."""
@@ -135,8 +136,9 @@ async def running(arena: str, tier: str, folder: Path) -> AsyncIterator[Cluster]
             "HOST_TIER_BYTES": tier,
             "HOST_TIER_DIR": tier_folder,
         }
-        for service, settings in (("gpu_agent", agent), ("router", {"ID": "r0"})):
-            process = _start(service, {**common, **settings}, folder / f"{service}.log")
+        step_times = folder / "steps"
+        for module, settings in (("benchmarks.timed_agent", agent), ("services.router", {"ID": "r0"})):
+            process = _start(module, {**common, **settings}, step_times, folder / f"{module.partition('.')[2]}.log")
             stack.callback(process.wait)
             stack.callback(process.terminate)
         store = Store([etcd.address])
@@ -154,10 +156,11 @@ async def running(arena: str, tier: str, folder: Path) -> AsyncIterator[Cluster]
         client = await stack.enter_async_context(AsyncClient(routers.items["r0"].address))
         stub = agent_pb2_grpc.AgentServiceStub(connection)
         group = common_pb2.Group(agent_ids=["g0"], node="n0")
-        yield Cluster(stub, group, residency, store, keys, client, folder.parent)
+        yield Cluster(stub, group, residency, store, keys, client, step_times)
 
 
-def _start(service: str, settings: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, **{f"WARMSERVE_{name}": value for name, value in settings.items()}}
+def _start(module: str, settings: dict[str, str], step_times: Path, log: Path) -> subprocess.Popen[bytes]:
+    ours = {f"WARMSERVE_{name}": value for name, value in settings.items()}
+    environment = {**os.environ, **ours, "STEP_TIMES": str(step_times)}
     with log.open("wb") as file:
-        return subprocess.Popen([sys.executable, "-m", f"services.{service}"], env=environment, stderr=file)
+        return subprocess.Popen([sys.executable, "-m", module], env=environment, stderr=file)

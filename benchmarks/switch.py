@@ -16,7 +16,9 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -29,6 +31,7 @@ from benchmarks.one_agent import Cluster, running
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.report import Row, report
 from benchmarks.switch_peers import peers
+from benchmarks.timed_agent import step_gaps
 from services.gpu_agent.weights.direct import DirectFile
 from warmserve.v1 import cluster_pb2
 
@@ -141,29 +144,61 @@ async def loads(cluster: Cluster, spec: cluster_pb2.ModelSpec, chosen: Scale, bu
 
 
 async def beside(cluster: Cluster, specs: list[cluster_pb2.ModelSpec], tokens: int) -> list[Row]:
-    """Tokens of a running instance while another model is warmed and evicted beside it."""
+    """Steps of a running instance, and their tokens at the client, while another model is warmed and evicted beside."""
     serving, warmed = specs[0], specs[1]
     await cluster.evict(warmed.name)
     await cluster.wake(serving)
     await cluster.first_token(serving.name, 0, 32)
-    alone = (await cluster.first_token(serving.name, 1, tokens))[1]
+
+    async def decoded(seed: int) -> tuple[float, float]:
+        """p99 of the engine's steps and of the times between tokens, in ms."""
+        began = time.monotonic()
+        gaps = (await cluster.first_token(serving.name, seed, tokens))[1]
+        steps = step_gaps(cluster.step_times, began, time.monotonic())
+        return quantile(steps[1:], 0.99), quantile(gaps, 0.99)  # the first step is the prompt's
+
+    step_alone, token_alone = await decoded(1)
+    async with _warmed_and_evicted(cluster, warmed):
+        step, token = await decoded(2)
+    await cluster.rest(serving.name)
+    return [
+        Row("decode step beside warming, p99", step, "ms", step_alone, "alone", 1.05 * step_alone),
+        Row("its tokens at the client, p99", token, "ms", token_alone, "alone"),
+    ]
+
+
+async def evictions_beside(
+    cluster: Cluster, evicted: cluster_pb2.ModelSpec, serving: cluster_pb2.ModelSpec, tokens: int
+) -> list[Row]:
+    """Evictions of a model while another one's instance steps."""
+    await cluster.evict(evicted.name)
+    await cluster.wake(serving)
+    async with _warmed_and_evicted(cluster, evicted) as evictions:
+        await cluster.first_token(serving.name, 3, tokens)
+    await cluster.rest(serving.name)
+    what = f"{evicted.name}: evict while {serving.name} steps"
+    return [Row(what, statistics.median(evictions), "ms", None, None, 20)]
+
+
+@asynccontextmanager
+async def _warmed_and_evicted(cluster: Cluster, spec: cluster_pb2.ModelSpec) -> AsyncIterator[list[float]]:
+    """Within it a model that is cold is warmed and evicted, again and again; gives how long evictions took, in ms."""
+    evictions: list[float] = []
 
     async def warm_and_evict() -> None:
         while True:
-            await cluster.warm(warmed)
-            await cluster.evict(warmed.name)
+            await cluster.warm(spec)
+            evictions.append(await cluster.evict(spec.name))
 
     warming = asyncio.ensure_future(warm_and_evict())
-    together = (await cluster.first_token(serving.name, 2, tokens))[1]
+    yield evictions
     warming.cancel()
     await asyncio.wait([warming])
-    await cluster.rest(serving.name)
 
-    def p99(gaps: list[float]) -> float:
-        return sorted(gaps)[int(0.99 * (len(gaps) - 1))]
 
-    limit = p99(alone)
-    return [Row("time between tokens beside warming, p99", p99(together), "ms", limit, "alone", 1.05 * limit)]
+def quantile(values: list[float], share: float) -> float:
+    """The value below or at which so many of them lie."""
+    return sorted(values)[int(share * (len(values) - 1))]
 
 
 async def from_disk(chosen: Scale, folder: Path, source: Path) -> list[Row]:
@@ -246,6 +281,7 @@ async def measure(switches: int, folder: Path) -> list[Row]:
             await cluster.warm(spec)
         tell(await warm_switches(cluster, specs, switches))
         tell(await beside(cluster, specs, 400))
+        tell(await evictions_beside(cluster, specs[0], specs[1], 800))
     tell(await from_disk(chosen, folder, folder / "large"))
     tell(peers(folder / "large"))
     return rows

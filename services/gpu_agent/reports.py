@@ -17,6 +17,7 @@ from warmserve.v1 import cluster_pb2, common_pb2
 
 _log = logger(__name__)
 _LOOK_S = 1.0
+_GATHER_S = 0.01  # what happens within it is written at once
 _CLOSE_S = 2.0
 _RETRY_S = 0.5
 _MOST_UNWRITTEN = 10_000  # events, while Redis is away; older ones are dropped
@@ -114,6 +115,8 @@ class Reports:
                 # KV pages come and go without a word, and so do pages that are copied in.
                 if self._moving(self.describe()) == self._moving(self._written):
                     continue
+            # News come in bursts, and at the very moment when a first token is on its way through this thread.
+            await asyncio.sleep(_GATHER_S)
             self._dirty.clear()
             await self._write()
 

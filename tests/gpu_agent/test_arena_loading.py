@@ -122,7 +122,7 @@ class Bus:
 
 
 @pytest.mark.parametrize("backend", EACH[:1], indirect=True)
-@pytest.mark.parametrize(("urgent", "computing", "most"), [(False, False, 7), (False, True, 1), (True, True, 8)])
+@pytest.mark.parametrize(("urgent", "computing", "most"), [(False, False, 8), (False, True, 1), (True, True, PAGES)])
 def test_prewarming_leaves_the_bus_to_steps_and_a_wake_does_not(
     image: Image,
     weights: WeightRange,

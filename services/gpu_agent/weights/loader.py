@@ -74,15 +74,16 @@ def load(
                 filling.claim()
             paced = source.ahead > 1 and not urgent and gives_way()
             ahead = source.ahead if urgent else min(source.ahead, 1 if paced else _AHEAD_OF_PREWARMING)
-            count = max(1, min(ahead // 2, _MAPPED_AT_ONCE))
             turned = time.monotonic()
-            if begun + count <= done.pages_done + ahead and begun < weights.num_pages:
+            while count := _next_count(
+                begun - filling.first, begun - done.pages_done, weights.num_pages - begun, ahead
+            ):
                 try:
-                    pages = _mapped(filling, min(weights.num_pages - begun, count))
+                    pages = _mapped(filling, count)
                 except OutOfPages:
                     if begun == done.pages_done:
                         raise
-                    pages = []  # those under way come first
+                    break  # those under way come first
                 for page in pages:
                     source.begin(begun, page)
                     begun += 1
@@ -95,6 +96,12 @@ def load(
             if paced:
                 cancel.wait(time.monotonic() - turned)
     return done
+
+
+def _next_count(begun: int, under_way: int, left: int, ahead: int) -> int:
+    """How many pages are to be mapped and begun now: first one, for the bus waits for it, then more and more. Pure."""
+    count = min(max(1, ahead // 2), _MAPPED_AT_ONCE, max(1, begun))
+    return min(count, left) if under_way + count <= ahead else 0
 
 
 def _mapped(filling: Filling, n: int) -> list[torch.Tensor]:

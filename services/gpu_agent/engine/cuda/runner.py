@@ -13,7 +13,7 @@ from services.gpu_agent.engine.cuda.fused import store_tokens
 from services.gpu_agent.engine.cuda.model import CudaModel
 from services.gpu_agent.engine.cuda.pack import pack
 from services.gpu_agent.engine.sampling import Sampled, sample
-from services.gpu_agent.engine.sampling_batch import Row, prepare
+from services.gpu_agent.engine.sampling_batch import Row, SamplingBatch, prepare
 from services.gpu_agent.engine.step import Part, Pending, StepResult
 
 
@@ -67,14 +67,18 @@ class CudaRunner:
             on_device = torch.empty_like(workspace.facts[:used]) if behind else workspace.facts
             on_device[:used].copy_(facts.tensor[:used], non_blocking=True)
             facts.copied.record()
+            # Prepared while others are waited for anyway: the last weights, or the device.
+            prepared = self._prepare(rows) if behind and rows else None
             logits = model.run_behind(shape, on_device) if behind else model.run(shape)
             sampled = None
             if rows:
-                vocabulary, last = model.model.vocab_size, model.last_tokens
-                choices = prepare(rows, vocabulary, self._eos_ids, workspace.device, last)
-                chosen = sample(logits[: len(rows)], choices)
-                slots = on_device[shape.sections["row_slots"]]
-                store_tokens(chosen.tokens, slots, last)
+                chosen = sample(logits[: len(rows)], prepared or self._prepare(rows))
+                store_tokens(chosen.tokens, on_device[shape.sections["row_slots"]], model.last_tokens)
                 sampled = chosen.to_host()
             ended.record()
         return _Launched(sampled, began, ended)
+
+    def _prepare(self, rows: Many[Row]) -> SamplingBatch:
+        model = self._model
+        vocabulary, device = model.model.vocab_size, model.workspace.device
+        return prepare(rows, vocabulary, self._eos_ids, device, model.last_tokens)
