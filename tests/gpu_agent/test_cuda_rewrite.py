@@ -545,6 +545,9 @@ def test_logits_are_those_of_transformers(
     assert model.rewritten["cosines and sines"] == 1
     slots = bound.kv_spec.slots_per_page(memory.page_bytes)
     memory.kv_view(torch.float32)[memory.take_kv("x", 1)[0]] = torch.nan
+    model.last_tokens[:] = torch.arange(4)
+    model.compile_choice()  # in the middle of serving, where a graph could not be captured before
+    assert model.last_tokens.tolist() == [0, 1, 2, 3]
     blocks = [page * slots for page in memory.take_kv("x", 6)][::-1]
     first, second, third = prompt(13), prompt(24), prompt(3)
 

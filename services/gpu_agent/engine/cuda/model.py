@@ -17,6 +17,7 @@ from services.gpu_agent.engine.attention import attending
 from services.gpu_agent.engine.cuda import fused
 from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, attend
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
+from services.gpu_agent.engine.cuda.draw import draw
 from services.gpu_agent.engine.cuda.pack import Ladder, StepShape
 from services.gpu_agent.engine.cuda.rewrite import rewrite
 from services.gpu_agent.engine.cuda.rotary import PendingRope
@@ -91,6 +92,8 @@ class CudaModel:
             return False
         began = time.monotonic()
         with self.workspace.growing(), torch.cuda.stream(self.workspace.stream):
+            if not self._graphs:
+                self.compile_choice()
             # A step of padding: whatever is compiled or set up on first use must be before the capture.
             facts = self.workspace.facts[: shape.sections["blocks"].start]
             facts.zero_()
@@ -103,6 +106,18 @@ class CudaModel:
         self.captures += 1
         _log.debug("captured %s in %.0f ms", shape, (time.monotonic() - began) * 1e3)
         return True
+
+    def compile_choice(self) -> None:
+        """Has Triton compile what chooses tokens, which is in no graph: a first request would wait for it.
+
+        Changes nothing. To be called on the workspace's stream.
+        """
+        logits = self.workspace.logits(1, self.model.vocab_size)
+        settings = torch.zeros(1, 5, dtype=torch.float64, device=self.workspace.device)
+        for filtered in (False, True):
+            outcome = draw(logits, settings, filtered)
+        slots, nowhere = torch.zeros_like(settings, dtype=torch.int32), torch.empty_like(self.last_tokens)
+        fused.store_tokens(outcome[0], slots, nowhere)
 
     def _captured(self, shape: StepShape) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
