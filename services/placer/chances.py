@@ -35,5 +35,5 @@ class Chances:
         i = next(i for i in range(5) if x < xs[i + 1])
         width = xs[i + 1] - xs[i]
         part = x - xs[i]
-        slope = (self._above[i] - self._above[i + 1]) / width
-        return self._areas[i] + part * (self._above[i] - slope * part / 2)
+        fall = (self._above[i] - self._above[i + 1]) * (part / width)  # whose slope may be no number
+        return self._areas[i] + part * (self._above[i] - fall / 2)
