@@ -184,10 +184,15 @@ class Compared:
     best_later: Optimum
 
 
+def small_cluster(seed: int) -> Snapshot:
+    """A cluster of at most 8 GPUs and 8 models."""
+    rng = random.Random(seed)
+    return cluster(seed, rng.choice([1, 2, 3, 4, 6, 8]), rng.randint(2, 8))
+
+
 def compare(seed: int) -> Compared:
     """A cluster of its own; everything follows from the seed, unless the program is not done in time."""
-    rng = random.Random(seed)
-    start = cluster(seed, rng.choice([1, 2, 3, 4, 6, 8]), rng.randint(2, 8))
+    start = small_cluster(seed)
     rest, theirs = at_rest(start, plan), at_rest(start, plan_published)
     changed = with_forecasts(rest, seed + 1_000_000)
     later = at_rest(changed, plan) if seed % 5 == 0 else changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -65,6 +66,16 @@ class Board:
         self._by_model[replica.model].add(replica.key)
         for agent_id in replica.group:
             self._by_agent[agent_id].add(replica.key)
+
+    def settled(self) -> Board:
+        """A board of its own on which the loads in progress have ended, a while ago."""
+        there = (
+            replace(r, state=State.WARM, resident=r.shard_pages, idle_s=math.inf) if r.state is State.WARMING else r
+            for r in self.all()
+        )
+        board = Board(replace(self.snapshot, replicas=tuple(there)))
+        board._promised.update(self._promised)
+        return board
 
     def remove(self, replica: Replica) -> None:
         """A replica is cold now."""

@@ -10,11 +10,13 @@ from services.placer.board import Board
 from services.placer.demand import Demand
 from services.placer.loading import load_s
 from services.placer.prewarm import prewarm
+from services.placer.rival import better
 from services.placer.rule import Prewarming
 from services.placer.scores import Kind, Worth
 from services.placer.sharing import FULL_SLOWDOWN, Part, beside, spared
 from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica
 from services.placer.spread import ENOUGH, Load, assign
+from services.placer.target import target
 from services.placer.value import CERTAIN, Stakes, precedence, serves, share, stakes_of, usable
 
 _RESTS_AFTER_S = 60.0  # idle for so long, an instance gives its pages to models of which nothing is resident
@@ -172,7 +174,8 @@ class ExpectedRule:
     def prewarm(self) -> Prewarming:
         """See `Rule`."""
         stakes = {name: self.stakes(model) for name, model in sorted(self._board.snapshot.models.items())}
-        return prewarm(self._board, stakes)
+        aim = target(self._board, stakes)
+        return better(self._board, stakes, aim) or prewarm(self._board, aim)
 
 
 def _service_s(model: Model) -> float:

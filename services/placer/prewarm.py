@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 
 from services.placer.board import Board
 from services.placer.decisions import Action, Competitor, Do, Reason
@@ -13,19 +12,19 @@ from services.placer.loading import load_bytes_per_s, load_s
 from services.placer.rule import Prewarming
 from services.placer.scores import Kind
 from services.placer.snapshot import Replica, State
-from services.placer.target import Target, target
+from services.placer.target import Target
 from services.placer.value import Stakes
 from services.placer.words import chance, count, load, names
 from warmserve.v1 import common_pb2
 
 
-def prewarm(board: Board, stakes: Mapping[str, Stakes]) -> Prewarming:
-    """Actions that lead towards the best layout found, carried out on the board; and why there are not more.
+def prewarm(board: Board, aim: Target) -> Prewarming:
+    """Actions that lead towards a layout, carried out on the board; and why there are not more.
 
     One load at a time per agent, and per node as many as its bound on copying allows, the most valuable first; the
     next plan goes on. Of what gives way only as many pages go as are needed now.
     """
-    return _Prewarmer(board, target(board, stakes)).prewarm()
+    return _Prewarmer(board, aim).prewarm()
 
 
 class _Prewarmer:

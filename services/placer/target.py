@@ -30,6 +30,23 @@ class Target:
     search: Search
     unpinned: Mapping[str, int] = field(default_factory=dict)  # pinned replicas for which there is no room, by model
 
+    @property
+    def loads(self) -> bool:
+        """Whether anything is to be loaded."""
+        return any(item.used > item.seat.held.get(item.agents, 0) for item in self._items)
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """What is to be warm."""
+        return [
+            Replica(item.seat.stakes.model.name, self.ids(item.agents), State.WARM, item.pages, item.used)
+            for item in self._items
+        ]
+
+    @property
+    def _items(self) -> list[Item]:
+        return [item for seat in self.seats.values() for item in seat.order]
+
     def ids(self, agents: Agents) -> tuple[str, ...]:
         """A group's agents."""
         return tuple(self.agents[agent].id for agent in agents)
