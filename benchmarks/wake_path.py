@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +52,7 @@ SHARD_PAGES = 16  # three fit on an agent, beside KV
 TARGET_MS = 5.0
 SEED = 5
 _REPEATS = 200
+_LOOK_S = 0.05  # between looks at the plan
 _SEEN_S = 20.0  # after which a plan that does not come is an error
 BATCH = 16
 COLD = common_pb2.REPLICA_STATE_COLD
@@ -148,25 +149,26 @@ class Cluster:
     keys: Keys
     stub: placement_pb2_grpc.PlacementServiceStub
     agents: list[Agent]
-    plans: Mirror[cluster_pb2.Plan]
     arrivals: dict[str, float]  # when WakeReplica came, by model
     placer: int  # its process
 
+    async def plan(self) -> cluster_pb2.Plan:
+        """The newest plan. It is asked for between wakes: to follow all would take time of those measured."""
+        found = await self.store.get(self.keys.plan(), cluster_pb2.Plan)
+        return found.value if found is not None else cluster_pb2.Plan()
+
     async def see(self, models: Sequence[str], active: bool) -> None:
         """Waits for a plan that knows that these models have an instance, or that they have none."""
-
-        def known(items: Mapping[str, cluster_pb2.Plan]) -> bool:
-            told = {o.model: o.active_replicas > 0 for plan in items.values() for o in plan.outlooks}
-            return all(told.get(model) is active for model in models)
-
-        try:
-            async with asyncio.timeout(_SEEN_S):
-                await self.plans.wait_for(known)
-        except TimeoutError:
-            told = {o.model: o for plan in self.plans.items.values() for o in plan.outlooks}
-            other = [f"{m}: {told[m].reason.text}" for m in models if (told[m].active_replicas > 0) is not active]
-            there = [f"{a.name}: {m} {s.state}" for a in self.agents for m, s in a.shards.items() if m in models]
-            raise RuntimeError(f"the placer's plan never showed {active=}: {other}; agents: {there}") from None
+        deadline = time.monotonic() + _SEEN_S
+        while other := [
+            f"{o.model}: {o.reason.text}"
+            for o in (await self.plan()).outlooks
+            if o.model in models and (o.active_replicas > 0) is not active
+        ]:
+            if time.monotonic() > deadline:
+                there = [f"{a.name}: {m} {s.state}" for a in self.agents for m, s in a.shards.items() if m in models]
+                raise RuntimeError(f"the placer's plan never showed {active=}: {other}; agents: {there}")
+            await asyncio.sleep(_LOOK_S)
 
 
 @asynccontextmanager
@@ -199,16 +201,18 @@ async def running(agents: int, models: int, resident: int) -> AsyncIterator[Clus
         stack.callback(placer.wait)
         stack.callback(placer.terminate)
         leaders = Mirror(store, keys.placer_leader(), cluster_pb2.LeaderRecord)
-        plans = Mirror(store, keys.plan(), cluster_pb2.Plan)
-        for mirror in (leaders, plans):
-            await mirror.start()
-            stack.push_async_callback(mirror.close)
+        await leaders.start()
+        stack.push_async_callback(leaders.close)
         await leaders.wait_for(lambda items: bool(items))
         open_channel = await stack.enter_async_context(channel(leaders.items[""].address))
-        await plans.wait_for(lambda items: bool(items))
-        yield Cluster(
-            store, keys, placement_pb2_grpc.PlacementServiceStub(open_channel), peers, plans, arrivals, placer.pid
+        cluster = Cluster(
+            store, keys, placement_pb2_grpc.PlacementServiceStub(open_channel), peers, arrivals, placer.pid
         )
+        plans = Mirror(store, keys.plan(), cluster_pb2.Plan)
+        await plans.start()
+        await plans.wait_for(lambda items: any(len(plan.outlooks) == models for plan in items.values()))
+        await plans.close()
+        yield cluster
 
 
 def start_placer(etcd: str, redis: str, prefix: str, log: Path) -> subprocess.Popen[bytes]:
@@ -294,17 +298,13 @@ async def wakes_of(cluster: Cluster, wakes: int, kind: Kind) -> list[float]:
     taken: list[float] = []
     while len(taken) < wakes:
         warm = {name for agent in cluster.agents for name in agent.shards}
-        chosen = random.sample(sorted(all_models(cluster) - warm if kind.cold else warm), BATCH)
+        models = {outlook.model for outlook in (await cluster.plan()).outlooks}
+        chosen = random.sample(sorted(models - warm if kind.cold else warm), BATCH)
         for first in range(0, BATCH, kind.at_once):
             together = chosen[first : first + kind.at_once]
             taken += await asyncio.gather(*(wake(cluster, model) for model in together))
         await rest(cluster, chosen)
     return taken
-
-
-def all_models(cluster: Cluster) -> set[str]:
-    """Names of the deployed models."""
-    return {outlook.model for plan in cluster.plans.items.values() for outlook in plan.outlooks}
 
 
 def rows(what: str, taken: Sequence[float]) -> list[Row]:
@@ -328,7 +328,7 @@ async def parts(cluster: Cluster, what: str) -> list[Row]:
     mirrors = Mirrors(cluster.store, cluster.keys)
     await mirrors.start()
     try:
-        memory, rules = Memory(), Rules()
+        view, memory, rules = convert.View(), Memory(), Rules()
         models = sorted({name for agent in cluster.agents for name in agent.shards})
         spent = {"records": 0.0, "replicas": 0.0, "snapshot": 0.0, "decision": 0.0}
         for repeat in range(_REPEATS):
@@ -337,10 +337,10 @@ async def parts(cluster: Cluster, what: str) -> list[Row]:
             at = [time.process_time()]
             records = mirrors.records()
             at.append(time.process_time())
-            replicas = convert.replicas(records)
+            seen = view.see(records)
             at.append(time.process_time())
             now = time.monotonic()
-            snapshot = memory.snapshot(records, replicas.values(), counts, rules, now, time.time())
+            snapshot = memory.snapshot(records, seen.agents, seen.replicas.values(), counts, rules, now, time.time())
             at.append(time.process_time())
             planner.wake(snapshot, model)
             at.append(time.process_time())

@@ -7,19 +7,22 @@ import sys
 from services.common.process import Node, run
 from services.common.telemetry import logger
 from services.placer.mirrors import Mirrors
+from services.placer.planning import Planning
 from services.placer.service import PlacementServicer
 from services.placer.settings import PlacerSettings
 from warmserve.v1 import placement_pb2, placement_pb2_grpc
 
 _log = logger(__name__)
-_SWITCH_S = 0.0005  # a wake is decided while a plan is being made; Python's own 5 ms would be all the time it has
+_SWITCH_S = 0.0005  # metrics are read in a thread; Python's own 5 ms would be all the time that a wake has
 
 
 async def serve(settings: PlacerSettings, node: Node) -> None:
     """Serves until node.stop is set."""
     mirrors = Mirrors(node.store, node.keys)
-    servicer = PlacementServicer(settings, node, mirrors)
+    planning = Planning()
+    servicer = PlacementServicer(settings, node, mirrors, planning)
     await mirrors.start()
+    await planning.start()  # also while others lead: whoever leads then plans at once
     node.server.add(
         placement_pb2_grpc.add_PlacementServiceServicer_to_server,
         servicer,
@@ -36,6 +39,7 @@ async def serve(settings: PlacerSettings, node: Node) -> None:
         await node.session.close()  # a standby leads at once, while calls in progress end here
         await node.server.stop(settings.grace_s)
         await mirrors.close()
+        await planning.close()
 
 
 def main() -> None:

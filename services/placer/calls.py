@@ -15,6 +15,17 @@ from services.placer.published import group_record, reason_record
 from services.placer.records import Records
 from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2
 
+Call = Any  # grpc.aio's unary call, of any answer
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An order on its way to one agent."""
+
+    agent: str
+    address: str
+    call: Call
+
 
 @dataclass
 class AgentCalls:
@@ -34,11 +45,17 @@ class AgentCalls:
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
-    async def send(self, action: Action, records: Records, fence: int) -> str:
-        """Sends an order to every agent of its group that is registered. Returns what failed, or nothing."""
+    def send(self, action: Action, records: Records, fence: int) -> list[Sent]:
+        """Sends an order to every agent of its group that is registered, at once: a wake waits for no turn."""
         addresses = [(a, records.agents[a].address) for a in action.group if a in records.agents]
-        errors = await asyncio.gather(*(self._send(action, records, fence, *address) for address in addresses))
-        return "; ".join(filter(None, errors))
+        return [
+            Sent(agent, address, self._call(address, action, records, fence, self.timeout_s))
+            for agent, address in addresses
+        ]
+
+    async def answers(self, sent: Iterable[Sent]) -> str:
+        """What failed, or nothing, once all agents have answered."""
+        return "; ".join(filter(None, await asyncio.gather(*map(_answer, sent))))
 
     async def close(self) -> None:
         """Closes all connections."""
@@ -50,16 +67,19 @@ class AgentCalls:
             self._channels[address] = channel(address)
         return self._channels[address]
 
-    async def _send(self, action: Action, records: Records, fence: int, agent_id: str, address: str) -> str:
-        stub = agent_pb2_grpc.AgentServiceStub(self._channel(address))
-        try:
-            await _call(stub, action, records, fence, self.timeout_s)
-        except grpc.aio.AioRpcError as error:
-            return f"agent {agent_id} at {address}: {error.details() or error.code().name}"
-        return ""
+    def _call(self, address: str, action: Action, records: Records, fence: int, timeout_s: float) -> Call:
+        return _call(agent_pb2_grpc.AgentServiceStub(self._channel(address)), action, records, fence, timeout_s)
 
 
-def _call(stub: Any, action: Action, records: Records, fence: int, timeout_s: float) -> Any:
+async def _answer(sent: Sent) -> str:
+    try:
+        await sent.call
+    except grpc.aio.AioRpcError as error:
+        return f"agent {sent.agent} at {sent.address}: {error.details() or error.code().name}"
+    return ""
+
+
+def _call(stub: Any, action: Action, records: Records, fence: int, timeout_s: float) -> Call:
     common: Mapping[str, Any] = {"reason": reason_record(action.reason), "fence": fence}
     match action.do:
         case Do.WAKE | Do.WARM:

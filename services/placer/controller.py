@@ -15,21 +15,20 @@ from services.placer import planner
 from services.placer import records as convert
 from services.placer.calls import AgentCalls
 from services.placer.decisions import Action, Do, Plan
-from services.placer.measured import Capacity
 from services.placer.memory import Memory
 from services.placer.mending import Mending
 from services.placer.mirrors import Mirrors
 from services.placer.orders import Orders
-from services.placer.published import action_record, outlook_record
+from services.placer.planning import Planning, PlanningError
+from services.placer.planning_frames import Publish
 from services.placer.settings import PlacerSettings
 from services.placer.snapshot import Snapshot, State
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store, StoreUnavailableError
-from warmserve.v1 import cluster_pb2
 
 _log = logger(__name__)
 _COALESCE_S = 0.02  # changes that come together are answered together
-_REST = 4  # times as long as planning took no plan is made, so that wakes find the processor free; but at most:
+_REST = 4  # times as long as planning took no plan is made, so that others have the processor; but at most:
 _MOST_REST_S = 1.0
 _PUBLISH_S = 0.2  # between plans written: they are for people, and etcd keeps every one for a while
 _REDIS_TIMEOUT_S = 1.0
@@ -52,14 +51,23 @@ class Controller:
     """One leadership. `run` until it ends; `wake` meanwhile."""
 
     def __init__(
-        self, settings: PlacerSettings, keys: Keys, store: Store, queue: RequestQueue, mirrors: Mirrors, fence: int
+        self,
+        settings: PlacerSettings,
+        keys: Keys,
+        store: Store,
+        queue: RequestQueue,
+        mirrors: Mirrors,
+        planning: Planning,
+        fence: int,
     ) -> None:
         self._settings = settings
         self._keys = keys
         self._store = store
         self._queue = queue
         self._mirrors = mirrors
+        self._planning = planning
         self._fence = fence
+        self._view = convert.View()
         self._memory = Memory()
         self._mending = Mending()
         self._orders = Orders(self._memory, AgentCalls(settings.order_timeout_s), self._changed)
@@ -67,7 +75,7 @@ class Controller:
         self._told: dict[str, int] = {}  # waiting requests that routers told of, until Redis is asked next
         self._kick = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._published: cluster_pb2.Plan | None = None
+        self._published = b""  # digest of the plan that etcd has
         self._publish_again: asyncio.TimerHandle | None = None  # set while it is too early to write another
         self._unpublished = False  # one waits for that
         self._closed = False
@@ -83,8 +91,7 @@ class Controller:
         while True:
             self._kick.clear()
             if self._mirrors.connected:  # else nothing is placed anew until etcd answers
-                planning_s = await self._round()
-                await asyncio.sleep(min(_MOST_REST_S, self._settings.tick_s, _REST * planning_s))
+                await asyncio.sleep(min(_MOST_REST_S, self._settings.tick_s, _REST * await self._round()))
             try:
                 async with asyncio.timeout(self._settings.tick_s):
                     await self._kick.wait()
@@ -153,18 +160,21 @@ class Controller:
             records, snapshot = self._look()
         sent = self._orders.sent
         began = time.monotonic()
-        plan = await asyncio.to_thread(planner.plan, snapshot)  # wakes are decided meanwhile
+        try:
+            actions = await self._planning.plan(snapshot)  # wakes are decided meanwhile
+        except PlanningError as error:
+            _log.error("no plan was made; the next tick makes one", error=str(error))
+            return self._settings.tick_s
         planning_s = time.monotonic() - began
         _PLAN_SECONDS.labels("plan").observe(planning_s)
+        proposed: list[Action] = []
         if self.advisory:
-            proposed = plan.actions
+            proposed = actions
         else:
-            proposed = ()
-            actions = self._orders.unaffected(plan.actions, since=sent)
-            self._orders.launch(actions, snapshot, records, self._fence)
+            self._orders.launch(self._orders.unaffected(actions, since=sent), snapshot, records, self._fence)
         _ADVISORY.set(self.advisory)
         _ACTIONS.set(len(self._orders.actions))
-        await self._publish(plan, proposed)
+        await self._publish(proposed)
         return planning_s
 
     async def _count(self) -> None:
@@ -184,12 +194,14 @@ class Controller:
         """The cluster as it is now, with the orders on their way."""
         records = self._mirrors.records()
         self._orders.calls.connect(records.agents.values())
-        shown = convert.replicas(records)
-        self._orders.settle(shown, convert.failures(records), records.agents)
+        seen = self._view.see(records)
+        shown = seen.replicas
+        self._orders.settle(shown, seen.failures, records.agents)
         for model in {model for (model, _), replica in shown.items() if replica.state is State.ACTIVE}:
             self._told.pop(model, None)  # its requests are in Redis, and taken from there
         snapshot = self._memory.snapshot(
             records,
+            seen.agents,
             self._orders.apply(shown, convert.order_pages(records, self._orders.actions)),
             _at_least(self._counts, self._told),
             self._settings.rules,
@@ -198,38 +210,37 @@ class Controller:
         )
         return records, replace(snapshot, nodes=convert.nodes(records, self._settings.node_copy_bytes_per_s))
 
-    def _capacity(self, model: str) -> Capacity | None:
-        """None where the model was undeployed meanwhile."""
-        spec = self._mirrors.models.items.get(model)
-        return self._memory.measured.capacity(spec) if spec is not None else None
-
-    async def _publish(self, plan: Plan, proposed: tuple[Action, ...]) -> None:
-        agents = self._mirrors.agents.items
-        record = cluster_pb2.Plan(
-            fence=self._fence,
-            planner=planner.RULE,
-            placer_id=self._settings.id,
-            actions=[action_record(action, agents) for action in (*self._orders.actions, *proposed)],
-            outlooks=[outlook_record(outlook, self._capacity(outlook.model), agents) for outlook in plan.outlooks],
-            advisory=self.advisory,
-        )
-        if record == self._published:
-            return
+    async def _publish(self, proposed: list[Action]) -> None:
+        """Writes the last plan where it says anything new; `proposed`: actions that are not carried out."""
         if self._publish_again is not None:
             self._unpublished = True
             return
-        self._publish_again = asyncio.get_running_loop().call_later(_PUBLISH_S, self._may_publish)
-        dated = cluster_pb2.Plan()
-        dated.CopyFrom(record)
-        dated.made_unix_ms = int(time.time() * 1e3)
+        measured, models = self._memory.measured, self._mirrors.models.items
+        wish = Publish(
+            self._fence,
+            self._settings.id,
+            self.advisory,
+            [*self._orders.actions, *proposed],
+            {name: measured.capacity(spec) for name, spec in models.items()},
+            self._published,
+        )
         try:
-            held = await self._store.put_if_held(self._keys.plan(), dated, self._keys.placer_leader(), self._fence)
+            published = await self._planning.publish(wish)
+        except PlanningError as error:
+            _log.error("the plan was not written", error=str(error))
+            return
+        if published is None:
+            return
+        self._publish_again = asyncio.get_running_loop().call_later(_PUBLISH_S, self._may_publish)
+        try:
+            leader = self._keys.placer_leader()
+            held = await self._store.put_if_held(self._keys.plan(), published.value, leader, self._fence)
         except StoreUnavailableError as error:
             _log.warning("the plan was not written", error=str(error))
             return
         if not held:
             raise DeposedError
-        self._published = record
+        self._published = published.digest
 
 
 def _at_least(counts: dict[str, QueueCounts], told: dict[str, int]) -> dict[str, QueueCounts]:

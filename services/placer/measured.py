@@ -54,9 +54,13 @@ class Measured:
     _images: dict[str, dict[str, Tier]] = field(default_factory=dict)  # by node
     _loading_from: dict[Key, Tier] = field(default_factory=dict)  # the slowest tier seen during a load
     _traffic: dict[str, tuple[cluster_pb2.Forecast, Traffic]] = field(default_factory=dict)
+    # The records that were learnt from, and of which models: they are many, and few change at a time.
+    _instances: dict[str, cluster_pb2.InstanceRecord] = field(default_factory=dict)
+    _residencies: dict[str, cluster_pb2.AgentResidency] = field(default_factory=dict)
+    _deployed: set[str] = field(default_factory=set)
 
     def learn(self, records: Records) -> None:
-        """Takes note of what the records say."""
+        """Takes note of what the records say. A record that has changed is another object."""
         for by_model in (self._slots, self._loads, self._last_load_s, self._images, self._traffic):
             for name in by_model.keys() - records.models.keys():
                 del by_model[name]
@@ -64,13 +68,27 @@ class Measured:
         if devices != self._devices:
             self._devices = devices
             self.changes += 1
-        for instance in records.instances.values():
+        if records.models.keys() != self._deployed:
+            self._deployed = set(records.models)
+            self._instances.clear()
+            self._residencies.clear()
+        for known, there in ((self._instances, records.instances), (self._residencies, records.residency)):
+            for gone in known.keys() - there.keys():
+                del known[gone]
+        for name, instance in records.instances.items():
+            if self._instances.get(name) is instance:
+                continue
             agent = next((records.agents[a] for a in instance.group.agent_ids if a in records.agents), None)
-            if instance.slots and agent is not None and instance.model in records.models:
-                self._note(self._slots.setdefault(instance.model, {}), agent.device_name, instance.slots)
-        for shard in records.shards:
-            if shard.model in records.models:
-                self._learn_load(shard)
+            if agent is not None:
+                self._instances[name] = instance
+                if instance.slots and instance.model in records.models:
+                    self._note(self._slots.setdefault(instance.model, {}), agent.device_name, instance.slots)
+        for name, residency in records.residency.items():
+            if name in records.agents and self._residencies.get(name) is not residency:
+                self._residencies[name] = residency
+                for shard in residency.shards:
+                    if shard.model in records.models:
+                        self._learn_load(shard)
 
     def _learn_load(self, shard: cluster_pb2.ResidentShard) -> None:
         key = (shard.model, tuple(shard.group.agent_ids))

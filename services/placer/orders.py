@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from prometheus_client import Counter
 
@@ -13,7 +14,7 @@ from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.placer.accounting import Prewarms
 from services.placer.backoff import Backoff
-from services.placer.calls import AgentCalls
+from services.placer.calls import AgentCalls, Sent
 from services.placer.decisions import Action, Do
 from services.placer.memory import Memory
 from services.placer.records import Records
@@ -72,7 +73,8 @@ class Orders:
             _log.info("order", kind=action.do.value, model=action.model, agents=action.group, reason=action.reason.text)
             self._prewarms.ordered(action, found.get(key))
             name = f"{action.do.value} {action.model}"
-            task = asyncio.create_task(self._carry_out(action, records, fence, first), name=name)
+            work = self._carry_out(action, records, fence, first) if first else self._send(action, records, fence)
+            task = asyncio.create_task(work, name=name)
             self.sent += 1
             self._orders[key] = _Order(self.sent, action, _copies(action, found.get(key), records), task)
 
@@ -181,7 +183,14 @@ class Orders:
             await asyncio.wait([order.task])
             if order.action.do is Do.EVICT and not order.task.cancelled() and (error := order.task.result()):
                 return f"no room was made: {error}"
-        error = await self.calls.send(action, records, fence)
+        return await self._send(action, records, fence)
+
+    def _send(self, action: Action, records: Records, fence: int) -> Coroutine[Any, Any, str]:
+        """Sends an order now; what failed is told when it is awaited."""
+        return self._answer(action, self.calls.send(action, records, fence))
+
+    async def _answer(self, action: Action, sent: list[Sent]) -> str:
+        error = await self.calls.answers(sent)
         _ORDERS.labels(action.do.value, "failed" if error else "taken").inc()
         if error:
             self.on_failure()

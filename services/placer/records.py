@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.placer.decisions import Action
 from services.placer.snapshot import Agent, Key, Node, Quantiles, Replica, State, WindowLoad
@@ -37,46 +38,114 @@ class Records:
                 yield from residency.shards
 
 
-def agents(records: Records) -> dict[str, Agent]:
-    """The agents whose residency is known."""
-    known = {}
-    for agent_id, record in records.agents.items():
-        residency = records.residency.get(agent_id)
-        if residency is None or not record.page_bytes:
-            continue
-        control = records.controls.get(agent_id, cluster_pb2.AgentControl())
-        known[agent_id] = Agent(
-            id=agent_id,
-            node=record.node,
-            device_index=record.device_index,
-            page_bytes=record.page_bytes,
-            pages_total=record.pages_total,
-            pages_kv=residency.pages_kv,
-            pages_promised=residency.pages_promised,
-            cordoned=control.cordoned or control.drained or record.stopping,
-            drained=control.drained and not record.stopping,  # one that stops drains itself
-        )
-    return known
+@dataclass(frozen=True)
+class Seen:
+    """What records show."""
+
+    agents: dict[str, Agent]  # those whose residency is known
+    replicas: dict[Key, Replica]  # those that are not cold, put together from their shards
+    failures: dict[Key, str]  # replicas whose last transition failed, with the agent's words
 
 
-def replicas(records: Records) -> dict[Key, Replica]:
-    """The replicas that are not cold, put together from their shards."""
-    slots = {record.id: record.slots for record in records.instances.values()}
-    found: dict[Key, Replica] = {}
-    shards: defaultdict[Key, list[cluster_pb2.ResidentShard]] = defaultdict(list)
-    for shard in records.shards:
-        state = _STATES.get(shard.state)
-        if state is None:
-            continue
-        key = (shard.model, tuple(shard.group.agent_ids))
-        if len(key[1]) == 1:  # most are: a wake waits for this, so they are not gone through again and again
-            found[key] = _replica(records, key, state, (shard,), slots)
-        else:
-            shards[key].append(shard)
-    for key, parts in shards.items():
-        state = _joint_state([_STATES[shard.state] for shard in parts], len(key[1]))
-        found[key] = _replica(records, key, state, parts, slots)
+@dataclass(frozen=True)
+class _OfAgent:
+    """What one agent's records show, and those records."""
+
+    record: cluster_pb2.AgentRecord
+    residency: cluster_pb2.AgentResidency
+    control: cluster_pb2.AgentControl | None
+    agent: Agent | None
+    replicas: list[tuple[Replica, str]]  # those that it holds alone, with their instance
+    shards: list[tuple[Key, cluster_pb2.ResidentShard]]  # of the others
+    failures: dict[Key, str]
+
+    def holds(
+        self,
+        record: cluster_pb2.AgentRecord,
+        residency: cluster_pb2.AgentResidency,
+        control: cluster_pb2.AgentControl | None,
+    ) -> bool:
+        """Whether it is of these."""
+        return self.record is record and self.residency is residency and self.control is control
+
+
+class View:
+    """Records as the planner's values, made anew only for agents of which something has changed: wakes wait for it."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, _OfAgent] = {}
+        self._models: list[cluster_pb2.ModelSpec] = []
+
+    def see(self, records: Records) -> Seen:
+        """What these records show. A record that has changed is another object."""
+        models = list(records.models.values())
+        if len(models) != len(self._models) or not all(map(operator.is_, models, self._models)):
+            self._known.clear()
+            self._models = models
+        known = self._known
+        self._known = {}
+        slots = {record.id: record.slots for record in records.instances.values()}
+        seen = Seen({}, {}, {})
+        parts: defaultdict[Key, list[cluster_pb2.ResidentShard]] = defaultdict(list)
+        for agent_id, record in records.agents.items():
+            residency, control = records.residency.get(agent_id), records.controls.get(agent_id)
+            if residency is None:
+                continue
+            own = known.get(agent_id)
+            if own is None or not own.holds(record, residency, control):
+                own = _of_agent(records, record, residency, control)
+            self._known[agent_id] = own
+            if own.agent is not None:
+                seen.agents[agent_id] = own.agent
+            for replica, instance in own.replicas:
+                offered = slots.get(instance, 0) if instance else 0
+                seen.replicas[replica.key] = replica if not offered else replace(replica, slots=offered)
+            for key, shard in own.shards:
+                parts[key].append(shard)
+            seen.failures.update(own.failures)
+        for key, shards in parts.items():
+            state = _joint_state([_STATES[shard.state] for shard in shards], len(key[1]))
+            offered = max(slots.get(shard.instance_id, 0) for shard in shards)
+            seen.replicas[key] = replace(_replica(records, key, state, shards), slots=offered)
+        return seen
+
+
+def _of_agent(
+    records: Records,
+    record: cluster_pb2.AgentRecord,
+    residency: cluster_pb2.AgentResidency,
+    control: cluster_pb2.AgentControl | None,
+) -> _OfAgent:
+    found = _OfAgent(record, residency, control, _agent(record, residency, control), [], [], {})
+    for shard in residency.shards:
+        key, state = (shard.model, tuple(shard.group.agent_ids)), _STATES.get(shard.state)
+        if state is not None and len(key[1]) == 1:
+            found.replicas.append((_replica(records, key, state, (shard,)), shard.instance_id))
+        elif state is not None:
+            found.shards.append((key, shard))
+        ended = shard.state in (common_pb2.REPLICA_STATE_COLD, common_pb2.REPLICA_STATE_WARM)
+        if ended and shard.reason.cause == common_pb2.CAUSE_FAILURE:
+            found.failures[key] = shard.reason.text
     return found
+
+
+def _agent(
+    record: cluster_pb2.AgentRecord, residency: cluster_pb2.AgentResidency, control: cluster_pb2.AgentControl | None
+) -> Agent | None:
+    if not record.page_bytes:
+        return None
+    cordoned, drained = (control.cordoned, control.drained) if control is not None else (False, False)
+    return Agent(
+        id=record.id,
+        node=record.node,
+        device_index=record.device_index,
+        page_bytes=record.page_bytes,
+        pages_total=record.pages_total,
+        pages_kv=residency.pages_kv,
+        pages_promised=residency.pages_promised,
+        cordoned=cordoned or drained or record.stopping,
+        drained=drained and not record.stopping,  # one that stops drains itself
+    )
 
 
 def _replica(
@@ -84,7 +153,6 @@ def _replica(
     key: Key,
     state: State,
     shards: Sequence[cluster_pb2.ResidentShard],
-    slots: Mapping[str, int],
 ) -> Replica:
     model, group = key
     spec = records.models.get(model)
@@ -108,7 +176,6 @@ def _replica(
         kv_pages=kv_pages,
         running=running,
         score=min(shard.score for shard in shards) if whole else None,
-        slots=max((slots.get(shard.instance_id, 0) for shard in shards), default=0),
     )
 
 
@@ -137,16 +204,6 @@ def order_pages(records: Records, actions: Iterable[Action]) -> dict[Key, int]:
                 (-(-spec.facts.shard_bytes // size) for size in sizes if size), default=0
             )
     return pages
-
-
-def failures(records: Records) -> dict[Key, str]:
-    """Replicas whose last transition failed, with the agent's words."""
-    return {
-        (shard.model, tuple(shard.group.agent_ids)): shard.reason.text
-        for shard in records.shards
-        if shard.reason.cause == common_pb2.CAUSE_FAILURE
-        and shard.state in (common_pb2.REPLICA_STATE_COLD, common_pb2.REPLICA_STATE_WARM)
-    }
 
 
 def windows(forecast: cluster_pb2.Forecast | None) -> tuple[WindowLoad, ...]:

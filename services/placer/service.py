@@ -22,6 +22,7 @@ from services.placer.controller import Controller, DeposedError
 from services.placer.decisions import Outcome, Plan
 from services.placer.deploy import Deployer
 from services.placer.mirrors import Mirrors
+from services.placer.planning import Planning
 from services.placer.published import group_record, reason_record
 from services.placer.settings import PlacerSettings
 from services.placer.snapshot import Snapshot, State
@@ -40,10 +41,11 @@ _DEPLOYS = Counter("warmserve_placer_deploy_calls", "Calls of DeployModel, by th
 class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
     """See placement.proto. Only the leader answers."""
 
-    def __init__(self, settings: PlacerSettings, node: Node, mirrors: Mirrors) -> None:
+    def __init__(self, settings: PlacerSettings, node: Node, mirrors: Mirrors, planning: Planning) -> None:
         self._settings = settings
         self._node = node
         self._mirrors = mirrors
+        self._planning = planning
         self._queue = RequestQueue(node.redis, node.keys)
         self._announcer = Announcer(mirrors, node.events, self._queue)
         self._deployer = Deployer(node.store, node.keys)
@@ -67,7 +69,9 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
     async def _lead(self, fence: int, stopped: asyncio.Task[bool]) -> None:
         node = self._node
         _log.info("leading", fence=fence)
-        controller = Controller(self._settings, node.keys, node.store, self._queue, self._mirrors, fence)
+        controller = Controller(
+            self._settings, node.keys, node.store, self._queue, self._mirrors, self._planning, fence
+        )
         work = [
             asyncio.create_task(node.session.lost.wait(), name="lease lost"),
             asyncio.create_task(controller.run(), name="controller"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from services.placer.board import Board, Room, Source, Step
@@ -66,32 +67,33 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     all_groups = board.groups(model.tp)
     if not all_groups:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _no_group(board, model))
-    tried = [group for group in all_groups if _possible(board, model, group)]
-    usable = [group for group in tried if (model.name, group) not in snapshot.refused]
     best: tuple[_Rank, _Candidate] | None = None
-    for at_least, own, group in sorted(
-        (
-            (_rank(board, rule, model, group, own, Room()), own, group)
-            for group, own in _owns(board, model, usable)
-            if wish.places is None or group in wish.places
-        ),
-        key=lambda place: place[0],
-    ):
-        if best is not None and best[0] <= at_least:
-            break  # making room costs something, or nothing
-        shared = rule.sharing(model, group) if wish.worth < math.inf else 0.0
-        if shared > wish.worth:
-            continue
-        kept, first = _kv(board, rule, model, group)
-        room = board.make_room(model, group, _sources(board, rule, model, group, wish), kept=kept, first=first)
-        if room is not None and room.cost + shared <= wish.worth and (wish.places is None or room == Room()):
-            rank = _rank(board, rule, model, group, own, room)
-            if best is None or rank < best[0]:
-                best = rank, _Candidate(group, own, room)
+    # What loading alone costs is quickly told, and mostly tells enough: the rest is asked only of those it leaves.
+    for least, some in itertools.groupby(sorted(_loadings(board, rule, model, wish)), key=lambda place: place[0]):
+        if best is not None and best[0] < (0, least):
+            break
+        for at_least, group in sorted(
+            (_rank(board, rule, model, group, least, Room()), group)
+            for _, group in some
+            if _possible(board, model, group)
+        ):
+            if best is not None and best[0] <= at_least:
+                break  # making room costs something, or nothing
+            shared = rule.sharing(model, group) if wish.worth < math.inf else 0.0
+            if shared > wish.worth:
+                continue
+            kept, first = _kv(board, rule, model, group)
+            room = board.make_room(model, group, _sources(board, rule, model, group, wish), kept=kept, first=first)
+            if room is not None and room.cost + shared <= wish.worth and (wish.places is None or room == Room()):
+                rank = _rank(board, rule, model, group, least, room)
+                if best is None or rank < best[0]:
+                    best = rank, _Candidate(group, board.get(model.name, group), room)
     if best is not None:
         return _decide(best[1], model, wish, snapshot.agents[best[1].group[0]].node)
     if wish.places is not None:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, "it would cost others more")
+    tried = [group for group in all_groups if _possible(board, model, group)]
+    usable = [group for group in tried if (model.name, group) not in snapshot.refused]
     if tried and not usable:
         text = "; ".join(f"{names(group)}: {snapshot.refused[model.name, group]}" for group in tried)
         return _impossible(wish, common_pb2.CAUSE_FAILURE, f"the last try failed and will be repeated soon: {text}")
@@ -147,16 +149,20 @@ def _may_go(board: Board, replica: Replica) -> bool:
     return sum(r.state is State.ACTIVE for r in board.of(replica.model)) > other.min_replicas
 
 
-def _owns(board: Board, model: Model, usable: list[GroupIds]) -> list[tuple[GroupIds, Replica | None]]:
-    """What the model has on each group."""
-    return [(group, board.get(model.name, group)) for group in usable]
+def _loadings(board: Board, rule: Rule, model: Model, wish: Wish) -> Iterator[tuple[float, GroupIds]]:
+    """What loading costs on each group that may be tried."""
+    refused = board.snapshot.refused
+    for group in board.groups(model.tp):
+        if (model.name, group) not in refused and (wish.places is None or group in wish.places):
+            own = board.get(model.name, group)
+            missing = 1 - (own.residency if own else 0)
+            yield rule.loading(model, group, missing) if missing else 0.0, group
 
 
-def _rank(board: Board, rule: Rule, model: Model, group: GroupIds, own: Replica | None, room: Room) -> _Rank:
-    missing = 1 - (own.residency if own else 0)
+def _rank(board: Board, rule: Rule, model: Model, group: GroupIds, loading: float, room: Room) -> _Rank:
     neighbours = sum(map(serves, board.on(group)))
     first = board.snapshot.agents[group[0]]
-    cost = room.cost + rule.sharing(model, group) + (rule.loading(model, group, missing) if missing else 0.0)
+    cost = room.cost + rule.sharing(model, group) + loading
     return room.last_resorts, cost, neighbours, first.node, first.device_index, group
 
 

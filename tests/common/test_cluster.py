@@ -26,7 +26,7 @@ from services.common.session import Election, Session
 from warmserve.cluster.events import EventStream
 from warmserve.cluster.keys import Keys, check_model_name
 from warmserve.cluster.mirror import Mirror
-from warmserve.cluster.store import Store, StoreUnavailableError
+from warmserve.cluster.store import Store, StoreUnavailableError, encode
 from warmserve.v1 import agent_pb2, cluster_pb2, common_pb2
 
 
@@ -177,11 +177,11 @@ async def test_one_leader_at_a_time_and_fences_rise(store: Store, keys: Keys) ->
     waiting = asyncio.create_task(elections[1].campaign())
     await store.put(keys.model("x"), spec("x"))
     assert not waiting.done()
-    assert await store.put_if_held(keys.plan(), cluster_pb2.Plan(fence=first), keys.placer_leader(), first)
+    assert await store.put_if_held(keys.plan(), encode(cluster_pb2.Plan(fence=first)), keys.placer_leader(), first)
     await sessions[0].close()
     second = await waiting
     assert second > first
-    assert not await store.put_if_held(keys.plan(), cluster_pb2.Plan(fence=first), keys.placer_leader(), first)
+    assert not await store.put_if_held(keys.plan(), encode(cluster_pb2.Plan(fence=first)), keys.placer_leader(), first)
     await sessions[1].close()
 
 

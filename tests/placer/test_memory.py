@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from services.common.queues import QueueCounts
 from services.placer.memory import Memory
-from services.placer.records import Records, replicas
+from services.placer.records import Records, View
 from services.placer.snapshot import Replica, Rules, Snapshot, State
 from warmserve.v1 import cluster_pb2, common_pb2
 
@@ -39,8 +39,8 @@ def shard(state: common_pb2.ReplicaState, running: int = 0, cold_load_ms: float 
 
 
 def see(memory: Memory, now: float, seen: Records, waiting: int = 0, taken: int = 0) -> Snapshot:
-    counts = {"a": QueueCounts(waiting, taken)}
-    return memory.snapshot(seen, replicas(seen).values(), counts, Rules(), now, 1e9 + now)
+    counts, shown = {"a": QueueCounts(waiting, taken)}, View().see(seen)
+    return memory.snapshot(seen, shown.agents, shown.replicas.values(), counts, Rules(), now, 1e9 + now)
 
 
 def only(snapshot: Snapshot) -> Replica:
@@ -114,7 +114,7 @@ def test_the_states_of_a_groups_shards_make_one() -> None:
             )
             for g, state, pages in zip(("g0", "g1"), states, (16, 10), strict=False)
         }
-        return replicas(Records(agents, residency, {}, {}, {}, {}))["a", ("g0", "g1")]
+        return View().see(Records(agents, residency, {}, {}, {}, {})).replicas["a", ("g0", "g1")]
 
     warm, active = common_pb2.REPLICA_STATE_WARM, common_pb2.REPLICA_STATE_ACTIVE
     assert (joint(warm, warm).state, joint(warm, warm).resident) == (State.WARM, 10)

@@ -156,14 +156,14 @@ class Store:
 
         return await self._call(transaction)
 
-    async def put_if_held(self, key: str, message: Message, held_key: str, create_revision: int) -> bool:
-        """Writes a value only while `held_key` is the one created at `create_revision` (fencing of leaders)."""
+    async def put_if_held(self, key: str, value: bytes, held_key: str, create_revision: int) -> bool:
+        """Writes an encoded value only while `held_key` is the one created at `create_revision` (fencing of leaders)."""
 
         async def transaction(client: aetcd.Client) -> bool:
             parts = client.transactions
             ok, _ = await client.transaction(
                 compare=[parts.create(held_key.encode()) == create_revision],
-                success=[parts.put(key.encode(), encode(message))],
+                success=[parts.put(key.encode(), value)],
                 failure=[],
             )
             return bool(ok)
