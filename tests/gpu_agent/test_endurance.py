@@ -296,7 +296,9 @@ async def test_models_take_turns_for_long(
             await world.serve(model, 1)
         await world.prepared()
         before, device_before, captured = anonymous_bytes(), device_bytes(scale), captures()
-        for _ in range(CYCLES):
+        for number in range(CYCLES):
+            if number % 100 == 0:
+                print(f"{number} of {CYCLES} cycles", flush=True)
             await world.cycle()
             world.check()
         grown = anonymous_bytes() - before
