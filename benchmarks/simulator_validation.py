@@ -6,13 +6,13 @@ The real system is `warmserve up`'s: etcd, Redis, router, placer, forecaster and
 room for one of three tiny models, which take turns of six seconds. Azure's conversations, at half their speed and with
 a tenth of their tokens, are sent to it as clients would send them.
 
-Before it, on a cluster of its own, what the machine does is measured, as a client sees it: prompts of some lengths and
-batches of some sizes on an active instance, which the simulator's cost model is fitted to, and what a warm and a cold
-replica take to serve. These are measured one at a time; in a replay, agents, router, placer and forecaster share the
-machine's cores. How much slower that makes prompts and tokens, a factor for each, is learnt from two further replays,
-before and after the one that is foretold, with other requests of the trace. From these figures and the requests alone
-the simulator foretells the replay. Ten minutes, and seven to measure; on a machine that does nothing else, or it
-measures that.
+Before it, on a cluster of its own, what the machine does is measured: prompts of some lengths and batches of some sizes
+on an active instance, which the simulator's cost model is fitted to, and what waking and loading take. These are
+measured one at a time; in a replay, agents, router, placer, forecaster and clients share the machine's cores. How much
+slower that makes prompts and tokens, a factor for each, is taken from the steps of the replay itself, and with it how
+long requests take to an instance and tokens back (simulator_validation_replay.py): the conditions are the same on both
+sides. Times to first tokens, what requests found, and all waiting are foretold from these figures and the requests
+alone. Ten minutes, and four to measure.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 
 from benchmarks.report import Row, report
 from benchmarks.simulator_validation_lab import TIMEOUT_S, Lab, Machine, machine_of
+from benchmarks.simulator_validation_replay import steps_of, times_slower, ways
 from launcher.checkpoints import CONTEXT_TOKENS, checkpoint_folders
 from launcher.cluster import Cluster, ClusterConfig
 from launcher.demo import traffic
@@ -50,9 +51,7 @@ WINDOW_S = 1.0
 LOOKAHEAD_S = 4.0
 BATCH = 8  # host agents' most sequences
 TOKEN_BUDGET = 512  # of a step of theirs
-LEARN_S = 90.0  # of each replay from which it is learnt how much slower the machine is then
-_ROUNDS = 8
-_STEADY = 0.6  # the power of what is off by which the factor is mended: waiting grows faster than steps
+DEPLOYED_S = 5.0  # about so long before the first request models are known, and warmed
 
 
 def specs(folder: Path) -> list[ModelSpec]:
@@ -84,16 +83,35 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Observed:
-    """The machine, as slow as it is in replays, and the replay that is to be foretold."""
+    """The machine, and the replay that is to be foretold."""
 
-    machine: Machine
-    times_slower: tuple[float, float]  # than when it was measured: prompts, tokens
+    machine: Machine  # as measured one at a time
     models: Sequence[ModelSpec]
     replayed: Replayed
 
 
-def foretell(machine: Machine, models: Sequence[ModelSpec], replayed: Replayed) -> Results:
+@dataclass(frozen=True)
+class Conditions:
+    """What a machine was like in a replay."""
+
+    prompts: float  # times slower than measured one at a time
+    tokens: float  # likewise
+    hop_s: float
+    reply_s: float
+
+
+def conditions(observed: Observed) -> Conditions:
+    """From the replay's steps and ways."""
+    outcomes = observed.replayed.outcomes
+    models = {model.name: model for model in observed.models}
+    prompts, tokens = times_slower(observed.machine.cost, models, steps_of(outcomes))
+    hop_s, reply_s = ways([one for one in outcomes if not one.lost])
+    return Conditions(prompts, tokens, hop_s, reply_s)
+
+
+def foretell(machine: Machine, models: Sequence[ModelSpec], replayed: Replayed, then: Conditions) -> Results:
     """A replay, simulated, from what was measured and the requests alone."""
+    machine = machine.slower(then.prompts, then.tokens)
     cluster = ClusterSpec(
         gpus_per_node=2,
         arena_bytes=ARENA_BYTES,
@@ -106,9 +124,9 @@ def foretell(machine: Machine, models: Sequence[ModelSpec], replayed: Replayed) 
     settings = Settings(
         tick_s=0.1,  # the placer plans whenever something has changed
         busy_tick_s=0.1,
-        warmup_s=replayed.offset_s % WINDOW_S,
+        warmup_s=DEPLOYED_S + replayed.offset_s % WINDOW_S,
         forecasting=Forecasting(PublishedPredictor(round(PERIOD_S / WINDOW_S)), window_s=WINDOW_S),
-        delays=Delays(wake_s=machine.wake_s),
+        delays=Delays(hop_s=then.hop_s, reply_s=then.reply_s, wake_s=machine.wake_s),
         cost=machine.cost,
         rules=Rules(lookahead_s=LOOKAHEAD_S),
         token_budget=TOKEN_BUDGET,
@@ -119,22 +137,7 @@ def foretell(machine: Machine, models: Sequence[ModelSpec], replayed: Replayed) 
     return simulate(cluster, models, moved, Ours(), settings=settings)
 
 
-def times_slower(machine: Machine, models: Sequence[ModelSpec], learnt_from: Sequence[Replayed]) -> tuple[float, float]:
-    """Factors for `Machine.slower` with which simulated requests of these replays take as long as they did: up to their
-    first tokens, and from there to their ends."""
-    real = [one for replayed in learnt_from for one in replayed.outcomes if not one.lost]
-    waited, answered = sum(one.ttft_s for one in real), sum(one.total_s - one.ttft_s for one in real)
-    prompts = tokens = 1.0
-    for _ in range(_ROUNDS):
-        told = [foretell(machine.slower(prompts, tokens), models, replayed) for replayed in learnt_from]
-        first = sum(float(one.ttft_s[one.served].sum()) for one in told)
-        ends = sum(float((one.finished_s - one.arrival_s)[one.served].sum()) for one in told)
-        prompts *= (waited / first) ** _STEADY
-        tokens *= (answered / (ends - first)) ** _STEADY
-    return prompts, tokens
-
-
-def rows(observed: Observed, foretold: Results) -> list[Row]:
+def rows(observed: Observed, then: Conditions, foretold: Results) -> list[Row]:
     """What was asked of both, side by side."""
     real, machine = observed.replayed.outcomes, observed.machine
     answered = [outcome for outcome in real if not outcome.lost]
@@ -157,11 +160,14 @@ def rows(observed: Observed, foretold: Results) -> list[Row]:
         Row("requests", len(real), "requests"),
         Row("lost by the real system", len(real) - len(answered), "requests", target=0.0),
         Row("steps fitted, mean error", 100 * machine.fit_error, "%"),
-        Row("prompts are slower in replays than one at a time", observed.times_slower[0], "times"),
-        Row("tokens likewise", observed.times_slower[1], "times"),
-        Row("waking what is all resident, upper quartile", 1000 * machine.wake_s[1], "ms"),
+        Row("waking, upper quartile", 1000 * machine.wake_s[1], "ms"),
         Row("loading", machine.load_gbps, "GB/s"),
+        Row("prompts were slower in the replay than one at a time", then.prompts, "times"),
+        Row("tokens likewise", then.tokens, "times"),
+        Row("a request's way to an instance", 1000 * then.hop_s, "ms"),
+        Row("beside the router, with the first token's", 1000 * then.reply_s, "ms"),
         *off("mean time to the first token", "ms", 1000 * float(foretold.ttft_s.mean()), 1000 * ttft, 15.0),
+        Row("  of those that found it active, simulated", *_active_ms(foretold, answered), "measured"),
         *off("throughput", "tokens/s", foretold.tokens_per_s, tokens, 15.0),
         *[
             row
@@ -169,6 +175,12 @@ def rows(observed: Observed, foretold: Results) -> list[Row]:
             for row in off(f"requests that found it {name}", "requests", simulated[name], states[name], 10.0)
         ],
     ]
+
+
+def _active_ms(foretold: Results, real: Sequence[Outcome]) -> tuple[float, str, float]:
+    simulated = foretold.ttft_s[foretold.found == Found.ACTIVE]
+    measured = [one.ttft_s for one in real if one.found_state == "active"]
+    return 1000 * float(simulated.mean()), "ms", 1000 * statistics.mean(measured)
 
 
 # Cold: nothing of the model is on any agent. Warm: a part, or all, or it is on its way for a request that came before,
@@ -202,34 +214,22 @@ async def observe(duration_s: float, trace: Path | None) -> Observed:
             for name, path in checkpoint_folders(checkpoints).items():
                 await deploy(cluster.environment, name, path, say)
 
-        everything = traffic(trace, duration_s + 2 * LEARN_S)
-
-        async def send(cluster: Cluster, begin_s: float, length_s: float) -> Replayed:
-            offset_s = time.time() % PERIOD_S
-            part = [
-                replace(request, time_s=request.time_s - begin_s)
-                for request in everything
-                if begin_s <= request.time_s < begin_s + length_s
-            ]
-            requests = Rotation([model.name for model in models], PERIOD_S, offset_s).apply(part)
-            say(f"replaying {len(requests)} requests for {length_s:.0f} s")
-            return await _replayed(cluster.router_address, requests, offset_s)
-
         with DataFolder(Path(temporary) / "measuring") as folder:
             async with Cluster(folder, config, say) as cluster:
                 await start(cluster)
                 lab = Lab(cluster.router_address, cluster.etcd_address, models)
-                steps, switches = await lab.steps(), await lab.switches()
-                learnt_from = [await send(cluster, duration_s, LEARN_S)]
+                steps, wakes_s, loads_s = await lab.steps(), await lab.wakes(), await lab.loads()
         with DataFolder(Path(temporary) / "replay") as folder:
             async with Cluster(folder, config, say) as cluster:
                 await start(cluster)
-                replayed = await send(cluster, 0.0, duration_s)
-                learnt_from.append(await send(cluster, duration_s + LEARN_S, LEARN_S))
-    machine = machine_of(models, steps, switches)
-    times = times_slower(machine, models, learnt_from)
-    say(f"measured: {machine}, slower in replays by {times[0]:.2f} (prompts) and {times[1]:.2f} (tokens)")
-    return Observed(machine.slower(*times), times, models, replayed)
+                offset_s = time.time() % PERIOD_S
+                rotation = Rotation([model.name for model in models], PERIOD_S, offset_s)
+                requests = rotation.apply(traffic(trace, duration_s))
+                say(f"replaying {len(requests)} requests for {duration_s:.0f} s")
+                replayed = await _replayed(cluster.router_address, requests, offset_s)
+    machine = machine_of(models, steps, wakes_s, loads_s)
+    say(f"measured: {machine}")
+    return Observed(machine, models, replayed)
 
 
 async def _replayed(address: str, requests: Sequence[Request], offset_s: float) -> Replayed:
@@ -263,8 +263,9 @@ def main() -> None:
     if trace is None and arguments.trace != usual:
         parser.exit(2, f"there is no trace {arguments.trace}\n")
     observed = asyncio.run(observe(arguments.duration, trace))
-    foretold = foretell(observed.machine, observed.models, observed.replayed)
-    report("simulator_validation", rows(observed, foretold), arguments.json)
+    then = conditions(observed)
+    foretold = foretell(observed.machine, observed.models, observed.replayed, then)
+    report("simulator_validation", rows(observed, then, foretold), arguments.json)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ PROMPTS = (8, 64, 160)
 BATCHES = (1, 4, 8)
 REPEATS = 5
 WAKES = 12
-_LITTLE = 0.05  # of the weights: what misses no more is all there
 TIMEOUT_S = 60.0
 
 
@@ -31,7 +30,7 @@ class Machine:
 
     cost: CostModel
     fit_error: float  # mean of the relative errors' sizes
-    wake_s: tuple[float, float]  # lower and upper quartile, of a replica all resident; assumed where too few were
+    wake_s: tuple[float, float]  # from the order until requests are taken; lower and upper quartile
     load_gbps: float
 
     def slower(self, prompts: float, tokens: float) -> Machine:
@@ -52,31 +51,19 @@ class Machine:
         return Machine(cost, self.fit_error, wake_s, self.load_gbps / prompts)
 
 
-@dataclass(frozen=True)
-class Switch:
-    """A wake: the share of the weights that was missing, and what it took beyond a request to an active model."""
-
-    missing: float
-    seconds: float
-
-
-def machine_of(models: Sequence[ModelSpec], steps: Sequence[Measurement], switches: Sequence[Switch]) -> Machine:
-    """What the measurements say."""
+def machine_of(
+    models: Sequence[ModelSpec], steps: Sequence[Measurement], wakes_s: Sequence[float], loads_s: Sequence[float]
+) -> Machine:
+    """What the measurements say. `wakes_s`: what requests to models without an instance took longer than to active
+    ones. `loads_s`: what agents took to load a whole replica."""
     cost, delays = fit(steps), Delays()
-    wake_s = delays.wake_s
-    whole = [switch.seconds for switch in switches if switch.missing <= _LITTLE]
-    if len(whole) >= WAKES // 2:
-        quarters = statistics.quantiles(whole, n=4)
-        wake_s = quarters[0], quarters[2]
-    # What is in the way drains first, which the simulator counts too.
-    other_s = statistics.mean(wake_s) + delays.replan_s
-    loads = [(switch.seconds - other_s) / switch.missing for switch in switches if switch.missing > _LITTLE]
-    if not loads or statistics.median(loads) <= 0:
-        raise RuntimeError("no wake showed what loading takes: the machine is too busy to measure anything")
-    loading_s = statistics.median(loads)
+    # What is in the way drains first, which the simulator counts too; the load goes on while the instance opens.
+    other_s = delays.ask_s + delays.replan_s
+    quarters = [max(0.0, quarter - other_s) for quarter in statistics.quantiles(wakes_s, n=4)]
     shard = statistics.mean(model.shard_bytes for model in models)
     errors = [abs(error) for error in cost.error(steps)]
-    return Machine(cost, statistics.mean(errors), wake_s, shard / loading_s / 1e9)
+    load_gbps = shard / statistics.median(loads_s) / 1e9
+    return Machine(cost, statistics.mean(errors), (quarters[0], quarters[2]), load_gbps)
 
 
 class Lab:
@@ -93,21 +80,31 @@ class Lab:
         """Of all models, each active and alone."""
         return [step for model in self._models for step in await self._steps(model)]
 
-    async def switches(self) -> list[Switch]:
-        """Wakes of models without an instance.
+    async def wakes(self) -> list[float]:
+        """Seconds that requests to models without an instance took longer than to active ones.
 
         Idle instances stay until somebody wants their pages, so what is in the way drains first, as in the replay.
         """
         return [await self._wake() for _ in range(WAKES)]
 
+    async def loads(self) -> list[float]:
+        """Seconds that agents took for their last load of each model from the beginning."""
+        store = Store([self._etcd_address])
+        try:
+            found, _ = await store.snapshot(Keys().residencies())
+        finally:
+            await store.close()
+        records = [decode(item.value, cluster_pb2.AgentResidency) for item in found if item.value is not None]
+        return [shard.cold_load_ms / 1000 for record in records for shard in record.shards if shard.cold_load_ms]
+
     async def _steps(self, model: ModelSpec) -> list[Measurement]:
-        delays = Delays()
         steps = []
         for prompt in PROMPTS:
-            seconds = [one.ttft_s for one in await self._active(model, prompt, 1, REPEATS, 1)]
-            taken = statistics.median(seconds) - delays.hop_s - delays.reply_s
+            outcomes = await self._active(model, prompt, 1, REPEATS, 1)
+            taken = statistics.median(one.router_ttft_s - one.queue_s for one in outcomes)
             steps.append(Measurement(model, taken, prefill=prompt))
-        self._first[model.name] = steps[0].seconds
+            if prompt == PROMPTS[0]:
+                self._first[model.name] = statistics.median(one.ttft_s for one in outcomes)
         for batch in BATCHES:
             outcomes = await self._active(model, PROMPTS[0], 40, 2, batch)
             token = statistics.median((one.total_s - one.ttft_s) / (one.output_tokens - 1) for one in outcomes)
@@ -123,22 +120,11 @@ class Lab:
                 outcomes += found
         return outcomes
 
-    async def _wake(self) -> Switch:
+    async def _wake(self) -> float:
         await asyncio.sleep(2 * Rules().min_stay_s)  # then instances may go
         name = await self._inactive()
-        missing = 1 - await self._resident(name)
         (outcome,) = await self._ask([Request(0.0, name, PROMPTS[0], 1)])
-        return Switch(missing, max(0.0, outcome.ttft_s - self._first[name]))
-
-    async def _resident(self, name: str) -> float:
-        """The largest share of a model's weights that any agent has."""
-        store = Store([self._etcd_address])
-        try:
-            found, _ = await store.snapshot(Keys().residencies())
-        finally:
-            await store.close()
-        records = [decode(item.value, cluster_pb2.AgentResidency) for item in found if item.value is not None]
-        return max((s.residency for record in records for s in record.shards if s.model == name), default=0.0)
+        return max(0.0, outcome.ttft_s - self._first[name])
 
     async def _inactive(self) -> str:
         """The name of a model without an instance: agents have room for all models but one."""

@@ -35,6 +35,8 @@ class Outcome:
     resumed: int
     error: str  # "" where it was answered in full
     tokens_s: tuple[float, ...] = ()  # when each token came, since it was sent
+    queue_s: float = 0.0  # until an instance took it, as the router measured
+    router_ttft_s: float = 0.0  # likewise, until the first token
 
     @property
     def lost(self) -> bool:
@@ -101,4 +103,6 @@ async def _send(client: AsyncClient, request: Request, chance: random.Random, be
         resumed=completion.timing.resumed if completion else 0,
         error=error,
         tokens_s=tuple(tokens_s),
+        queue_s=completion.timing.queue_ms / 1000 if completion else 0.0,
+        router_ttft_s=completion.timing.ttft_ms / 1000 if completion else 0.0,
     )

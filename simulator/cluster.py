@@ -181,11 +181,19 @@ class Cluster:
             replica.starting = self.clock.at(
                 self.clock.now + self.settings.first_load_s, lambda: self._prepared(replica)
             )
-        elif replica.state is State.WAKING and not self._start_s and took_s > self.settings.delays.wake_s[1]:
-            # It took requests before the last weights came, and computed their first step behind the copy.
-            self._serve(replica, min(took_s, self.settings.behind_s))
+        elif replica.state is State.WAKING and not self._start_s:
+            self._loaded_while_opening(replica, took_s)
         else:
             self._prepared(replica)
+
+    def _loaded_while_opening(self, replica: Replica, took_s: float) -> None:
+        """An instance opens while its weights come. Open before the last of them, it has taken requests and computed
+        their first step behind the copy."""
+        opened = replica.since + self._random.uniform(*self.settings.delays.wake_s)
+        if opened <= self.clock.now:
+            self._serve(replica, min(took_s, self.clock.now - opened, self.settings.behind_s))
+        else:
+            replica.starting = self.clock.at(opened, lambda: self._serve(replica))
 
     def _prepared(self, replica: Replica) -> None:
         replica.starting = None

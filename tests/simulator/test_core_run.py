@@ -221,6 +221,20 @@ def test_a_cold_model_waits_for_its_copy_and_a_warm_one_for_milliseconds() -> No
     assert from_disk.ttft_s[0] == pytest.approx(model.weight_bytes / (cluster.disk_gbps * 1e9), rel=0.02)
 
 
+@pytest.mark.parametrize("opens_s", [0.1, 0.5, 2.0])
+def test_an_instance_opens_while_its_weights_are_copied(opens_s: float) -> None:
+    model, delays = llama2_7b("one"), Delays(wake_s=(opens_s, opens_s))
+    copy = model.weight_bytes / 50e9
+    cluster, as_asked = ClusterSpec(1, 1, pcie_gbps=50.0), Scripted((0.001, Do.WAKE))
+    settings = replace(QUICK, delays=delays)
+    results = simulate(cluster, [model], [Request(0.0, "one", 2000, 10)], as_asked, settings=settings)
+    computed = results.unloaded_ttft_s[0] - delays.hop_s - delays.reply_s
+    behind = min(max(0.0, copy - opens_s), computed * (1 - 1 / model.layers))  # computed before all was there
+    asked = delays.hop_s + delays.ask_s
+    waited = asked + max(copy, opens_s) + computed - behind + delays.reply_s
+    assert results.ttft_s[0] == pytest.approx(waited, abs=2e-3)
+
+
 def test_kv_that_runs_short_preempts_and_still_serves_all() -> None:
     model = ModelSpec("tight", 300_000_000, 12, 500_000, max_batch=16, context_tokens=1200)
     cluster = ClusterSpec(1, 1, arena_bytes=70 * PAGE, page_bytes=PAGE)  # 52 pages of KV, 67 tokens each
