@@ -165,6 +165,7 @@ def _show(answer: WhatIf) -> None:
     if answer.target_s is not None:
         console.print(_table(*report.gpus_table(answer)))
     console.print(_table(*report.models_table(answer.results)))
+    console.print(_table(*report.late_table(answer.results)))
 
 
 def _table(header: report.Cells, rows: list[report.Cells]) -> Table:

@@ -28,7 +28,21 @@ _SECOND = 1e-6
 class Job:
     """A request on its way through the cluster."""
 
-    __slots__ = ("generated", "index", "joined", "left", "model", "output", "prompt", "since", "ticket", "tokens")
+    __slots__ = (
+        "begun",
+        "generated",
+        "index",
+        "joined",
+        "left",
+        "model",
+        "output",
+        "prompt",
+        "short",
+        "since",
+        "taken",
+        "ticket",
+        "tokens",
+    )
 
     def __init__(self, index: int, model: int, prompt: int, output: int, since: float) -> None:
         self.index = index  # in order of arrival
@@ -41,6 +55,9 @@ class Job:
         self.tokens = prompt  # to compute before the next token: the prompt, and after a preemption what was generated
         self.joined = 0.0  # the engine's count of steps when it began to decode
         self.ticket = 0  # order of joining
+        self.taken = since  # when an instance took it
+        self.begun = since  # when its prompt was begun, or computed anew
+        self.short = False  # whether its prompt waited for KV pages
 
 
 class News(Protocol):
@@ -151,6 +168,7 @@ class Engine:
     def take(self, job: Job) -> None:
         """Takes a request, to be begun by `go`. There must be a free slot."""
         self.jobs += 1
+        job.taken = self._clock.now
         self._waiting.append(job)
 
     def go(self) -> None:
@@ -245,6 +263,7 @@ class Engine:
         self._until = math.inf
         while self._waiting and not self._prompts and not self._begin_prompts(came):
             if self._pages(self._waiting[0].tokens + 1) <= self._memory.limit(self):
+                self._waiting[0].short = True
                 break
             self.jobs -= 1
             self._news.impossible(self, self._waiting.popleft())
@@ -323,7 +342,8 @@ class Engine:
             own -= job.tokens * self._cost.per_prompt_token + job.tokens**2 * self._cost.per_prompt_square
         if not chosen:
             return False
-        for _ in chosen:
+        for job in chosen:
+            job.begun = self._clock.now
             self._waiting.popleft()
         self._prompts, self._prompt_tokens = chosen, tokens
         seconds = steps * self._cost.decode(decoding, self._context) + self._cost.prefill_base + own

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from simulator import plots
+from simulator.late import causes
 from simulator.results import Found, Results
 from simulator.whatif import WhatIf
 
@@ -48,6 +49,8 @@ def html(what_if: WhatIf, command: str) -> str:
             _image(plots.lines("GPUs", "time to first token (s)", curves, log_y=True), "Time to first token by GPUs")
         )
     parts += [
+        "<h2>Why the latest hundredth was late</h2>",
+        _table(*late_table(results)),
         f"<h2>Models, on {results.gpus} GPUs</h2>",
         _table(*models_table(results)),
         "<p class=quiet>Active, warm, cold: how many requests found an instance, a warm replica (perhaps in part), or "
@@ -125,6 +128,12 @@ def models_table(results: Results) -> tuple[Cells, list[Cells]]:
     return header, rows
 
 
+def late_table(results: Results) -> tuple[Cells, list[Cells]]:
+    """Header and rows: why the latest hundredth of the requests waited, the commonest cause first."""
+    header = ("when the request came, the model was ...", "requests", "time to first token, median")
+    return header, [(cause.text, f"{cause.requests:,}", _s(cause.ttft_s)) for cause in causes(results)]
+
+
 def document(what_if: WhatIf, command: str) -> dict[str, Any]:
     """The same for programs."""
     return {
@@ -142,6 +151,10 @@ def document(what_if: WhatIf, command: str) -> dict[str, Any]:
             for trial in what_if.tried
         ],
         "result": what_if.results.summary(),
+        "late": [
+            {"why": c.text, "requests": c.requests, "ttft_s": c.ttft_s if np.isfinite(c.ttft_s) else None}
+            for c in causes(what_if.results)
+        ],
         "gpu_hours": {
             name: float(seconds) / 3600
             for name, seconds in zip(what_if.results.models, what_if.results.active_gpu_s, strict=True)

@@ -55,6 +55,9 @@ class Results:
     prompt_tokens: Ints
     output_tokens: Ints
     found: Ints  # Found
+    taken_s: Floats  # when an instance took it; inf: none did
+    begun_s: Floats  # when its prompt was begun; likewise
+    short: NDArray[np.bool_]  # whether its prompt had to wait for KV pages
     unloaded_ttft_s: Floats  # time to the first token on an idle active instance, by the same cost model
     unloaded_tpot_s: Floats  # time per further token alone on it
     busy_gpu_s: Floats  # per model: GPU-seconds computing

@@ -133,6 +133,9 @@ class _Run(Listener):
         count = len(columns.time_s)
         self._first = [float("inf")] * count
         self._finished = [float("inf")] * count
+        self._taken = [float("inf")] * count
+        self._begun = [float("inf")] * count
+        self._short: set[int] = set()
         self._found = [0] * count
         self._open = count  # requests that have not ended
         self._failed = 0
@@ -203,6 +206,10 @@ class _Run(Listener):
     def first_token(self, job: Job) -> None:
         """See Listener."""
         self._first[job.index] = self._clock.now
+        self._taken[job.index] = job.taken
+        self._begun[job.index] = job.begun
+        if job.short:
+            self._short.add(job.index)
 
     def finished(self, job: Job) -> None:
         """See Listener."""
@@ -244,6 +251,9 @@ class _Run(Listener):
             prompt_tokens=columns.prompt,
             output_tokens=columns.output,
             found=np.array(self._found, dtype=np.int64),
+            taken_s=np.array(self._taken),
+            begun_s=np.array(self._begun),
+            short=np.isin(np.arange(len(self._first)), list(self._short)),
             unloaded_ttft_s=unloaded_ttft,
             unloaded_tpot_s=unloaded_tpot,
             busy_gpu_s=np.array([model.busy_gpu_s for model in models]),
