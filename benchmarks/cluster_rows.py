@@ -169,7 +169,7 @@ def run_values(runs: Runs, seed: int) -> list[dict[str, object]]:
             "p99_floor_s": run.floor_s,
             "within_target": run.within,
             "unserved": run.unserved,
-            "found": dict(zip(("cold", "partial", "warm", "waking", "active"), run.found, strict=True)),
+            "found": dict(zip(("cold", "partial", "warm", "waking", "open", "active"), run.found, strict=True)),
             "wakes": dict(zip(("warm", "partial", "cold"), run.wakes, strict=True)),
             "copied_bytes": run.copied_bytes,
             "wasted_bytes": run.wasted_bytes,

@@ -178,7 +178,7 @@ def rows(observed: Observed, then: Conditions, foretold: Results) -> list[Row]:
 
 
 def _active_ms(foretold: Results, real: Sequence[Outcome]) -> tuple[float, str, float]:
-    simulated = foretold.ttft_s[foretold.found == Found.ACTIVE]
+    simulated = foretold.ttft_s[foretold.found >= Found.OPEN]
     measured = [one.ttft_s for one in real if one.found_state == "active"]
     return 1000 * float(simulated.mean()), "ms", 1000 * statistics.mean(measured)
 
@@ -186,7 +186,11 @@ def _active_ms(foretold: Results, real: Sequence[Outcome]) -> tuple[float, str, 
 # Cold: nothing of the model is on any agent. Warm: a part, or all, or it is on its way for a request that came before,
 # until its instance is registered.
 _REAL = {"active": ("active",), "warm": ("warm", "warming"), "cold": ("cold",)}
-_SIMULATED = {"active": (Found.ACTIVE,), "warm": (Found.WARM, Found.PARTIAL, Found.WAKING), "cold": (Found.COLD,)}
+_SIMULATED = {
+    "active": (Found.ACTIVE, Found.OPEN),
+    "warm": (Found.WARM, Found.PARTIAL, Found.WAKING),
+    "cold": (Found.COLD,),
+}
 
 
 async def observe(duration_s: float, trace: Path | None) -> Observed:

@@ -54,8 +54,8 @@ class Machine:
 def machine_of(
     models: Sequence[ModelSpec], steps: Sequence[Measurement], wakes_s: Sequence[float], loads_s: Sequence[float]
 ) -> Machine:
-    """What the measurements say. `wakes_s`: what requests to models without an instance took longer than to active
-    ones. `loads_s`: what agents took to load a whole replica."""
+    """What the measurements say. `wakes_s`: how much later requests to models without an instance were taken than those
+    to active ones. `loads_s`: what agents took to load a whole replica."""
     cost, delays = fit(steps), Delays()
     # What is in the way drains first, which the simulator counts too; the load goes on while the instance opens.
     other_s = delays.ask_s + delays.replan_s
@@ -74,14 +74,14 @@ class Lab:
         self._etcd_address = etcd_address
         self._models = models
         self._seed = 0
-        self._first: dict[str, float] = {}  # seconds of a short prompt on an active instance
+        self._first: dict[str, float] = {}  # seconds until an active instance takes a request
 
     async def steps(self) -> list[Measurement]:
         """Of all models, each active and alone."""
         return [step for model in self._models for step in await self._steps(model)]
 
     async def wakes(self) -> list[float]:
-        """Seconds that requests to models without an instance took longer than to active ones.
+        """Seconds until requests to models without an instance are taken, beyond those to active ones.
 
         Idle instances stay until somebody wants their pages, so what is in the way drains first, as in the replay.
         """
@@ -104,7 +104,7 @@ class Lab:
             taken = statistics.median(one.router_ttft_s - one.queue_s for one in outcomes)
             steps.append(Measurement(model, taken, prefill=prompt))
             if prompt == PROMPTS[0]:
-                self._first[model.name] = statistics.median(one.ttft_s for one in outcomes)
+                self._first[model.name] = statistics.median(one.queue_s for one in outcomes)
         for batch in BATCHES:
             outcomes = await self._active(model, PROMPTS[0], 40, 2, batch)
             token = statistics.median((one.total_s - one.ttft_s) / (one.output_tokens - 1) for one in outcomes)
@@ -124,7 +124,7 @@ class Lab:
         await asyncio.sleep(2 * Rules().min_stay_s)  # then instances may go
         name = await self._inactive()
         (outcome,) = await self._ask([Request(0.0, name, PROMPTS[0], 1)])
-        return max(0.0, outcome.ttft_s - self._first[name])
+        return max(0.0, outcome.queue_s - self._first[name])
 
     async def _inactive(self) -> str:
         """The name of a model without an instance: agents have room for all models but one."""

@@ -56,7 +56,7 @@ class Cluster:
         self.gpus = self.arenas.gpus
         self.counts = Counts()
         self.copied: dict[str, float] = {}
-        self.requests = Requests(clock, news, self.resident, self._retire)
+        self.requests = Requests(clock, news, self.resident, self.open, self._retire)
         self._news = news
         self._start_s = start_s
         self._lends = lends
@@ -91,6 +91,12 @@ class Cluster:
     def replica(self, model: ModelState, group: Iterable[Gpu]) -> Replica | None:
         """The model's replica on exactly that group."""
         return model.replicas.get(tuple(gpu.id for gpu in group))
+
+    def open(self, replica: Replica) -> bool:
+        """Whether an instance that is being woken takes requests already, its last weights being on their way."""
+        if self._start_s or self.clock.now < replica.opens_at:
+            return False
+        return self.nodes[replica.gpus[0].node].left_s(replica) <= self.settings.behind_s
 
     def resident(self, replica: Replica) -> int:
         """Its resident pages at this moment, also while they are copied."""
@@ -144,8 +150,7 @@ class Cluster:
             self.requests.feed(model)
             return
         elif replica.state is State.WARMING and wake:
-            self._count_wake(replica)
-            self._enter(replica, State.WAKING)
+            self._wake(replica)
             if replica.load is not None:
                 self.nodes[group[0].node].hurry(replica.load)
             return
@@ -157,12 +162,18 @@ class Cluster:
         else:
             self.arenas.hold(replica, model.shard_pages)
         if wake:
-            self._count_wake(replica)
-        self._enter(replica, State.WAKING if wake else State.WARMING)
+            self._wake(replica)
+        else:
+            self._enter(replica, State.WARMING)
         if replica.whole:
             self._start(replica)
         else:
             self.nodes[group[0].node].begin(replica, urgent=wake)
+
+    def _wake(self, replica: Replica) -> None:
+        self._count_wake(replica)
+        self._enter(replica, State.WAKING)
+        replica.opens_at = self.clock.now + self._random.uniform(*self.settings.delays.wake_s)
 
     def _count_wake(self, replica: Replica) -> None:
         wakes, resident = replica.model.wakes, self.resident(replica)
@@ -189,11 +200,10 @@ class Cluster:
     def _loaded_while_opening(self, replica: Replica, took_s: float) -> None:
         """An instance opens while its weights come. Open before the last of them, it has taken requests and computed
         their first step behind the copy."""
-        opened = replica.since + self._random.uniform(*self.settings.delays.wake_s)
-        if opened <= self.clock.now:
-            self._serve(replica, min(took_s, self.clock.now - opened, self.settings.behind_s))
+        if replica.opens_at <= self.clock.now:
+            self._serve(replica, min(took_s, self.clock.now - replica.opens_at, self.settings.behind_s))
         else:
-            replica.starting = self.clock.at(opened, lambda: self._serve(replica))
+            replica.starting = self.clock.at(replica.opens_at, lambda: self._serve(replica))
 
     def _prepared(self, replica: Replica) -> None:
         replica.starting = None
@@ -204,8 +214,10 @@ class Cluster:
             self._news.changed(replica)
 
     def _start(self, replica: Replica) -> None:
-        delay = self._start_s + self._random.uniform(*self.settings.delays.wake_s)
-        replica.starting = self.clock.at(self.clock.now + delay, lambda: self._serve(replica))
+        due = replica.opens_at  # its order is that long ago
+        if self._start_s:  # an engine that begins when all is there
+            due = self.clock.now + self._start_s + self._random.uniform(*self.settings.delays.wake_s)
+        replica.starting = self.clock.at(due, lambda: self._serve(replica))
 
     def _serve(self, replica: Replica, ahead_s: float = 0.0) -> None:
         model = replica.model

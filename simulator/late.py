@@ -13,6 +13,7 @@ _FOUND = {
     Found.PARTIAL: "a part was resident: the rest was loaded",
     Found.WARM: "resident, and had to be woken",
     Found.WAKING: "was being woken for a request before",
+    Found.OPEN: "was being woken for a request before",
 }
 _SLOT = "active, and all its instances' slots were taken"
 _KV = "active, and KV pages were lacking"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,13 @@ class NodeLoads:
         if load is None or load.flow is None:
             return replica.resident
         return min(replica.model.shard_pages, load.from_page + self._pages_done(load, self._links.left(load.flow)))
+
+    def left_s(self, replica: Replica) -> float:
+        """Seconds until all is resident, as fast as it comes now; inf where nothing comes."""
+        flow = replica.load.flow if replica.load is not None else None
+        if flow is None or not flow.rate:
+            return 0.0 if replica.whole else math.inf
+        return self._links.left(flow) / flow.rate
 
     def tier(self, model: ModelState, group: Sequence[Gpu]) -> Tier:
         """Where a load would come from now."""

@@ -10,7 +10,13 @@ from matplotlib.figure import Figure
 
 from simulator.results import Found, Results
 
-_STATES = {Found.ACTIVE: "active", Found.WAKING: "being woken", Found.WARM: "warm", Found.PARTIAL: "partly resident"}
+_STATES = {
+    Found.ACTIVE: "active",
+    Found.OPEN: "open",
+    Found.WAKING: "being woken",
+    Found.WARM: "warm",
+    Found.PARTIAL: "partly resident",
+}
 _SIZE = (8.0, 3.6)
 _MOST_MODELS = 12  # with a line of their own
 

@@ -62,6 +62,7 @@ class Replica:
     engine: Engine | None = None
     load: Load | None = None
     starting: Alarm | None = None  # all resident, about to serve
+    opens_at: float = 0.0  # when the instance that is being woken may take requests, weights or not
     unused_bytes: float = 0.0  # copied since it last served
     accounted: float = 0.0  # until when its pages are in the model's resident_gpu_s
 

@@ -121,7 +121,7 @@ def models_table(results: Results) -> tuple[Cells, list[Cells]]:
         warm = np.isin(own, (Found.WARM, Found.PARTIAL)).sum()
         times = [_s(results.ttft(p, name)) if totals[at] else "" for p in (50, 95, 99)]
         hours = [f"{seconds[at] / 3600:,.2f}" for seconds in (results.active_gpu_s, results.busy_gpu_s)]
-        there = np.isin(own, (Found.ACTIVE, Found.WAKING)).sum()
+        there = np.isin(own, (Found.ACTIVE, Found.OPEN, Found.WAKING)).sum()
         cold = (own == Found.COLD).sum()
         counts = (f"{count:,}" for count in (there, warm, cold, results.wakes_by_model[at].all))
         rows.append((name, f"{totals[at]:,}", *times, *counts, *hours))

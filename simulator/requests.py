@@ -41,12 +41,15 @@ class Requests:
         clock: Clock,
         news: Listener,
         resident: Callable[[Replica], int],
+        is_open: Callable[[Replica], bool],
         drained: Callable[[Replica], None],
     ) -> None:
-        """`resident`: pages of a replica that are there now. `drained`: told when a draining one has nothing left."""
+        """`resident`: pages of a replica that are there now. `is_open`: whether one that is being woken takes requests
+        already. `drained`: told when a draining one has nothing left."""
         self._clock = clock
         self._news = news
         self._resident = resident
+        self._is_open = is_open
         self._drained = drained
 
     def arrived(self, model: ModelState, job: Job) -> Found:
@@ -101,6 +104,8 @@ class Requests:
                 resident = self._resident(replica)
                 whole = resident >= model.shard_pages
                 state = Found.WARM if whole else Found.PARTIAL if resident else Found.COLD
+            elif state is Found.WAKING and self._is_open(replica):
+                state = Found.OPEN
             best = max(best, state)
         return best
 

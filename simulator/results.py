@@ -22,7 +22,8 @@ class Found(IntEnum):
     PARTIAL = 1  # a part of a replica
     WARM = 2  # all weights of a replica, not serving
     WAKING = 3  # an instance about to serve
-    ACTIVE = 4  # an instance
+    OPEN = 4  # an instance that takes requests while its last weights are on their way: services call it active
+    ACTIVE = 5  # an instance
 
 
 @dataclass

@@ -26,7 +26,7 @@ def outcome(within: float = 1.0, p99: float = 0.2) -> Outcome:
         floor_s=0.1,
         within=within,
         unserved=0.0,
-        found=(0, 0, 0, 0, 1000),
+        found=(0, 0, 0, 0, 0, 1000),
         wakes=(1, 0, 0),
         copied_bytes=1e9,
         wasted_bytes=0.0,

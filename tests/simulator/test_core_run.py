@@ -235,6 +235,15 @@ def test_an_instance_opens_while_its_weights_are_copied(opens_s: float) -> None:
     assert results.ttft_s[0] == pytest.approx(waited, abs=2e-3)
 
 
+def test_an_instance_that_is_open_before_its_last_weights_counts_as_one() -> None:
+    model = llama2_7b("one")
+    cluster = ClusterSpec(1, 1, pcie_gbps=5.0)  # 2.7 s; it takes requests in the last one
+    settings = replace(QUICK, delays=Delays(wake_s=(0.01, 0.01)), behind_s=1.0)
+    requests_ = [Request(at, "one", 100, 10) for at in (0.0, 1.0, 2.0, 3.0)]
+    results = simulate(cluster, [model], requests_, Scripted((0.001, Do.WAKE)), settings=settings)
+    assert results.found.tolist() == [Found.COLD, Found.WAKING, Found.OPEN, Found.ACTIVE]
+
+
 def test_kv_that_runs_short_preempts_and_still_serves_all() -> None:
     model = ModelSpec("tight", 300_000_000, 12, 500_000, max_batch=16, context_tokens=1200)
     cluster = ClusterSpec(1, 1, arena_bytes=70 * PAGE, page_bytes=PAGE)  # 52 pages of KV, 67 tokens each
