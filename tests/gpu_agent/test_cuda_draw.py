@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import math
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.gpu_agent.engine.cuda import draw as kernel
 from services.gpu_agent.engine.sampling import draw_on_cpu, sample
@@ -117,6 +120,37 @@ def test_a_row_is_drawn_alike_alone_and_in_a_batch() -> None:
     plain = [i for i, (_, top_k, top_p, _) in enumerate(rows) if top_k == 0 and top_p == 1]
     assert len(plain) == 3
     assert draw(logits[plain], settings[plain], False)[0] == [together[i] for i in plain]
+
+
+@given(st.data())
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_any_row_gets_a_possible_token_and_the_same_in_any_batch(data: st.DataObject) -> None:
+    """Rows of every kind side by side, with tokens banned at random, damaged rows among them."""
+    vocabulary = data.draw(st.sampled_from([30, 20_000] if DEVICE == "cuda" else [1, 30, 64, 65, 150]))
+    rows = data.draw(st.integers(1, 5))
+    logits = random_logits(rows, vocabulary, data.draw(st.integers(0, 999)))
+    numbers = []
+    for row in logits:
+        banned = data.draw(st.sets(st.integers(0, vocabulary - 1), max_size=min(vocabulary - 1, 200)))
+        row[sorted(banned)] = -INF
+        if data.draw(st.integers(0, 5)) == 0:
+            row[data.draw(st.integers(0, vocabulary - 1))] = data.draw(st.sampled_from([math.nan, INF]))
+        temperature = data.draw(st.sampled_from([0.0, 1e-30, 0.7, 2.0]))
+        unit = data.draw(st.sampled_from([0.0, 0.3, 0.9, 1 - 2.0**-53]))
+        numbers.append((temperature, *data.draw(st.sampled_from(FILTERS)), unit))
+    settings = settings_of(*numbers)
+    filtered = any(temperature > 0 and (top_k > 0 or top_p < 1) for temperature, top_k, top_p, _, _ in numbers)
+    tokens, finite = draw(logits, settings, filtered)
+    for i, (temperature, top_k, top_p, _, _) in enumerate(numbers):
+        alone = draw(logits[i : i + 1], settings[i : i + 1], temperature > 0 and (top_k > 0 or top_p < 1))
+        assert alone == ([tokens[i]], [finite[i]])
+        assert finite[i] == bool((logits[i] < INF).all())
+        if not finite[i]:
+            assert tokens[i] == 0
+        elif temperature == 0:
+            assert tokens[i] == logits[i].argmax()
+        else:
+            assert logits[i, tokens[i]] > -INF
 
 
 def test_the_first_of_equal_tokens_is_the_likeliest() -> None:

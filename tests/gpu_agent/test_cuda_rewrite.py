@@ -312,7 +312,8 @@ def test_tables_of_frequencies_that_change_with_the_length_are_left(kind: str) -
     }
     parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, **options.get(kind, {})}
     with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(CONFIGS["llama"](rope_parameters=parameters)).eval()
+        config = CONFIGS["llama"](rope_parameters=parameters, max_position_embeddings=1 << 17)
+        model = AutoModelForCausalLM.from_config(config).eval()
     (part,) = rotary_modules(model)
     before = {name: buffer.clone() for name, buffer in part.named_buffers()}
     facts = {name: value for name, value in vars(part).items() if not name.startswith("_")}
