@@ -21,6 +21,7 @@ _SHUFFLES = 8  # further orders tried on small clusters
 _VAIN = 3  # rounds
 _LEFT_OUT = 0.2  # share of the models that such an order leaves out
 Order = Callable[[Seat], float]  # the higher, the earlier; below 0: not at all
+Way = tuple[Order, Seat | None]  # to put back what was taken out: a model that comes first, if any, then in this order
 
 
 class Search:
@@ -47,6 +48,7 @@ class Search:
         self._ranked: dict[int, list[Agents]] = {}  # groups, the cheapest first, as of a while ago
         self._ages: dict[int, int] = {}  # how often `_ranked` may still be used
         self._guests: list[Seat] = []
+        self._tried: set[tuple[Agents | int, ...]] = set()  # areas with orders of seats that made nothing better
         self._small = len(layout.free) <= SMALL
 
     def run(self) -> None:
@@ -59,8 +61,8 @@ class Search:
             self._improve_small()
         else:
             for area in self._areas():
-                for order in (self._density, self._worth):
-                    self._attempt(area, order)
+                self._attempt(area, [(self._density, None)])
+                self._attempt(area, [(self._worth, None)])
         self.fill(self._seats)
 
     def _improve_small(self) -> None:
@@ -72,10 +74,8 @@ class Search:
             number += _SHUFFLES
             improved = False
             for area in self._areas():
-                for order in orders:
-                    improved |= self._attempt(area, order)
-                for guest in self._unplaced():
-                    improved |= self._attempt(area, self._density, guest)
+                improved |= self._attempt(area, [(order, None) for order in orders])
+                improved |= self._attempt(area, [(self._density, guest) for guest in self._unplaced()])
             vain = 0 if improved else vain + 1
 
     def pin(self, seat: Seat, number: int) -> int:
@@ -207,7 +207,7 @@ class Search:
     def _force(self, seat: Seat) -> None:
         """Tries to put a replica where the least has to go for it."""
         for agents in itertools.islice(self._cheapest(seat), _FEW // 2):
-            if agents not in seat.at and self._attempt(agents, self._density, seat):
+            if agents not in seat.at and self._attempt(agents, [(self._density, seat)]):
                 return
 
     def _cheapest(self, seat: Seat) -> Iterator[Agents]:
@@ -241,34 +241,52 @@ class Search:
             areas.append(tuple(range(num_agents)))
         return areas
 
-    def _attempt(self, area: Agents, order: Order, guest: Seat | None = None) -> bool:
-        """Takes out what lies on an area and puts it back in another order, `guest` first; whether that is better."""
-        layout = self._layout
-        if self._effort <= 0:
-            return False
-        before = layout.value
-        removed = [item for item in layout.on(area) if not item.fixed]
-        for item in removed:
-            layout.remove(item)
-        touched = {agent for item in removed for agent in item.agents}.union(area)
-        seats = [item.seat for item in removed]
-        present = {id(seat) for seat in seats}
-        seats += [seat for seat in self._guests if id(seat) not in present and self.wants(seat)]
-        seats = [seat for seat in seats if order(seat) >= 0]
-        seats.sort(key=lambda seat: (-order(seat), self._index[id(seat)]))
-        if guest is not None:
-            seats.insert(0, guest)
-        added = [new for seat in seats if (new := self._place(seat, self._around(seat, touched))) is not None]
-        added += self._keep(removed)
-        if layout.value > before + _LEAST_GAIN * (1 + abs(before)):
+    def _attempt(self, area: Agents, ways: list[Way]) -> bool:
+        """Takes out what lies on an area and puts it back in other ways; whether one of them is better."""
+        improved = False
+        while ways and self._effort > 0:
+            layout, before = self._layout, self._layout.value
+            removed = [item for item in layout.on(area) if not item.fixed]
+            for item in removed:
+                layout.remove(item)
+            done = self._first_better(area, removed, ways, before)
+            if not done:
+                for item in removed:
+                    layout.add(item)
+                layout.value = before  # as it was, to the last digit
+                break
+            improved, ways = True, ways[done:]
             self._guests = self._unplaced()[:_GUESTS]
-            return True
-        for item in reversed(added):
-            layout.remove(item)
-        for item in removed:
-            layout.add(item)
-        layout.value = before  # as it was, to the last digit
-        return False
+            self._tried.clear()
+        return improved
+
+    def _first_better(self, area: Agents, removed: list[Item], ways: list[Way], before: float) -> int:
+        """Puts back what was taken out in the first way that makes the layout worth more than `before`.
+
+        Returns how many ways were looked at, 0 where none is better: then nothing is put back.
+        """
+        layout, emptied = self._layout, self._layout.value
+        touched = {agent for item in removed for agent in item.agents}.union(area)
+        there = [item.seat for item in removed]
+        present = {id(seat) for seat in there}
+        there += [seat for seat in self._guests if id(seat) not in present and self.wants(seat)]
+        for number, (order, guest) in enumerate(ways, start=1):
+            ratings = [(-order(seat), self._index[id(seat)]) for seat in there]
+            indices = [index for rating, index in sorted(ratings) if rating <= 0]
+            if guest is not None:
+                indices.insert(0, self._index[id(guest)])
+            if (area, *indices) in self._tried:
+                continue
+            self._tried.add((area, *indices))
+            seats = [self._seats[index] for index in indices]
+            added = [new for seat in seats if (new := self._place(seat, self._around(seat, touched))) is not None]
+            added += self._keep(removed)
+            if layout.value > before + _LEAST_GAIN * (1 + abs(before)):
+                return number
+            for item in reversed(added):
+                layout.remove(item)
+            layout.value = emptied
+        return 0
 
     def _around(self, seat: Seat, touched: Iterable[int]) -> list[Agents]:
         """The places over some agents, and a few elsewhere."""
