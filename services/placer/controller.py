@@ -28,6 +28,8 @@ from warmserve.cluster.store import Store, StoreUnavailableError
 
 _log = logger(__name__)
 _COALESCE_S = 0.02  # changes that come together are answered together
+_BURST_S = 0.003  # wakes that follow one so soon come in a burst; they are
+_GATHER_S = 0.001  # gathered for so long and decided together: each decision takes about as long
 _REST = 4  # times as long as planning took no plan is made, so that others have the processor; but at most:
 _MOST_REST_S = 1.0
 _PUBLISH_S = 0.2  # between plans written: they are for people, and etcd keeps every one for a while
@@ -73,6 +75,9 @@ class Controller:
         self._orders = Orders(self._memory, AgentCalls(settings.order_timeout_s), self._changed)
         self._counts: dict[str, QueueCounts] = {}
         self._told: dict[str, int] = {}  # waiting requests that routers told of, until Redis is asked next
+        self._asked: dict[str, int] = {}  # waiting requests that routers ask for, by model, until that is decided
+        self._decision: asyncio.Task[tuple[Snapshot, Plan]]  # about them
+        self._decided_at = 0.0  # by the loop's clock
         self._kick = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._published = b""  # digest of the plan that etcd has
@@ -107,26 +112,42 @@ class Controller:
                 timer.cancel()
         await self._orders.close()
 
-    def wake(self, model: str, waiting: int) -> tuple[Snapshot, Plan]:
+    async def wake(self, model: str, waiting: int) -> tuple[Snapshot, Plan]:
         """Decides about a deployed model's waiting requests, orders what that takes, and tells what was decided.
 
-        It waits for nothing: neither for Redis, whose last counts it takes, nor for a plan in the making. A whole plan
-        follows. Raises StoreUnavailableError while etcd is away, DeposedError once this leadership has ended.
+        Neither Redis, whose last counts it takes, nor a plan in the making is waited for. Calls that come together are
+        decided together. A whole plan follows. Raises StoreUnavailableError while etcd is away, DeposedError once this
+        leadership has ended.
         """
         if self._closed:
             raise DeposedError
         if not self._mirrors.connected:
             raise StoreUnavailableError("nothing is placed anew until etcd answers")
-        self._told[model] = max(waiting, 1, self._told.get(model, 0))
-        decided = self._decide_wakes(model)
+        self._asked[model] = max(waiting, 1, self._asked.get(model, 0))
+        if len(self._asked) == 1:
+            self._decision = asyncio.create_task(self._decide_asked(), name="wakes")
+        return await asyncio.shield(self._decision)
+
+    async def _decide_asked(self) -> tuple[Snapshot, Plan]:
+        """Decides about what was asked: at once, or in a burst about all that comes within a moment."""
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._decided_at + _BURST_S:
+            await asyncio.sleep(_GATHER_S)
+        self._decided_at = loop.time()
+        asked, self._asked = self._asked, {}
+        if self._closed:
+            raise DeposedError
+        for model, waiting in asked.items():
+            self._told[model] = max(waiting, self._told.get(model, 0))
+        decided = self._decide_wakes(*asked)
         self._changed()
         return decided
 
-    def _decide_wakes(self, model: str) -> tuple[Snapshot, Plan]:
-        """What requests that wait need, without a whole plan; with the outlook of one model."""
+    def _decide_wakes(self, *models: str) -> tuple[Snapshot, Plan]:
+        """What requests that wait need, without a whole plan; with the outlooks of some models."""
         records, snapshot = self._look()
         with _PLAN_SECONDS.labels("wake").time():
-            plan = planner.wake(snapshot, model)
+            plan = planner.wake(snapshot, *models)
         if not self.advisory:
             self._orders.launch(plan.actions, snapshot, records, self._fence)
         return snapshot, plan
@@ -141,7 +162,7 @@ class Controller:
         counts = _at_least(self._counts, self._told)
         waiting = [name for name, count in counts.items() if count.waiting and name not in on_their_way]
         if waiting and self._mirrors.connected:  # one has drained, for example, and makes room for the next
-            self._decide_wakes(waiting[0])
+            self._decide_wakes()
         self._kick.set()
 
     def _may_publish(self) -> None:

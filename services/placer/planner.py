@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from services.placer.board import Board, Room
@@ -41,15 +41,15 @@ def plan_by(snapshot: Snapshot, rule: Callable[[Board], Rule], *, outlooks: bool
     return _Planner(snapshot, rule).plan(outlooks)
 
 
-def wake(snapshot: Snapshot, model: str) -> Plan:
-    """What requests that wait need at once, with the outlook of one model: the plan's first part alone, so that a wake
-    need not wait for the rest."""
-    return _Planner(snapshot, ExpectedRule).wake(model)
+def wake(snapshot: Snapshot, *models: str) -> Plan:
+    """What requests that wait need at once, with the outlooks of some models: the plan's first part alone, so that a
+    wake need not wait for the rest."""
+    return _Planner(snapshot, ExpectedRule).wake(models)
 
 
-def wake_published(snapshot: Snapshot, model: str) -> Plan:
+def wake_published(snapshot: Snapshot, *models: str) -> Plan:
     """The same by the published rule."""
-    return _Planner(snapshot, PublishedRule).wake(model)
+    return _Planner(snapshot, PublishedRule).wake(models)
 
 
 class _Planner:
@@ -70,9 +70,9 @@ class _Planner:
         self._tell_scores()
         return self._done(self._models if outlooks else [], prewarming)
 
-    def wake(self, name: str) -> Plan:
+    def wake(self, told: Collection[str]) -> Plan:
         self._wake([model for model in self._models if model.waiting], lambda model, serving: None)
-        return self._done([model for model in self._models if model.name == name], Prewarming())
+        return self._done([model for model in self._models if model.name in told], Prewarming())
 
     def _done(self, told: list[Model], prewarming: Prewarming) -> Plan:
         outlooks = tuple(

@@ -120,7 +120,7 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         controller = await self._leading()
         try:
             await self._know(request.model)
-            snapshot, plan = controller.wake(request.model, request.waiting_requests)
+            snapshot, plan = await controller.wake(request.model, request.waiting_requests)
         except StoreUnavailableError as error:
             raise StatusError(grpc.StatusCode.UNAVAILABLE, str(error)) from error
         except DeposedError as error:

@@ -106,6 +106,24 @@ async def test_a_cold_model_is_woken_once_however_many_ask(
         assert agent.orders == [("wake", "a")]
 
 
+async def test_models_that_are_asked_for_together_are_each_woken_and_told_of(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store
+) -> None:
+    names = [f"m{i}" for i in range(6)]
+    for index, name in enumerate(names):
+        await peers.add(f"g{index}")
+        await store.put(cluster.keys.model(name), spec(name, 40))
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        answers = await asyncio.gather(*(wake(placer, name) for name in names))
+        assert {answer.state for answer in answers} == {WARMING}
+        assert len({tuple(answer.group.agent_ids) for answer in answers}) == len(names)
+        await watch.active(*names)
+        for name, answer in zip(names, answers, strict=True):
+            [agent] = answer.group.agent_ids
+            assert peers.agents[agent].orders == [("wake", name)]
+
+
 async def test_requests_in_redis_alone_wake_their_model(
     cluster: Cluster, peers: Peers, watch: Watch, store: Store, redis: Redis
 ) -> None:
