@@ -40,6 +40,11 @@ _PLAN_SECONDS = Histogram(
     ["of"],
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
 )
+_WAKE_SECONDS = Histogram(
+    "warmserve_placer_wake_seconds",
+    "Time from a call of WakeModel until the orders that it takes are on their way, or wait for others to make room",
+    buckets=(0.001, 0.002, 0.003, 0.004, 0.005, 0.007, 0.01, 0.02, 0.05, 0.1, 0.3, 1),
+)
 _ACTIONS = Gauge("warmserve_placer_orders_in_progress", "Orders on their way")
 _WAITING = Gauge("warmserve_placer_waiting_requests", "Requests that no instance has taken", ["model"])
 _ADVISORY = Gauge("warmserve_placer_advisory", "1 while plans are shown and not carried out")
@@ -123,10 +128,13 @@ class Controller:
             raise DeposedError
         if not self._mirrors.connected:
             raise StoreUnavailableError("nothing is placed anew until etcd answers")
+        began = time.monotonic()
         self._asked[model] = max(waiting, 1, self._asked.get(model, 0))
         if len(self._asked) == 1:
             self._decision = asyncio.create_task(self._decide_asked(), name="wakes")
-        return await asyncio.shield(self._decision)
+        decided = await asyncio.shield(self._decision)
+        _WAKE_SECONDS.observe(time.monotonic() - began)
+        return decided
 
     async def _decide_asked(self) -> tuple[Snapshot, Plan]:
         """Decides about what was asked: at once, or in a burst about all that comes within a moment."""

@@ -61,10 +61,9 @@ class ExpectedRule:
 
     def _assess(self, model: Model) -> dict[Key, Worth]:
         snapshot, stakes = self._board.snapshot, self.stakes(model)
-        there = sorted(
-            (r for r in self._there[model.name] if usable(snapshot, r)),
-            key=lambda r: precedence(r, self._crowd(r)),
-        )
+        there = [r for r in self._there[model.name] if usable(snapshot, r)]
+        if len(there) > 1:
+            there.sort(key=lambda r: precedence(r, self._crowd(r)))
         return {
             r.key: Worth(stakes.kind(rank), stakes.worth_keeping(rank, snapshot.agents[r.group[0]].node, share(r)))
             for rank, r in enumerate(there)
