@@ -107,6 +107,7 @@ def main() -> None:
     torch.cuda.set_device(DEVICE)
     limits = measure_limits()
     gc.collect()
+    gc.freeze()  # as services do, so that no collection walks what was imported
     torch.cuda.empty_cache()  # what was measured with must not count as the agent's
     total = torch.cuda.get_device_properties(DEVICE).total_memory
     torch.cuda.set_per_process_memory_fraction(WORKSPACE_BYTES / total, DEVICE)  # as an agent does
@@ -185,7 +186,7 @@ def step_rows(served: Served, limits: Limits, targets: Many[float] | None = None
     return rows
 
 
-def decode_step(served: Served, batch: int, context: int, steps: int = 60, **sampling: Any) -> tuple[float, float]:
+def decode_step(served: Served, batch: int, context: int, steps: int = 200, **sampling: Any) -> tuple[float, float]:
     """Wall and device seconds of a step with `batch` sequences, around `context` tokens long."""
     instance = served.instance()
     options = {"temperature": 0.0, **sampling}
