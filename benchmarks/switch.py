@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -144,26 +144,33 @@ async def loads(cluster: Cluster, spec: cluster_pb2.ModelSpec, chosen: Scale, bu
 
 
 async def beside(cluster: Cluster, specs: list[cluster_pb2.ModelSpec], tokens: int) -> list[Row]:
-    """Steps of a running instance, and their tokens at the client, while another model is warmed and evicted beside."""
+    """Steps of a running instance, and their tokens at the client, while another model is warmed and evicted beside.
+
+    The issue's 5 % are of the decode step. Its token has an event loop, two gRPC streams and this process before it.
+    """
     serving, warmed = specs[0], specs[1]
     await cluster.evict(warmed.name)
     await cluster.wake(serving)
     await cluster.first_token(serving.name, 0, 32)
 
-    async def decoded(seed: int) -> tuple[float, float]:
-        """p99 of the engine's steps and of the times between tokens, in ms."""
+    async def decoded(seed: int) -> tuple[list[float], list[float]]:
+        """Times between the ends of the engine's steps, and between tokens, in ms."""
         began = time.monotonic()
         gaps = (await cluster.first_token(serving.name, seed, tokens))[1]
-        steps = step_gaps(cluster.step_times, began, time.monotonic())
-        return quantile(steps[1:], 0.99), quantile(gaps, 0.99)  # the first step is the prompt's
+        return step_gaps(cluster.step_times, began, time.monotonic()), gaps
 
-    step_alone, token_alone = await decoded(1)
-    async with _warmed_and_evicted(cluster, warmed):
-        step, token = await decoded(2)
+    steps_alone, tokens_alone = await decoded(1)
+    async with _warmed_and_evicted(cluster, warmed) as evictions:
+        steps, answer = await decoded(2)
     await cluster.rest(serving.name)
+    if not evictions:
+        raise RuntimeError(f"{warmed.name} was not warmed and evicted once beside {tokens} tokens")
+    step, token = quantile(steps_alone, 0.99), quantile(tokens_alone, 0.99)
+    told = f"the other one warmed and evicted {len(evictions)} times beside {len(steps)} steps"
     return [
-        Row("decode step beside warming, p99", step, "ms", step_alone, "alone", 1.05 * step_alone),
-        Row("its tokens at the client, p99", token, "ms", token_alone, "alone"),
+        Row("decode step beside warming, p99", quantile(steps, 0.99), "ms", step, "alone", 1.05 * step, note=told),
+        Row("the longest of them", max(steps), "ms", max(steps_alone), "alone"),
+        Row("its tokens at the client, p99", quantile(answer, 0.99), "ms", token, "alone"),
     ]
 
 
@@ -174,15 +181,19 @@ async def evictions_beside(
     await cluster.evict(evicted.name)
     await cluster.wake(serving)
     async with _warmed_and_evicted(cluster, evicted) as evictions:
-        await cluster.first_token(serving.name, 3, tokens)
+        while len(evictions) < 5:
+            await cluster.first_token(serving.name, len(evictions), tokens)
     await cluster.rest(serving.name)
     what = f"{evicted.name}: evict while {serving.name} steps"
-    return [Row(what, statistics.median(evictions), "ms", None, None, 20)]
+    return [Row(what, statistics.median(evictions), "ms", None, None, 20, note=f"the longest {max(evictions):.1f} ms")]
 
 
 @asynccontextmanager
 async def _warmed_and_evicted(cluster: Cluster, spec: cluster_pb2.ModelSpec) -> AsyncIterator[list[float]]:
-    """Within it a model that is cold is warmed and evicted, again and again; gives how long evictions took, in ms."""
+    """Within it a model that is cold is warmed and evicted, again and again; gives how long evictions took, in ms.
+
+    What an order fails with is raised at the end.
+    """
     evictions: list[float] = []
 
     async def warm_and_evict() -> None:
@@ -191,9 +202,12 @@ async def _warmed_and_evicted(cluster: Cluster, spec: cluster_pb2.ModelSpec) -> 
             evictions.append(await cluster.evict(spec.name))
 
     warming = asyncio.ensure_future(warm_and_evict())
-    yield evictions
-    warming.cancel()
-    await asyncio.wait([warming])
+    try:
+        yield evictions
+    finally:
+        warming.cancel()
+        with suppress(asyncio.CancelledError):
+            await warming
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -280,7 +294,7 @@ async def measure(switches: int, folder: Path) -> list[Row]:
         for spec in specs:
             await cluster.warm(spec)
         tell(await warm_switches(cluster, specs, switches))
-        tell(await beside(cluster, specs, 400))
+        tell(await beside(cluster, specs, 800))
         tell(await evictions_beside(cluster, specs[0], specs[1], 800))
     tell(await from_disk(chosen, folder, folder / "large"))
     tell(peers(folder / "large"))

@@ -220,7 +220,7 @@ class Agent:
             self._reports.changed()
         if not image_needed():
             await asyncio.to_thread(self._images.discard, spec.facts.fingerprint)
-            self._loader.keeper.look()
+            self._loader.keeper.arrived()
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new requests, finishes running ones for up to `grace_s` seconds, and hands over the rest."""
@@ -303,12 +303,13 @@ class Agent:
     async def _load(self, shard: Shard) -> None:
         began = time.monotonic()
         resident = shard.pages_resident
+        shard.gave_way = False
         try:
             while True:
                 with self._device_watched():
                     await self._loader.load(shard)
                 took_ms = (time.monotonic() - began) * 1e3
-                if resident == 0 and shard.complete:
+                if resident == 0 and shard.complete and not shard.gave_way:
                     shard.cold_load_ms = took_ms
                 await self._serving.preparing.ahead(shard)
                 if shard.complete or not shard.wanted_active or shard.abandoned.is_set():

@@ -38,6 +38,7 @@ class TierKeeper:
         self._task: asyncio.Task[None] | None = None
         self._way = threading.Event()  # nothing else is read from the disk
         self._way.set()
+        self._turned_away = False  # something found no place in the tier, perhaps because what is worth less was read
         self._ended = False
         self._filling: _Fill | None = None
         self._host = cluster_pb2.HostTier(budget_bytes=self._tier.budget_bytes)
@@ -82,9 +83,14 @@ class TierKeeper:
         self._values.pop(model, None)
 
     def arrived(self) -> None:
-        """An image is on the disk, or was loaded from there: there may be room for it in memory."""
+        """An image has come to the disk or gone from it, or was loaded from there: there may be room in memory."""
         self.look()
         self._refill()
+
+    def loaded(self, from_disk: bool) -> None:
+        """A load has ended: what it read in the tier may go now, if something was waiting for that."""
+        if from_disk or self._turned_away:
+            self.arrived()
 
     @contextmanager
     def making_way(self, wanted: bool) -> Iterator[None]:
@@ -120,6 +126,7 @@ class TierKeeper:
         """Takes in what is worth most, one image after the other; with news it begins again with the first."""
         while self._news and not self._ended:
             self._news = False
+            self._turned_away = False
             missing = await asyncio.to_thread(self._missing, self._worths())
             self.look()
             for chosen in missing:
@@ -160,7 +167,8 @@ class TierKeeper:
                 return True
 
             try:
-                self._tier.fill(image, chosen.value, go_on)
+                if not self._tier.fill(image, chosen.value, go_on):
+                    self._turned_away = True
             finally:
                 self._filling = None
             self._register(image)

@@ -70,6 +70,7 @@ class Loader:
                         continue
                     try:
                         done = await self._copy(shard, image, shard.turn)
+                        shard.gave_way |= done.gave_way
                         if done.overtaken and not shard.wanted_active:
                             return
                     except OutOfPages:
@@ -79,6 +80,7 @@ class Loader:
                     except HostImageCorrupt as error:
                         _log.warning("image in the host tier is damaged; removed", model=shard.name, error=str(error))
                         await asyncio.to_thread(self._tier.discard, image.path.name)
+                        self.keeper.arrived()
                     except ImageCorrupt as error:
                         if mended:
                             raise
@@ -93,8 +95,8 @@ class Loader:
         finally:
             if image is not None:
                 image.close()
-            if shard.complete and shard.tier != common_pb2.TIER_HOST:
-                self.keeper.arrived()
+            if shard.complete:
+                self.keeper.loaded(from_disk=shard.tier != common_pb2.TIER_HOST)
             shard.turn = None
             shard.bytes_per_s = 0.0
 

@@ -65,6 +65,7 @@ class Shard:
     active_since: float = 0.0  # Unix seconds; of the newest instance, or since when it takes requests
     woken: float = 0.0  # when the newest wake was ordered; time.monotonic()
     cold_load_ms: float = 0.0
+    gave_way: bool = False  # the load in progress, or the last one, left the bus to instances for a while
 
     def __post_init__(self) -> None:
         self.prewarming = Prewarming(self.spec.name)

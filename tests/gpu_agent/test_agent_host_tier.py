@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 from structlog.testing import capture_logs
 
 from launcher.backing import Backing
+from services.gpu_agent.images import Images
+from services.gpu_agent.keeping import TierKeeper
+from services.gpu_agent.weights.building import prepare_image
+from services.gpu_agent.weights.checkpoint import Checkpoint
+from services.gpu_agent.weights.host_tier import HostTier
+from services.gpu_agent.weights.image import Image, open_image
+from services.gpu_agent.weights.layout import plan_layout
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent
 from tests.gpu_agent.test_agent_service import PROMPT, expected
@@ -185,3 +195,61 @@ async def test_undeploying_takes_the_image_out_of_memory(
         await agent.node.store.delete(agent.node.keys.model("m"))
         while list((tmp_path / "tier").glob("*.image*")):
             await asyncio.sleep(0.01)
+
+
+async def test_what_found_no_place_is_taken_in_when_a_load_no_longer_holds_what_is_worth_less(tmp_path: Path) -> None:
+    """Nothing says so but the end of that load."""
+    images, paths = images_of(tmp_path, "xy")
+    tier = images.tier
+    keeper = TierKeeper(cast(Images, images), lambda: None)
+    keeper.start()
+
+    async def holds(model: str) -> None:
+        async with asyncio.timeout(30):
+            while [kept.name for kept in tier.kept()] != [paths[model].name]:
+                await asyncio.sleep(0.01)
+
+    keeper.value("x", paths["x"].name[:32], 1.0)
+    await holds("x")
+    with open_image(paths["x"]) as image, tier.reading(image) as host:
+        assert host is not None
+        keeper.value("y", paths["y"].name[:32], 10.0)
+        async with asyncio.timeout(30):
+            while not keeper._turned_away:
+                await asyncio.sleep(0.01)
+    keeper.loaded(from_disk=False)
+    await holds("y")
+    await keeper.close()
+
+
+@dataclass
+class ImagesOnDisk:
+    """Stands for an agent's images, of which there are some on the disk."""
+
+    tier: HostTier
+    paths: list[Path]
+
+    def sizes(self) -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in self.paths}
+
+    def named(self, name: str) -> Image:
+        return open_image(self.paths[0].parent / name)
+
+    def preparing(self) -> list[cluster_pb2.DiskFill]:
+        return []
+
+    def on_disk(self) -> cluster_pb2.DiskTier:
+        return cluster_pb2.DiskTier()
+
+
+def images_of(folder: Path, models: str) -> tuple[ImagesOnDisk, dict[str, Path]]:
+    """Images of small models on the disk, and a tier that has room for one and a half of them."""
+    paths, nbytes = {}, 0
+    for seed, model in enumerate(models):
+        checkpoints.llama(folder / "models" / model, seed=seed)
+        checkpoint = Checkpoint.open(str(folder / "models" / model), [folder / "models"])
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        layout = plan_layout(shapes, checkpoint.aliases, torch.float32, 65536)
+        paths[model] = prepare_image(checkpoint, layout, folder / "images", lambda *_: None)
+        nbytes = layout.total_bytes
+    return ImagesOnDisk(HostTier(folder / "tier", nbytes * 3 // 2), list(paths.values())), paths

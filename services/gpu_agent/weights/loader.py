@@ -18,6 +18,7 @@ from services.gpu_agent.weights.staging import page_source
 # Prewarming gives way within so many pages. A wake has more copies under way: its first prompt is computed in Python
 # beside them, and the interpreter lock then comes too late for the bus to be kept busy page by page.
 _AHEAD_OF_PREWARMING = 8
+_LONGEST_PAUSE_S = 0.005  # as long as a wake of the same model may wait; a page takes 0.6 ms
 # Most pages mapped at once: the bus waits for the first of them, and steps of instances for all.
 _MAPPED_AT_ONCE = 8
 
@@ -30,6 +31,7 @@ class LoadProgress:
     pages_total: int
     bytes_per_s: float  # of this load so far; 0 before its first page
     overtaken: bool = False  # it ended because KV took pages back
+    gave_way: bool = False  # it left the bus to instances for a while: no measure of how long a wake takes
 
     @property
     def complete(self) -> bool:
@@ -75,6 +77,7 @@ def load(
             paced = source.ahead > 1 and not urgent and gives_way()
             ahead = source.ahead if urgent else min(source.ahead, 1 if paced else _AHEAD_OF_PREWARMING)
             turned = time.monotonic()
+            done = replace(done, gave_way=done.gave_way or paced)
             while count := _next_count(
                 begun - filling.first, begun - done.pages_done, weights.num_pages - begun, ahead
             ):
@@ -87,14 +90,17 @@ def load(
                 for page in pages:
                     source.begin(begun, page)
                     begun += 1
+                if cancel.is_set():
+                    break
             source.end(done.pages_done)
             if not filling.done():
                 continue
             copied += layout.page_bytes
-            done = LoadProgress(done.pages_done + 1, weights.num_pages, copied / (time.monotonic() - began))
+            speed = copied / (time.monotonic() - began)
+            done = replace(done, pages_done=done.pages_done + 1, bytes_per_s=speed)
             progress(done)
             if paced:
-                cancel.wait(time.monotonic() - turned)
+                cancel.wait(min(time.monotonic() - turned, _LONGEST_PAUSE_S))
     return done
 
 

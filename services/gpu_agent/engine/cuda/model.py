@@ -49,7 +49,7 @@ class CudaModel:
         self.model = model
         self.workspace = workspace
         self.turns = arena.turns
-        """Taken to launch a step of resident weights; one behind a copy would keep the copy from being made."""
+        """Taken to launch a captured step. Others take too long: one behind a copy would keep it from being made."""
         self.ladder = Ladder(max_batch, max_tokens, TILE)
         self.captures = 0
         """Graphs captured, ever: as many as the ladder has shapes, however often the model is evicted."""
@@ -63,6 +63,10 @@ class CudaModel:
         pages = arena.kv_view(spec.dtype)
         self._kv = PagedKv(pages, spec, arena.page_bytes // spec.dtype.itemsize, spec.slots_per_page(arena.page_bytes))
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+
+    def is_captured(self, shape: StepShape) -> bool:
+        """Whether a step of this shape is one launch."""
+        return shape in self._graphs
 
     def run(self, shape: StepShape) -> torch.Tensor:
         """Begins a step whose facts are in the workspace's buffer; returns its logits (shape.rows, vocabulary).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from services.gpu_agent.engine.arrival import Behind
 from services.gpu_agent.engine.cuda.attention import TILE
 from services.gpu_agent.engine.cuda.fused import store_tokens
 from services.gpu_agent.engine.cuda.model import CudaModel
-from services.gpu_agent.engine.cuda.pack import pack
+from services.gpu_agent.engine.cuda.pack import StepShape, pack
 from services.gpu_agent.engine.sampling import Sampled, sample
 from services.gpu_agent.engine.sampling_batch import Row, SamplingBatch, prepare
 from services.gpu_agent.engine.step import Part, Pending, StepResult
@@ -42,23 +43,23 @@ class CudaRunner:
 
     def launch(self, parts: Many[Part], rows: Many[Row]) -> Pending:
         """See Runner. Where it raises, the device has ended what was begun: no page is touched any more."""
-        bound = self._model.model
-        if bound.weights.complete:
-            with self._model.turns:
-                return self._begin(parts, rows, behind=False)
-        return Behind(lambda: self._begin(parts, rows, behind=True), self._model.gates, bound.weights)
+        model = self._model
+        shape = model.ladder.fitting(parts)
+        if not model.model.weights.complete:
+            return Behind(lambda: self._begin(shape, parts, rows, behind=True), model.gates, model.model.weights)
+        with model.turns if model.is_captured(shape) else nullcontext():
+            return self._begin(shape, parts, rows, behind=False)
 
     @torch.inference_mode()
-    def _begin(self, parts: Many[Part], rows: Many[Row], behind: bool) -> _Launched:
+    def _begin(self, shape: StepShape, parts: Many[Part], rows: Many[Row], behind: bool) -> _Launched:
         try:
-            return self._launch(parts, rows, behind)
+            return self._launch(shape, parts, rows, behind)
         except BaseException:  # whatever it is, it is only delayed here
             self._model.workspace.stream.synchronize()
             raise
 
-    def _launch(self, parts: Many[Part], rows: Many[Row], behind: bool) -> _Launched:
+    def _launch(self, shape: StepShape, parts: Many[Part], rows: Many[Row], behind: bool) -> _Launched:
         model, workspace = self._model, self._model.workspace
-        shape = model.ladder.fitting(parts)
         facts = workspace.buffer()
         used = pack(parts, shape, model.model.kv_spec.block_tokens, TILE, facts.array)
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
