@@ -186,7 +186,7 @@ def step_rows(served: Served, limits: Limits, targets: Many[float] | None = None
     return rows
 
 
-def decode_step(served: Served, batch: int, context: int, steps: int = 200, **sampling: Any) -> tuple[float, float]:
+def decode_step(served: Served, batch: int, context: int, steps: int = 120, **sampling: Any) -> tuple[float, float]:
     """Wall and device seconds of a step with `batch` sequences, around `context` tokens long."""
     instance = served.instance()
     options = {"temperature": 0.0, **sampling}
