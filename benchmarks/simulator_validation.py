@@ -51,7 +51,6 @@ WINDOW_S = 1.0
 LOOKAHEAD_S = 4.0
 BATCH = 8  # host agents' most sequences
 TOKEN_BUDGET = 512  # of a step of theirs
-DEPLOYED_S = 5.0  # about so long before the first request models are known, and warmed
 
 
 def specs(folder: Path) -> list[ModelSpec]:
@@ -124,7 +123,7 @@ def foretell(machine: Machine, models: Sequence[ModelSpec], replayed: Replayed, 
     settings = Settings(
         tick_s=0.1,  # the placer plans whenever something has changed
         busy_tick_s=0.1,
-        warmup_s=DEPLOYED_S + replayed.offset_s % WINDOW_S,
+        warmup_s=replayed.offset_s % WINDOW_S,
         forecasting=Forecasting(PublishedPredictor(round(PERIOD_S / WINDOW_S)), window_s=WINDOW_S),
         delays=Delays(hop_s=then.hop_s, reply_s=then.reply_s, wake_s=machine.wake_s),
         cost=machine.cost,

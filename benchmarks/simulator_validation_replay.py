@@ -56,7 +56,7 @@ def _steps(model: str, outcomes: Sequence[Outcome]) -> Iterable[Step]:
 def times_slower(cost: CostModel, models: Mapping[str, ModelSpec], steps: Sequence[Step]) -> tuple[float, float]:
     """How much slower prompts and tokens were computed than by a cost model: the ratio of the sums.
 
-    ValueError where there are no steps with prompts, or none without.
+    ValueError where there are no steps with prompts, or none without, or those with prompts took no longer.
     """
     took = computed = 0.0
     for step in steps:
@@ -75,13 +75,16 @@ def times_slower(cost: CostModel, models: Mapping[str, ModelSpec], steps: Sequen
             computed += (of.prefill_base + own) / step.decodes
     if not computed:
         raise ValueError("in no step was a prompt computed beside answers that went on")
-    return max(0.0, took / computed), tokens
+    if took <= 0:
+        raise ValueError("steps with prompts took no longer than those without: the machine is too busy to measure")
+    return took / computed, tokens
 
 
 def ways(outcomes: Iterable[Outcome]) -> tuple[float, float]:
-    """Mean seconds to an instance that was active, and beside the router, where a request and its token come by."""
+    """Seconds to an instance that was active (the median: what an agent says of that may come late), and mean seconds
+    beside the router, where a request and its token come by."""
     active = [one for one in outcomes if one.found_state == "active"]
     return (
-        statistics.mean(one.queue_s for one in active),
+        statistics.median(one.queue_s for one in active),
         statistics.mean(max(0.0, one.ttft_s - one.router_ttft_s) for one in active),
     )

@@ -69,7 +69,7 @@ class Forecasts:
         self._settings = settings
         self._models = models
         self.meters = [LoadMeter(now) for _ in models]
-        past = max((len(series) for series in settings.history.values()), default=1)  # of a new model nothing is known
+        past = max((len(series) for series in settings.history.values()), default=0)
         self._history = np.full((len(models), past, _QUANTITIES), np.nan)
         for model in models:
             series = np.asarray(settings.history.get(model.name, np.empty((0, _QUANTITIES))), dtype=np.float64)

@@ -243,13 +243,6 @@ def test_the_predictor_gets_the_history_and_then_what_was_counted_in_the_run() -
     assert (predictor.asked[2][1, 5:] == 0).all()
 
 
-def test_without_any_history_the_predictor_is_asked_about_models_of_which_nothing_is_known() -> None:
-    predictor = Recording()
-    run(Ours(), [llama2_7b("new")], asks((1000.0, "new")), forecasting=Forecasting(predictor, window_s=100.0))
-    assert predictor.asked[0].shape == (1, 1, 5)
-    assert np.isnan(predictor.asked[0]).all()
-
-
 def test_a_history_of_the_wrong_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"history of first has the shape \(3, 2\)"):
         run(

@@ -43,7 +43,7 @@ def outcome(at_s: float, tokens_s: list[float], prompt: int = 100, model: str = 
 def test_waking_is_what_requests_wait_beside_what_the_simulator_counts_itself() -> None:
     other = Delays().ask_s + Delays().replan_s
     wakes_s = [other + 0.012 + 0.001 * at for at in range(12)]
-    machine = machine_of([MODEL], STEPS, wakes_s, [0.4, 0.5, 2.0])
+    machine = machine_of([MODEL], STEPS, wakes_s, [2.0, 0.5, 0.7])
     quarters = statistics.quantiles(wakes_s, n=4)
     assert machine.wake_s == pytest.approx((quarters[0] - other, quarters[2] - other))
     assert machine.load_gbps == pytest.approx(MODEL.shard_bytes / 0.5 / 1e9)
@@ -84,6 +84,8 @@ def test_how_much_slower_the_machine_was_is_found_from_steps() -> None:
         for n, prompt in ((1, 160), (3, 40))
     ]
     assert times_slower(H100, {"m": MODEL}, [*alone, *beside]) == pytest.approx((prompts, tokens))
+    with pytest.raises(ValueError, match="took no longer"):
+        times_slower(H100, {"m": MODEL}, [*alone, Step("m", 0.5 * COST.decode(1, 100), 1, 100, (160,))])
     for steps in (alone, beside):
         with pytest.raises(ValueError, match="in no step"):
             times_slower(H100, {"m": MODEL}, steps)
