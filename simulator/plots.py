@@ -12,7 +12,7 @@ from simulator.results import Found, Results
 
 _STATES = {
     Found.ACTIVE: "active",
-    Found.OPEN: "open",
+    Found.OPEN: "being woken, and open",
     Found.WAKING: "being woken",
     Found.WARM: "warm",
     Found.PARTIAL: "partly resident",
