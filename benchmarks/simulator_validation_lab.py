@@ -34,7 +34,8 @@ class Machine:
     load_gbps: float
 
     def slower(self, prompts: float, tokens: float) -> Machine:
-        """What prompts cost, and waking and loading, takes `prompts` times as long, what each step costs `tokens`."""
+        """What prompts cost takes `prompts` times as long, what each step costs `tokens`. Wakes and loads are as they
+        were: others worked while they were measured, too."""
         cost = self.cost
         cost = replace(
             cost,
@@ -47,8 +48,7 @@ class Machine:
             per_attention_operation=prompts * cost.per_attention_operation,
             per_prefill_layer=prompts * cost.per_prefill_layer,
         )
-        wake_s = self.wake_s[0] * prompts, self.wake_s[1] * prompts
-        return Machine(cost, self.fit_error, wake_s, self.load_gbps / prompts)
+        return replace(self, cost=cost)
 
 
 def machine_of(
