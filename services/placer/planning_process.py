@@ -30,7 +30,7 @@ class Work:
         self._agents: dict[str, Agent] = {}
         self._replicas: list[Replica] = []
         self._models: dict[str, Model] = {}  # as they were told last
-        self._plan = decisions.Plan((), (), {})
+        self._plan: decisions.Plan | None = None
 
     def take(self, message: object) -> list[object]:
         """What to answer to a message, piece by piece."""
@@ -66,6 +66,8 @@ class Work:
         )
 
     def _published(self, wish: Publish) -> Published | None:
+        if self._plan is None:
+            raise ValueError("a plan was to be published, and none was made")
         record = plan_record(wish, self._plan.outlooks, self._agents)
         digest = hashlib.blake2b(record.SerializeToString(deterministic=True), digest_size=16).digest()
         if digest == wish.unless:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +67,11 @@ async def test_a_plan_is_published_once(planning: Planning) -> None:
     assert await planning.publish(wish(published.digest)) is not None
 
 
+async def test_what_was_never_planned_is_not_published(planning: Planning) -> None:
+    with pytest.raises(PlanningError):
+        await planning.publish(wish())
+
+
 async def test_a_process_that_dies_is_followed_by_another(planning: Planning) -> None:
     before = children()
     told = snapshot([agent("g0")], [model("a", mean=1)])
@@ -93,3 +102,30 @@ async def test_a_placer_leaves_no_process_behind(cluster: Cluster) -> None:
     async with running_placer(cluster):
         assert len(children() - before) == 1
     assert children() == before
+
+
+STARTER = """
+import asyncio
+from pathlib import Path
+from services.placer.planning import Planning
+
+async def main():
+    await Planning().start()
+    print(*(task.joinpath("children").read_text() for task in Path("/proc/self/task").iterdir()), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def test_a_placer_that_is_killed_leaves_no_process_behind() -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True) as placer:
+        assert placer.stdout is not None
+        planning = int(placer.stdout.readline())
+        placer.kill()
+    with contextlib.suppress(ProcessLookupError):  # it is over already
+        ended = os.pidfd_open(planning)
+        try:
+            assert select.select([ended], [], [], 30)[0]
+        finally:
+            os.close(ended)
