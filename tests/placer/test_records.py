@@ -40,6 +40,10 @@ def residencies(draw: st.DrawFn, agent: str) -> cluster_pb2.AgentResidency:
     return cluster_pb2.AgentResidency(agent_id=agent, pages_kv=draw(st.integers(0, 3)), shards=shards)
 
 
+def agent_record(name: str, stopping: bool = False) -> cluster_pb2.AgentRecord:
+    return cluster_pb2.AgentRecord(id=name, node="n0", page_bytes=PAGE, pages_total=64, stopping=stopping)
+
+
 @st.composite
 def changes(draw: st.DrawFn) -> dict[str, dict[str, object]]:
     """Some records that are new, by prefix and key; None: gone."""
@@ -67,9 +71,29 @@ def changed(records: Records, news: dict[str, dict[str, object]]) -> Records:
     return replace(records, **values)
 
 
-@given(st.lists(changes(), max_size=25))
-def test_what_is_seen_step_by_step_is_what_is_seen_at_once(steps: list[dict[str, dict[str, object]]]) -> None:
-    view, records = View(), Records({}, {}, {}, {}, {}, {})
+@given(st.tuples(residencies("g0"), residencies("g1")), st.lists(changes(), min_size=3, max_size=25))
+def test_what_is_seen_step_by_step_is_what_is_seen_at_once(
+    there: tuple[cluster_pb2.AgentResidency, ...], steps: list[dict[str, dict[str, object]]]
+) -> None:
+    names = ("g0", "g1")
+    view = View()
+    records = Records(
+        {name: agent_record(name) for name in names}, dict(zip(names, there, strict=True)), {}, {}, {}, {}
+    )
+    view.see(records)
     for news in steps:
         records = changed(records, news)
         assert view.see(records) == View().see(records)
+
+
+def test_a_replica_has_the_slots_that_its_instance_offers_now() -> None:
+    shard = cluster_pb2.ResidentShard(
+        model="a", group=common_pb2.Group(agent_ids=["g0"]), state=STATES[3], pages_total=16, instance_id="i"
+    )
+    residency = {"g0": cluster_pb2.AgentResidency(agent_id="g0", shards=[shard])}
+    without = Records({"g0": agent_record("g0")}, residency, {}, {}, {}, {})
+    view = View()
+    for slots in (0, 7, 3):
+        instances = {"i": cluster_pb2.InstanceRecord(id="i", model="a", slots=slots)} if slots else {}
+        seen = view.see(replace(without, instances=instances))
+        assert seen.replicas["a", ("g0",)].slots == slots
