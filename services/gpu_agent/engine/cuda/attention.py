@@ -47,7 +47,7 @@ DECODE_TUNING = {
 PREFILL_TUNING = {
     16: Tuning(128, 64, 8, 3),
     32: Tuning(128, 64, 8, 3),
-    64: Tuning(64, 64, 4, 3),
+    64: Tuning(128, 64, 8, 3),
     128: Tuning(128, 64, 8, 3),
     256: Tuning(128, 64, 8, 2),
 }
