@@ -157,7 +157,7 @@ class Store:
         return await self._call(transaction)
 
     async def put_if_held(self, key: str, value: bytes, held_key: str, create_revision: int) -> bool:
-        """Writes an encoded value only while `held_key` is the one created at `create_revision`: leaders are fenced so."""
+        """Writes an encoded value only while `held_key` is the one created at `create_revision`: it fences leaders."""
 
         async def transaction(client: aetcd.Client) -> bool:
             parts = client.transactions
