@@ -125,8 +125,8 @@ class ExpectedRule:
         return self._board.snapshot.kv_reserve(agent, self._board.snapshot.shard_pages(model, agent.id))
 
     def first_pages(self, model: Model, agent: Agent) -> int:
-        """See `Rule`. For the requests that wait and one more."""
-        return lending.for_instance(self._board.snapshot, agent, model, model.waiting)
+        """See `Rule`. For the requests that wait, as far as one instance carries them, and one more."""
+        return lending.for_instance(self._board.snapshot, agent, model, min(model.waiting, model.capacity))
 
     @functools.cached_property
     def _assigned(self) -> dict[str, list[GroupIds]]:

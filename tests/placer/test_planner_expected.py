@@ -208,3 +208,17 @@ def test_pages_that_an_agent_has_promised_to_kv_are_not_warmed_into() -> None:
     there = [replica("a", "g0", State.ACTIVE, pages=24, running=1, slots=64)]
     assert done(plan(snapshot([agent("g0")], models, there)), Do.WARM) == [("b", "g0")]
     assert done(plan(snapshot([agent("g0", pages_promised=20)], models, there)), Do.WARM) == []
+
+
+def test_a_further_instance_needs_room_for_what_it_carries_however_many_wait() -> None:
+    # Four hundred requests' KV would take any arena; what one instance carries of them fits beside another model.
+    def woken(waiting: int) -> list[tuple[str, str]]:
+        crowded = model("crowded", 8, capacity=6, running=6, waiting=waiting, kv_bytes_per_request=PAGE)
+        there = [
+            replica("crowded", "g0", State.ACTIVE, 8, running=6),
+            replica("other", "g1", State.ACTIVE, 40, running=1),
+        ]
+        agents = [agent("g0"), agent("g1")]
+        return done(plan(snapshot(agents, [crowded, model("other", 40, mean=0.2, running=1)], there)), Do.WAKE)
+
+    assert woken(20) == woken(400) == [("crowded", "g1")]
