@@ -43,14 +43,19 @@ async def test_streams_go_on_when_an_agent_is_killed(start_system: StartSystem) 
         undisturbed = [text for text, _ in await asyncio.gather(*(answer(system, prompt) for prompt in PROMPTS))]
         assert len(set(undisturbed)) > 1
 
-        begun = [asyncio.Event() for _ in PROMPTS]
-        streams = [asyncio.create_task(answer(system, p, b)) for p, b in zip(PROMPTS, begun, strict=True)]
-        await asyncio.gather(*(event.wait() for event in begun))
-        os.kill(system.pid("agent-0"), signal.SIGKILL)
-        answers = await asyncio.gather(*streams)
+        moved = 0
+        while not moved:  # on a busy machine the other agent may have had all of them, or this one have ended its own
+            begun = [asyncio.Event() for _ in PROMPTS]
+            streams = [asyncio.create_task(answer(system, p, b)) for p, b in zip(PROMPTS, begun, strict=True)]
+            await asyncio.gather(*(event.wait() for event in begun))
+            killed = system.pid("agent-0")
+            os.kill(killed, signal.SIGKILL)
+            answers = await asyncio.gather(*streams)
 
-        assert [text for text, _ in answers] == undisturbed
-        assert any(resumed for _, resumed in answers)
+            assert [text for text, _ in answers] == undisturbed
+            moved = sum(resumed for _, resumed in answers)
+            while system.pid("agent-0") == killed:
+                await asyncio.sleep(0.05)
 
 
 @pytest.mark.timeout(240)
