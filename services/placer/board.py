@@ -111,7 +111,8 @@ class Board:
 
     def on(self, group: GroupIds) -> list[Replica]:
         """The replicas that use any of the group's agents, in order of model and group."""
-        return [self._replicas[key] for key in sorted({key for agent in group for key in self._by_agent[agent]})]
+        keys = self._by_agent[group[0]] if len(group) == 1 else {key for a in group for key in self._by_agent[a]}
+        return [self._replicas[key] for key in sorted(keys)]
 
     @property
     def open_agents(self) -> list[Agent]:
@@ -199,20 +200,23 @@ class Board:
                 taken.append(source)
                 lacking = lack([(s.replica, 0) for s in taken])
                 if _suffices(lacking):
-                    return _trim(taken, lack)
+                    return _trim(taken, lacking, lack)
         return None
 
 
-def _trim(taken: list[Source], lack: Callable[[list[tuple[Replica, int]]], dict[str, int]]) -> Room:
-    """Gives back what the greedy choice took too much, the dearest first."""
+def _trim(
+    taken: list[Source], lacking: Mapping[str, int], lack: Callable[[list[tuple[Replica, int]]], dict[str, int]]
+) -> Room:
+    """Gives back what the greedy choice took too much, the dearest first. `lacking`: with all of them taken."""
     keeps = {source.replica.key: 0 for source in taken}
+    last = taken[-1]
     for source in reversed(taken):
         rest = [(s.replica, keeps[s.replica.key]) for s in taken if s is not source]
-        if _suffices(lack(rest)):
+        if source is not last and _suffices(lack(rest)):  # without the last it did not suffice
             taken = [s for s in taken if s is not source]
         elif source.step is Step.EVICT and source.replica.state is State.WARM:
-            lacking = lack([*rest, (source.replica, 0)])
-            slack = min(-lacking[agent_id] for agent_id in source.replica.group if agent_id in lacking)
+            left = lacking if source is last else lack([*rest, (source.replica, 0)])
+            slack = min(-left[agent_id] for agent_id in source.replica.group if agent_id in left)
             keeps[source.replica.key] = min(slack, source.replica.resident)
     return Room(
         evictions=tuple((s.replica, keeps[s.replica.key]) for s in taken if s.step is Step.EVICT),

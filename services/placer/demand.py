@@ -24,9 +24,13 @@ class Expectation:
     mean: Quantiles = _NOTHING  # highest of the windows that count as now
     peak: Quantiles = _NOTHING  # likewise
     later: Quantiles = _NOTHING  # highest peak of all windows
-    lasts_s: float = 0.0  # until the windows that count as now have ended
+    ends_s: float = 0.0  # Unix time at which the windows that count as now have ended
     known: bool = False  # whether there is a forecast at all
     problem: str = ""  # what is wrong with the forecast, for people
+
+
+_UNKNOWN = Expectation()
+_UNUSABLE = Expectation(problem="its forecast holds no usable number")
 
 
 @dataclass(frozen=True)
@@ -87,22 +91,21 @@ def expect(windows: Sequence[WindowLoad], now_s: float, rules: Rules, lookahead_
     """What a forecast says, whatever state it is in.
 
     Windows that are not finite, negative or without length are left out. After the last window its values go on for a
-    day, widened with its age.
+    day, widened with its age. As long as the same windows give the same, it is the same object.
     """
     forecast = _forecast(tuple(windows))
     if not forecast.usable:
-        return Expectation(problem="its forecast holds no usable number" if windows else "")
+        return _UNUSABLE if windows else _UNKNOWN
     ahead = forecast.ahead(now_s, lookahead_s)
     if ahead is not None:
-        lasts_s = ahead.end_s - now_s if ahead.end_s is not None else 0.0
-        return Expectation(ahead.mean, ahead.peak, ahead.later, lasts_s, True)
+        return ahead.expected
     last = max(forecast.usable, key=lambda window: window.end_s)
     age_s = now_s - last.end_s
     if age_s > _FORGOTTEN_S:
         return Expectation(problem=f"its forecast ended {age_s / 3600:.0f} h ago")
     old = _widened(last, age_s, rules)
     problem = f"its forecast ended {age_s:.0f} s ago and is widened"
-    return Expectation(old.mean, old.peak, old.peak, last.end_s - last.start_s, True, problem)
+    return Expectation(old.mean, old.peak, old.peak, now_s + last.end_s - last.start_s, True, problem)
 
 
 @functools.lru_cache(maxsize=4096)  # forecasts outlive many plans
@@ -130,10 +133,7 @@ def instances(load: float, capacity: int) -> int:
 class _Ahead:
     """The windows that have not ended, and of those the ones that begin within the lookahead: the same for a while."""
 
-    mean: Quantiles
-    peak: Quantiles
-    later: Quantiles
-    end_s: float | None  # of the near ones
+    expected: Expectation
     since_s: float
     until_s: float  # then one ends
     begins_s: float  # then one comes near
@@ -159,10 +159,13 @@ class _Forecast:
             return None
         near = [window for window in ahead if window.start_s < now_s + lookahead_s]
         found = self._last[lookahead_s] = _Ahead(
-            _highest(window.mean for window in near),
-            _highest(window.peak for window in near),
-            _highest(window.peak for window in ahead),
-            max((window.end_s for window in near), default=None),
+            Expectation(
+                _highest(window.mean for window in near),
+                _highest(window.peak for window in near),
+                _highest(window.peak for window in ahead),
+                max((window.end_s for window in near), default=0.0),
+                known=True,
+            ),
             now_s,
             min(window.end_s for window in ahead),
             min((w.start_s for w in ahead if w.start_s >= now_s + lookahead_s), default=math.inf),

@@ -22,6 +22,7 @@ from services.placer.value import CERTAIN, Stakes, precedence, serves, share, st
 _RESTS_AFTER_S = 60.0  # idle for so long, an instance gives its pages to models of which nothing is resident
 _LEAST_S = 0.02  # what sharing a GPU has to cost for an instance to go
 _ASSUMED_SERVICE_S = 1.0  # of a request, where nothing is known yet
+_NOTHING = Worth(Kind.SPARE, 0.0)
 
 
 class ExpectedRule:
@@ -53,21 +54,18 @@ class ExpectedRule:
         """See `Rule`."""
         model = self._board.snapshot.models.get(replica.model)
         if model is None:
-            return Worth(Kind.SPARE, 0.0)
+            return _NOTHING
         known = self._worths.get(model.name)
         if known is None:
             known = self._worths[model.name] = self._assess(model)
-        return known.get(replica.key, Worth(Kind.SPARE, 0.0))
+        return known.get(replica.key, _NOTHING)
 
     def _assess(self, model: Model) -> dict[Key, Worth]:
         snapshot, stakes = self._board.snapshot, self.stakes(model)
         there = [r for r in self._there[model.name] if usable(snapshot, r)]
         if len(there) > 1:
             there.sort(key=lambda r: precedence(r, self._crowd(r)))
-        return {
-            r.key: Worth(stakes.kind(rank), stakes.worth_keeping(rank, snapshot.agents[r.group[0]].node, share(r)))
-            for rank, r in enumerate(there)
-        }
+        return {r.key: stakes.keeping(rank, snapshot.agents[r.group[0]].node, share(r)) for rank, r in enumerate(there)}
 
     def _crowd(self, replica: Replica) -> int:
         models = self._board.snapshot.models
@@ -87,18 +85,21 @@ class ExpectedRule:
 
     def sharing(self, model: Model, group: GroupIds) -> float:
         """See `Rule`. The same of an instance that is there."""
-        instances = self._serving(model)
-        if not any(r.model == model.name and serves(r) for r in self._board.on(group)):
-            instances += 1
-        own = self._part(model, instances)
         models = self._board.snapshot.models
+        busy = [r for r in self._board.on(group) if serves(r) or r.running]
         others = [
             self._part(models[r.model], max(1, self._serving(models[r.model])), r.running)
-            for r in self._board.on(group)
-            if r.model != model.name and r.model in models and (serves(r) or r.running)
+            for r in busy
+            if r.model != model.name and r.model in models
         ]
+        if not others:
+            return 0.0
+        instances = self._serving(model)
+        if not any(r.model == model.name and serves(r) for r in busy):
+            instances += 1
+        own = self._part(model, instances)
         slowdown = 1 + FULL_SLOWDOWN * own.load / model.capacity
-        return beside(own, others, _service_s(model), slowdown) if others else 0.0
+        return beside(own, others, _service_s(model), slowdown)
 
     def spared(self, model: Model, serving: int) -> float:
         """See `Rule`."""

@@ -60,12 +60,14 @@ class Item:
 class Layout:
     """Items on agents."""
 
-    def __init__(self, free: list[int], interference: float, margin: float) -> None:
-        """`free`: pages per agent that items may have. What is resident already counts `margin` times."""
+    def __init__(self, free: list[int], interference: float, margin: float, now_s: float) -> None:
+        """`free`: pages per agent that items may have. What is resident already counts `margin` times. `now_s`: Unix
+        seconds."""
         self.free = free
         self.value = 0.0
         self._interference = interference
         self._margin = margin
+        self._now_s = now_s
         self._on: list[list[Item]] = [[] for _ in free]
         self._instances: list[list[int]] = [[] for _ in free]
         self._num_instances = 0
@@ -138,13 +140,13 @@ class Layout:
         stakes, node, pages = seat.stakes, seat.nodes[agents[0]], seat.pages_on(agents)
         held = seat.held.get(agents, 0) if seat.held else 0
         if not held:
-            return stakes.worth(rank, node, used / pages) * stakes.in_time(rank, node, used / pages)
+            return stakes.worth(rank, node, used / pages) * stakes.in_time(rank, node, used / pages, self._now_s)
         held = min(used, held)
         here = stakes.worth_keeping(rank, node, held / pages)
         if used == held:
             return here
         more = stakes.worth(rank, node, used / pages) - stakes.worth(rank, node, held / pages)
-        return here + more * stakes.in_time(rank, node, (used - held) / pages)
+        return here + more * stakes.in_time(rank, node, (used - held) / pages, self._now_s)
 
     def bonus(self, seat: Seat, rank: int, agents: Agents, used: int) -> float:
         """What an item counts more because a part of it is resident there."""

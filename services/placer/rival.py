@@ -53,4 +53,4 @@ def better(board: Board, stakes: Mapping[str, Stakes], aim: Target) -> Prewarmin
 
 
 def _in_time(own: Stakes, board: Board, replica: Replica) -> bool:
-    return own.in_time(0, board.snapshot.agents[replica.group[0]].node, 1.0) > 0
+    return own.in_time(0, board.snapshot.agents[replica.group[0]].node, 1.0, board.snapshot.now_s) > 0

@@ -62,7 +62,9 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
         size: [tuple(index[agent_id] for agent_id in group) for group in groups(agents, size)] for size in sorted(sizes)
     }
     lent = lending.Foreseen(snapshot, stakes)
-    layout = Layout([_room(board, agent, lent) for agent in agents], snapshot.rules.interference, snapshot.rules.margin)
+    rules = snapshot.rules
+    free = [_room(board, agent, lent) for agent in agents]
+    layout = Layout(free, rules.interference, rules.margin, snapshot.now_s)
     for replica in board.all():
         if serves(replica):
             layout.serve(index[agent_id] for agent_id in replica.group if agent_id in index)
@@ -78,7 +80,7 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
         if seat is None:
             _take(layout, there, replica.pages)
         elif not serves(replica) and over[seat.stakes.model.tp].get(there[0] if there else -1) == there:
-            _settle(layout, seat, replica, there, snapshot.rules.min_stay_s)
+            _settle(layout, seat, replica, there, rules.min_stay_s)
         else:
             seat.barred.update(
                 over[seat.stakes.model.tp][agent] for agent in there if agent in over[seat.stakes.model.tp]
@@ -87,7 +89,7 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
                 _take(layout, there, replica.pages)
     small = len(agents) <= SMALL
     effort = _EFFORT_SMALL if small else _EFFORT + _EFFORT_PER_AGENT * len(agents)
-    search = Search(layout, list(seats.values()), places, snapshot.rules, effort)
+    search = Search(layout, list(seats.values()), places, rules, effort)
     unpinned = {}
     for name, seat in seats.items():
         missing = seat.stakes.model.pinned - seat.serving

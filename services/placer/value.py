@@ -23,13 +23,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.placer.demand import Demand, demand, needed
+from services.placer.demand import Demand, demand, expect, needed
 from services.placer.loading import load_s, quickest_s
-from services.placer.scores import Kind
-from services.placer.snapshot import GroupIds, Model, Quantiles, Replica, Snapshot, State
+from services.placer.scores import Kind, Worth
+from services.placer.snapshot import GroupIds, Model, Quantiles, Replica, Rules, Snapshot, State
 
 _LATER = 0.1  # what the need of a later window counts
 _WITHIN_TARGET = 0.1  # what a second within the target counts
@@ -51,7 +51,8 @@ class Stakes:
     later: tuple[float, ...]  # the same of all windows, the later ones at a tenth: what keeping a replica is for
     first_s: float  # cold load of the first replica
     further_s: float  # of any other
-    _load_s: dict[tuple[bool, str], float] = field(default_factory=dict, repr=False)  # what was asked for already
+    _load_s: dict[tuple[bool, str], float] = field(default_factory=dict, repr=False, compare=False)  # as it was asked
+    _kept: dict[tuple[int, str, float], Worth] = field(default_factory=dict, repr=False, compare=False)  # likewise
 
     @functools.cached_property
     def popularity(self) -> int:
@@ -69,6 +70,14 @@ class Stakes:
     def worth_keeping(self, rank: int, node: str, share: float) -> float:
         """The same of one that is resident already, with what it spares in later windows, at a tenth."""
         return self.later[rank] * self._spared(rank, node, share) if rank < len(self.later) else 0.0
+
+    def keeping(self, rank: int, node: str, share: float) -> Worth:
+        """`worth_keeping` with what the replica is needed for."""
+        known = self._kept.get((rank, node, share))
+        if known is None:
+            known = Worth(self.kind(rank), self.worth_keeping(rank, node, share))
+            self._kept[rank, node, share] = known
+        return known
 
     def _spared(self, rank: int, node: str, share: float) -> float:
         cold = self._cold_pains[rank > 0]
@@ -98,9 +107,9 @@ class Stakes:
         within = min(seconds, self.model.ttft_p95_s)
         return seconds - (1 - _WITHIN_TARGET) * within
 
-    def in_time(self, rank: int, node: str, part: float) -> float:
+    def in_time(self, rank: int, node: str, part: float, now_s: float) -> float:
         """The share of the time the forecast speaks of in which a replica is there that has yet to load a part."""
-        lasts_s = self.demand.expected.lasts_s
+        lasts_s = self.demand.expected.ends_s - now_s
         return max(0.0, 1 - part * self.load_s(rank, node) / lasts_s) if lasts_s > 0 else 0.0
 
     def kind(self, rank: int) -> Kind:
@@ -119,12 +128,41 @@ def stakes(snapshot: Snapshot, replicas: Iterable[Replica]) -> dict[str, Stakes]
     return {name: stakes_of(snapshot, model, serving[name], nodes) for name, model in snapshot.models.items()}
 
 
-def stakes_of(snapshot: Snapshot, model: Model, serving: int, nodes: Iterable[str]) -> Stakes:
-    """What is at stake for a model of which `serving` instances serve; `nodes`: those that take something new."""
+_KEPT = 4096  # models
+_known: dict[str, tuple[Sequence[str], Rules, float, Stakes]] = {}  # by model, with the lookahead
+
+
+def stakes_of(snapshot: Snapshot, model: Model, serving: int, nodes: Sequence[str]) -> Stakes:
+    """What is at stake for a model of which `serving` instances serve; `nodes`: those that take something new.
+
+    A wake asks for that of all models that might give way to it, of which hardly one has changed since the last wake:
+    what would come out the same is not computed again.
+    """
+    known = _known.get(model.name)
+    if known is not None:
+        for_nodes, for_rules, lookahead_s, stakes = known
+        if (
+            stakes.model is model
+            and stakes.serving == serving
+            and for_nodes == nodes
+            and for_rules == snapshot.rules
+            and expect(model.windows, snapshot.now_s, for_rules, lookahead_s) is stakes.demand.expected
+        ):
+            return stakes
     first_s, further_s = quickest_s(model, nodes)
-    rules = snapshot.rules
     # A window has to be known of in time to load for it.
-    wanted = demand(model, snapshot.now_s, serving, rules, max(rules.lookahead_s, 2 * first_s))
+    lookahead_s = max(snapshot.rules.lookahead_s, 2 * first_s)
+    stakes = _stakes_of(snapshot, model, serving, lookahead_s, first_s, further_s)
+    if len(_known) >= _KEPT:
+        _known.clear()
+    _known[model.name] = nodes, snapshot.rules, lookahead_s, stakes
+    return stakes
+
+
+def _stakes_of(
+    snapshot: Snapshot, model: Model, serving: int, lookahead_s: float, first_s: float, further_s: float
+) -> Stakes:
+    wanted = demand(model, snapshot.now_s, serving, snapshot.rules, lookahead_s)
     most = min(_MOST_RANKS, model.max_replicas or _MOST_RANKS)
     peak, later = wanted.expected.peak, wanted.expected.later
     ranks = _ranks(peak, later, max(1, model.capacity), most, model.priority, model.service_s, first_s, further_s)

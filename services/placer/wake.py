@@ -72,20 +72,20 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     for least, some in itertools.groupby(sorted(_loadings(board, rule, model, wish)), key=lambda place: place[0]):
         if best is not None and best[0] < (0, least):
             break
+        possible = [group for _, group in some if _possible(board, model, group)]
+        sharing = {group: rule.sharing(model, group) for group in possible}
         for at_least, group in sorted(
-            (_rank(board, rule, model, group, least, Room()), group)
-            for _, group in some
-            if _possible(board, model, group)
+            (_rank(board, group, least, sharing[group], Room()), group) for group in possible
         ):
             if best is not None and best[0] <= at_least:
                 break  # making room costs something, or nothing
-            shared = rule.sharing(model, group) if wish.worth < math.inf else 0.0
+            shared = sharing[group]
             if shared > wish.worth:
                 continue
             kept, first = _kv(board, rule, model, group)
             room = board.make_room(model, group, _sources(board, rule, model, group, wish), kept=kept, first=first)
             if room is not None and room.cost + shared <= wish.worth and (wish.places is None or room == Room()):
-                rank = _rank(board, rule, model, group, least, room)
+                rank = _rank(board, group, least, shared, room)
                 if best is None or rank < best[0]:
                     best = rank, _Candidate(group, board.get(model.name, group), room)
     if best is not None:
@@ -159,10 +159,10 @@ def _loadings(board: Board, rule: Rule, model: Model, wish: Wish) -> Iterator[tu
             yield rule.loading(model, group, missing) if missing else 0.0, group
 
 
-def _rank(board: Board, rule: Rule, model: Model, group: GroupIds, loading: float, room: Room) -> _Rank:
+def _rank(board: Board, group: GroupIds, loading: float, shared: float, room: Room) -> _Rank:
     neighbours = sum(map(serves, board.on(group)))
     first = board.snapshot.agents[group[0]]
-    cost = room.cost + rule.sharing(model, group) + loading
+    cost = room.cost + shared + loading
     return room.last_resorts, cost, neighbours, first.node, first.device_index, group
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.placer import value as objective
 from services.placer.chances import Chances
 from services.placer.demand import expect
 from services.placer.snapshot import Quantiles, Rules, State, Tier, WindowLoad
@@ -90,6 +91,36 @@ def test_the_coolest_replica_is_counted_as_woken_first() -> None:
     there = [replica("a", "g0"), replica("a", "g1"), replica("b", "g0")]
     # The first of a, worth 8, lies alone on g1; the second, worth 1, and b lie together.
     assert value(models, there) == 8 + (1 + 1) * (1 - Rules().interference)
+
+
+moments = st.tuples(
+    st.sampled_from([0.0, 280.0, 320.0, 90_000.0]),  # seconds: windows come near, end, are forgotten
+    st.sampled_from(["quiet", "busy", "no forecast"]),
+    st.integers(0, 1),  # instances
+    st.sampled_from([("n0",), ("n0", "n1")]),
+    st.sampled_from([Rules(), Rules(lookahead_s=310.0, scale_up=0.5)]),
+)
+
+
+@given(st.lists(moments, min_size=8, max_size=20))
+def test_what_is_at_stake_does_not_depend_on_when_it_was_asked_before(asked) -> None:
+    quiet = model("a", cold_load_s=9.0, load_s={Tier.HOST: 1.0}, images={"n1": Tier.HOST})
+    quiet = replace(quiet, windows=(window(NOW, 3, 9), window(NOW + 300, 5, 20)))
+    models = {
+        "quiet": quiet,
+        "busy": replace(quiet, waiting=3, running=20),
+        "no forecast": replace(quiet, windows=()),
+    }
+
+    def found(moment):
+        later_s, which, serving, nodes, rules = moment
+        there = replace(snapshot([agent("g0")], [models[which]], rules=rules), now_s=NOW + later_s)
+        return objective.stakes_of(there, models[which], serving, nodes)
+
+    kept = [found(moment) for moment in asked]
+    for moment, answer in zip(asked, kept, strict=True):
+        objective._known.clear()
+        assert answer == found(moment)
 
 
 def seen_at(now_s, windows):
