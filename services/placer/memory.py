@@ -122,6 +122,8 @@ class Memory:
             or known.changes != self.measured.changes
         ):
             made = self._make_model(spec, forecast)
+            if known is not None and made == known.model:  # something was learnt of another: what is kept of it holds
+                made = known.model
             known = self._quiet[spec.name] = _Quiet(spec, forecast, self.measured.changes, made)
         return known.model
 

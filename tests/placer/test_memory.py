@@ -123,3 +123,13 @@ def test_the_states_of_a_groups_shards_make_one() -> None:
     assert joint(active, common_pb2.REPLICA_STATE_DRAINING).state is State.DRAINING
     assert joint(active).state is State.WARMING
     assert (joint(warm).state, joint(warm).resident) == (State.WARM, 0)
+
+
+def test_what_is_learnt_of_one_model_leaves_the_others_as_they_are() -> None:
+    # What wakes know of a model holds as long as it is the same object.
+    memory, both = Memory(), ("a", "b")
+    before = see(memory, 0, records(shard(common_pb2.REPLICA_STATE_WARM), deployed=both)).models
+    loaded = records(shard(common_pb2.REPLICA_STATE_ACTIVE, cold_load_ms=700), slots=4, deployed=both)
+    after = see(memory, 1, loaded).models
+    assert after["a"].capacity == 4 != before["a"].capacity
+    assert after["b"] is before["b"]
