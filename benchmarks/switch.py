@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -146,7 +146,7 @@ async def loads(cluster: Cluster, spec: cluster_pb2.ModelSpec, chosen: Scale, bu
 async def beside(cluster: Cluster, specs: list[cluster_pb2.ModelSpec], tokens: int) -> list[Row]:
     """Steps of a running instance, and their tokens at the client, while another model is warmed and evicted beside.
 
-    The issue's 5 % are of the decode step. Its token has an event loop, two gRPC streams and this process before it.
+    The target is the decode step's. Its token has an event loop, two gRPC streams and this process before it.
     """
     serving, warmed = specs[0], specs[1]
     await cluster.evict(warmed.name)
@@ -192,7 +192,7 @@ async def evictions_beside(
 async def _warmed_and_evicted(cluster: Cluster, spec: cluster_pb2.ModelSpec) -> AsyncIterator[list[float]]:
     """Within it a model that is cold is warmed and evicted, again and again; gives how long evictions took, in ms.
 
-    What an order fails with is raised at the end.
+    An order that fails ends what is within it: its error comes out, in an ExceptionGroup.
     """
     evictions: list[float] = []
 
@@ -201,13 +201,10 @@ async def _warmed_and_evicted(cluster: Cluster, spec: cluster_pb2.ModelSpec) -> 
             await cluster.warm(spec)
             evictions.append(await cluster.evict(spec.name))
 
-    warming = asyncio.ensure_future(warm_and_evict())
-    try:
+    async with asyncio.TaskGroup() as group:
+        warming = group.create_task(warm_and_evict())
         yield evictions
-    finally:
         warming.cancel()
-        with suppress(asyncio.CancelledError):
-            await warming
 
 
 def quantile(values: list[float], share: float) -> float:

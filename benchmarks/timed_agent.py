@@ -14,6 +14,7 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from services.gpu_agent import __main__ as agent
 from services.gpu_agent import serving
@@ -21,22 +22,15 @@ from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sequence import SequenceOutput
 
 
-class TimedLoop(EngineLoop):
+def timed_loop(on_step: Callable[[str, list[SequenceOutput]], None], **others: Any) -> EngineLoop:
     """An engine's loop that notes when it had news: once a step, before anybody is told."""
+    file = os.open(os.environ["STEP_TIMES"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def __init__(
-        self,
-        on_step: Callable[[str, list[SequenceOutput]], None],
-        on_failure: Callable[[str, Exception], None],
-        is_fatal: Callable[[BaseException], bool] = lambda _: False,
-    ) -> None:
-        file = os.open(os.environ["STEP_TIMES"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    def noted(instance_id: str, outputs: list[SequenceOutput]) -> None:
+        os.write(file, struct.pack("d", time.monotonic()))
+        on_step(instance_id, outputs)
 
-        def noted(instance_id: str, outputs: list[SequenceOutput]) -> None:
-            os.write(file, struct.pack("d", time.monotonic()))
-            on_step(instance_id, outputs)
-
-        super().__init__(noted, on_failure, is_fatal)
+    return EngineLoop(noted, **others)
 
 
 def step_gaps(path: Path, began: float, ended: float) -> list[float]:
@@ -46,5 +40,5 @@ def step_gaps(path: Path, began: float, ended: float) -> list[float]:
 
 
 if __name__ == "__main__":
-    vars(serving)["EngineLoop"] = TimedLoop
+    vars(serving)["EngineLoop"] = timed_loop
     agent.main()

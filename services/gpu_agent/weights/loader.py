@@ -77,7 +77,6 @@ def load(
             paced = source.ahead > 1 and not urgent and gives_way()
             ahead = source.ahead if urgent else min(source.ahead, 1 if paced else _AHEAD_OF_PREWARMING)
             turned = time.monotonic()
-            done = replace(done, gave_way=done.gave_way or paced)
             while count := _next_count(
                 begun - filling.first, begun - done.pages_done, weights.num_pages - begun, ahead
             ):
@@ -97,7 +96,7 @@ def load(
                 continue
             copied += layout.page_bytes
             speed = copied / (time.monotonic() - began)
-            done = replace(done, pages_done=done.pages_done + 1, bytes_per_s=speed)
+            done = LoadProgress(done.pages_done + 1, weights.num_pages, speed, gave_way=done.gave_way or paced)
             progress(done)
             if paced:
                 cancel.wait(min(time.monotonic() - turned, _LONGEST_PAUSE_S))
