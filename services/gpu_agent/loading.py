@@ -158,9 +158,9 @@ class Loader:
         def progress(done: LoadProgress) -> None:
             nonlocal near
             shard.bytes_per_s = done.bytes_per_s
-            shard.copied_bytes += page_bytes
+            shard.copied_bytes += done.pages_new * page_bytes
             if not shard.wanted_active:
-                shard.prewarming.copied(page_bytes)
+                shard.prewarming.copied(done.pages_new * page_bytes)
             self._on_pages()
             if not near and shard.wanted_active:
                 left = (done.pages_total - done.pages_done) * page_bytes

@@ -118,11 +118,11 @@ class Copying:
         self._cancelled = asyncio.Event()
         done, abandon = Filling.done, Loader.abandon
 
-        def held(filling: Filling) -> bool:
+        def held(filling: Filling, n: int) -> bool:
             if filling._weights.name == model and filling._weights.resident_pages >= page:
                 self._entered.set()
                 assert self._opened.wait(30)
-            return done(filling)
+            return done(filling, n)
 
         def abandoned(*arguments: Any) -> None:
             abandon(*arguments)

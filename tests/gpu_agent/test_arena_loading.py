@@ -109,16 +109,17 @@ class Bus:
     def __init__(self, image: Image) -> None:
         self._image = image
         self._begun: list[tuple[int, torch.Tensor]] = []
-        self.most = 0  # copies under way at once
+        self.most = 0  # pages under way at once
 
-    def begin(self, index: int, page: torch.Tensor) -> None:
-        self._begun.append((index, page))
-        self.most = max(self.most, len(self._begun))
+    def begin(self, first: int, pages: torch.Tensor) -> None:
+        self._begun.append((first, pages))
+        self.most = max(self.most, sum(len(pages) for _, pages in self._begun))
 
-    def end(self, index: int) -> None:
-        begun, page = self._begun.pop(0)
-        assert begun == index
-        self._image.read_page(index, page)
+    def end(self, first: int, n: int) -> None:
+        begun, pages = self._begun.pop(0)
+        assert (begun, len(pages)) == (first, n)
+        for index, page in enumerate(pages, first):
+            self._image.read_page(index, page)
 
 
 @pytest.mark.parametrize("backend", EACH[:1], indirect=True)

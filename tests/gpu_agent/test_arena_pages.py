@@ -18,7 +18,7 @@ def grow(pages: Pages, name: str, count: int) -> list[int]:
     """Takes pages and says that all are written."""
     taken = pages.begin_filling(name, count)
     for _ in taken:
-        pages.end_filling(name)
+        pages.end_filling(name, 1)
     return taken
 
 

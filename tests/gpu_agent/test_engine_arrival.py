@@ -15,7 +15,7 @@ from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.engine.arrival import Behind, enters_before_use, with_norms_behind
 from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sequence import FinishReason
-from services.gpu_agent.engine.step import StepResult
+from services.gpu_agent.engine.step import Pending, StepResult
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.arena_backends import append
 from tests.gpu_agent.serving import Served, arena, generate, greedy, prompt, run, serve, tokens_of
@@ -74,6 +74,37 @@ def test_resident_layers_are_computed_at_once_and_the_rest_waits(memory: Arena, 
     next_page(served)
     assert instance.advance()
     instance.collect()
+    assert tokens_of(instance.news() + run(instance), "r") == generate(reference, asked, 4)
+    instance.close("done")
+
+
+@pytest.mark.parametrize(("left", "at_once"), [(0, True), (1, True), (-1, False)])
+def test_a_step_whose_weights_come_while_much_is_left_is_computed_at_once(
+    memory: Arena, tmp_path: Path, left: int, at_once: bool
+) -> None:
+    """left: the gate, counted as in a list, that waits when all the rest of the weights come."""
+    served, reference = serve(memory, checkpoints.llama, tmp_path, "llama")
+    instance = served.instance()
+    asked = prompt(20)
+    instance.add(greedy("r", asked, 4))
+    instance.launch()
+    behind = instance._flights[-1].pending
+    assert isinstance(behind, Behind)
+    called = []
+
+    def whole() -> Pending:
+        called.append(served.weights.complete)
+        return compute()
+
+    compute, behind._at_once = behind._compute, whole
+    while served.weights.resident_pages < served.model.gates[left].pages - 1:
+        next_page(served)
+        instance.advance()
+    while not served.weights.complete:
+        next_page(served)
+    assert instance.advance()
+    instance.collect()
+    assert called == ([True] if at_once else [])
     assert tokens_of(instance.news() + run(instance), "r") == generate(reference, asked, 4)
     instance.close("done")
 

@@ -195,10 +195,10 @@ class Arena:
             if lender is not None and (given := lender.give_up(n - free)):
                 self.on_taken_back(lender.name, given, weights.name)
 
-    def settle_weight_page(self, name: str) -> None:
+    def settle_weight_pages(self, name: str, n: int) -> None:
         """See Accounts."""
         with self._lock:
-            self._pages.end_filling(name)
+            self._pages.end_filling(name, n)
 
     def drop_weight_pages(self, name: str) -> None:
         """See Accounts."""

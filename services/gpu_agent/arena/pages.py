@@ -103,14 +103,17 @@ class Pages:
             self._filling.setdefault(model, []).extend(taken)
         return taken
 
-    def end_filling(self, model: str) -> None:
-        """The page that has been written longest becomes the model's next part."""
+    def end_filling(self, model: str, count: int) -> None:
+        """The `count` pages that have been written longest become the model's next part."""
         held, filling = self._weights[model], self._filling[model]
-        page = filling.pop(0)
-        if not filling:
+        written, left = filling[:count], filling[count:]
+        if left:
+            self._filling[model] = left
+        else:
             del self._filling[model]
-        self._owners[page] = WeightsOwner(model, len(held))
-        held.append(page)
+        for page in written:
+            self._owners[page] = WeightsOwner(model, len(held))
+            held.append(page)
 
     def drop_filling(self, model: str) -> None:
         """Frees the pages that are being written for a model; nobody writes to them any more."""

@@ -23,8 +23,8 @@ class Accounts(Protocol):
         """n pages to be written, from now on being filled for this model. OutOfPages, with nothing taken."""
         ...
 
-    def settle_weight_page(self, name: str) -> None:
-        """The page that has been filled longest holds its data."""
+    def settle_weight_pages(self, name: str, n: int) -> None:
+        """The n pages that have been filled longest hold their data."""
         ...
 
     def drop_weight_pages(self, name: str) -> None:
@@ -150,9 +150,9 @@ class WeightRange:
     def grow(self, n: int) -> None:
         """Maps n free pages behind the resident ones; their content is undefined. OutOfPages, with nothing done."""
         with self._lock, self.filling() as filling:
-            filling.map(n)
-            for _ in range(n):
-                filling.done()
+            if n:
+                filling.map(n)
+                filling.done(n)
 
     @contextmanager
     def filling(self) -> Iterator[Filling]:
@@ -203,7 +203,7 @@ class WeightRange:
             self._check_present()
             if not 0 <= index < self._resident:
                 raise IndexError(f"page {index} of {self.name} is not resident; {self._resident} pages are")
-            return self._page(index)
+            return self._pages(index, 1)[0]
 
     def remove(self) -> None:
         """Gives all pages back and frees the range; its tensors must not be used any more. Twice is once."""
@@ -217,8 +217,8 @@ class WeightRange:
             self._memory.release(self._addresses)
             self._accounts.forget_weights(self.name)
 
-    def _page(self, index: int) -> torch.Tensor:
-        return self._addresses.tensor(torch.uint8, (self.page_bytes,), index * self.page_bytes)
+    def _pages(self, first: int, n: int) -> torch.Tensor:
+        return self._addresses.tensor(torch.uint8, (n, self.page_bytes), first * self.page_bytes)
 
     def _check_present(self) -> None:
         if self._removed:
@@ -252,12 +252,12 @@ class Filling:
             missing = weights.num_pages - self._mapped - len(self._claimed)
             self._claimed += weights._accounts.take_weight_pages(weights, missing)
 
-    def map(self, n: int) -> list[torch.Tensor]:
-        """Maps n more free pages, to be written: uint8, page_bytes each. OutOfPages, with nothing done."""
+    def map(self, n: int) -> torch.Tensor:
+        """Maps n more free pages, to be written: uint8, (n, page_bytes). OutOfPages, with nothing done."""
         weights = self._weights
         with weights._lock:
             weights._check_present()
-            if n < 0 or self._mapped + n > weights.num_pages:
+            if n < 1 or self._mapped + n > weights.num_pages:
                 raise ValueError(
                     f"{weights.name} has {self._mapped} of {weights.num_pages} pages and cannot grow by {n}"
                 )
@@ -265,17 +265,18 @@ class Filling:
                 self._claimed += weights._accounts.take_weight_pages(weights, n - len(self._claimed))
             weights._memory.map(weights._addresses, self._mapped, self._claimed[:n])
             del self._claimed[:n]
+            first = self._mapped
             self._mapped += n
-            return [weights._page(index) for index in range(self._mapped - n, self._mapped)]
+            return weights._pages(first, n)
 
-    def done(self) -> bool:
-        """The next page holds its data and is resident; False where pages before it were taken, so that it is not."""
+    def done(self, n: int = 1) -> bool:
+        """The next n pages hold their data and are resident; False where pages before them were taken: they are not."""
         weights = self._weights
         with weights._lock:
             if self.overtaken:
                 return False
-            weights._accounts.settle_weight_page(weights.name)
-            self._done += 1
+            weights._accounts.settle_weight_pages(weights.name, n)
+            self._done += n
             weights._resident = self._done
             return True
 

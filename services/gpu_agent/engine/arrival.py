@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,16 +116,35 @@ def _flat(values: tuple[Any, ...]) -> Iterator[Any]:
             yield value
 
 
+# A pass behind the copy is Python between the layers' kernels. Where all weights have come while more than this share
+# of the layers is left, it is dropped for the whole step at once, if the device has that as one launch.
+_LEFT_FOR_AT_ONCE = 0.25
+
+
 class _Abandoned(Exception):
     """The pass is not wanted any more."""
+
+
+class _AllThere(Exception):
+    """The pass is dropped, for the whole step is faster computed at once."""
 
 
 class Behind:
     """A step that is computed behind the copy of its weights (see Pending). Used by the engine's thread alone."""
 
-    def __init__(self, compute: Callable[[], Pending], gates: tuple[Gate, ...], weights: WeightRange) -> None:
-        """`compute` runs the forward pass, in another thread; it begins with the first `advance`."""
+    def __init__(
+        self,
+        compute: Callable[[], Pending],
+        gates: tuple[Gate, ...],
+        weights: WeightRange,
+        at_once: Callable[[], Pending] | None = None,
+    ) -> None:
+        """`compute` runs the forward pass, in another thread; it begins with the first `advance`.
+
+        `at_once` computes the same step with all weights there, much faster; None where the device cannot.
+        """
         self._compute = compute
+        self._at_once = at_once
         self._gates = gates
         self._weights = weights
         self._needed = 0  # pages that the next layer needs
@@ -169,23 +188,33 @@ class Behind:
         self._go.acquire()
         try:
             if not self._abandoned:
-                with self._gated():
-                    self._pending = self._compute()
+                self._pending = self._computed()
         except BaseException as error:  # whatever it is, it is raised where the result is asked for
             self._error = error
         self.launched = True
         self._stopped.release()
 
+    def _computed(self) -> Pending:
+        with suppress(_AllThere), self._gated():
+            return self._compute()
+        assert self._at_once is not None
+        return self._at_once()
+
     @contextmanager
     def _gated(self) -> Iterator[None]:
-        handles = [gate.module.register_forward_pre_hook(self._hook(gate.pages)) for gate in self._gates]
+        handles = [
+            gate.module.register_forward_pre_hook(self._hook(gate.pages, 1 - number / len(self._gates)))
+            for number, gate in enumerate(self._gates)
+        ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, pages: int) -> Callable[[nn.Module, Any], None]:
+    def _hook(self, pages: int, left: float) -> Callable[[nn.Module, Any], None]:
+        """Waits until so many pages are there; `left` is the share of the gates that this one and those behind are."""
+
         def wait(_: nn.Module, __: Any) -> None:
             while self._weights.resident_pages < pages:
                 self._needed = pages
@@ -193,5 +222,7 @@ class Behind:
                 self._go.acquire()
                 if self._abandoned:
                     raise _Abandoned
+            if self._at_once is not None and left > _LEFT_FOR_AT_ONCE and self._weights.complete:
+                raise _AllThere
 
         return wait

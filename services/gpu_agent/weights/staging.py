@@ -14,30 +14,32 @@ import torch
 
 from services.gpu_agent.weights.host_image import HostImage, HostImageCorrupt
 from services.gpu_agent.weights.image import Image
-from services.gpu_agent.weights.sums import device_sum, host_sum, prepare_sums
+from services.gpu_agent.weights.sums import device_sums, host_sum, prepare_sums
 
 # Pinned memory between the disk and a GPU: one page of it is copied while the others are read. One read of a large page
 # keeps a disk busy; of small ones it takes more.
 _STAGING_BYTES = 128 << 20
 _FEWEST_STAGED, _MOST_STAGED = 4, 16
-# Most copies from pinned memory under way: while one is waited for, the bus has the next ones.
+# Most pages on their way from pinned memory: while some are waited for, the bus has the next ones.
 _COPIES_AHEAD = 32
+MOST_AT_ONCE = 8
+"""Most pages begun at a time: the bus waits for the first of them to be mapped, and steps of instances for all."""
 
 
 class PageSource(Protocol):
-    """Writes pages one after the other, in the thread that entered `page_source`."""
+    """Writes pages in their order, in the thread that entered `page_source`."""
 
     @property
     def ahead(self) -> int:
         """How many pages may be begun before the first of them has ended."""
         ...
 
-    def begin(self, index: int, page: torch.Tensor) -> None:
-        """Begins to write a page (uint8, page_bytes)."""
+    def begin(self, first: int, pages: torch.Tensor) -> None:
+        """Begins to write pages `first`, `first` + 1, ...: uint8, (n, page_bytes), n at most MOST_AT_ONCE."""
         ...
 
-    def end(self, index: int) -> None:
-        """Returns when the page that was begun first holds its data. Raises ImageCorrupt, OSError."""
+    def end(self, first: int, n: int) -> None:
+        """Returns when those n pages, of all under way begun first, hold their data. Raises ImageCorrupt, OSError."""
         ...
 
 
@@ -70,11 +72,12 @@ class _Reads:
     def __init__(self, image: Image) -> None:
         self._image = image
 
-    def begin(self, index: int, page: torch.Tensor) -> None:
-        self._page = page
+    def begin(self, first: int, pages: torch.Tensor) -> None:
+        self._pages = pages
 
-    def end(self, index: int) -> None:
-        self._image.read_page(index, self._page)
+    def end(self, first: int, n: int) -> None:
+        for index, page in enumerate(self._pages, first):
+            self._image.read_page(index, page)
 
 
 class _HostCopies:
@@ -86,12 +89,14 @@ class _HostCopies:
         self._image = image
         self._host = host
 
-    def begin(self, index: int, page: torch.Tensor) -> None:
-        self._page = page
-        page.copy_(self._host.page(index))
+    def begin(self, first: int, pages: torch.Tensor) -> None:
+        self._pages = pages
+        for index, page in enumerate(pages, first):
+            page.copy_(self._host.page(index))
 
-    def end(self, index: int) -> None:
-        _check_host(self._image, index, host_sum(self._page.numpy().data))
+    def end(self, first: int, n: int) -> None:
+        for index, page in enumerate(self._pages, first):
+            _check_host(self._image, index, host_sum(page.numpy().data))
 
 
 class _DeviceCopies:
@@ -99,27 +104,31 @@ class _DeviceCopies:
 
     def __init__(self, page_bytes: int, device: torch.device) -> None:
         self._streams = _streams(page_bytes, device)
-        self._sums = torch.empty(_COPIES_AHEAD, dtype=torch.int64, pin_memory=True)
+        # For each time that copies are begun, of which there are at most as many under way as pages.
+        self._sums = torch.empty(_COPIES_AHEAD, MOST_AT_ONCE, dtype=torch.int64, pin_memory=True)
         self._copied = [torch.cuda.Event() for _ in range(_COPIES_AHEAD)]  # type: ignore[no-untyped-call]
         # Who waits for it sleeps rather than spins, for the engine needs the core.
         self._summed = [torch.cuda.Event(blocking=True) for _ in range(_COPIES_AHEAD)]  # type: ignore[no-untyped-call]
+        self._begun = self._ended = 0
 
-    def begin(self, index: int, page: torch.Tensor, source: torch.Tensor) -> None:
-        """Begins to copy a page; of the last _COPIES_AHEAD before it, the first must have ended."""
-        place, (copying, summing) = index % _COPIES_AHEAD, self._streams
+    def begin(self, pages: torch.Tensor, sources: list[torch.Tensor]) -> None:
+        """Begins to copy pages (n, page_bytes); all but the last _COPIES_AHEAD pages before them must have ended."""
+        place, (copying, summing) = self._begun % _COPIES_AHEAD, self._streams
+        self._begun += 1
         with torch.cuda.stream(copying):
-            page.copy_(source, non_blocking=True)
+            torch._foreach_copy_(list(pages), sources, non_blocking=True)
             self._copied[place].record()
         with torch.cuda.stream(summing):
             summing.wait_event(self._copied[place])
-            self._sums[place].copy_(device_sum(page), non_blocking=True)
+            self._sums[place, : len(pages)].copy_(device_sums(pages), non_blocking=True)
             self._summed[place].record()
 
-    def end(self, index: int) -> int:
-        """The sum of what has arrived, when it has."""
-        place = index % _COPIES_AHEAD
+    def end(self, n: int) -> list[int]:
+        """The sums of the n pages that were begun first, when they have arrived."""
+        place = self._ended % _COPIES_AHEAD
+        self._ended += 1
         self._summed[place].synchronize()
-        return int(self._sums[place])
+        return [int(found) for found in self._sums[place, :n].tolist()]
 
     def settle(self) -> None:
         """Returns when nothing is under way."""
@@ -137,11 +146,12 @@ class _FromHostTier:
         self._host = host
         self._copies = copies
 
-    def begin(self, index: int, page: torch.Tensor) -> None:
-        self._copies.begin(index, page, self._host.page(index))
+    def begin(self, first: int, pages: torch.Tensor) -> None:
+        self._copies.begin(pages, [self._host.page(index) for index in range(first, first + len(pages))])
 
-    def end(self, index: int) -> None:
-        _check_host(self._image, index, self._copies.end(index))
+    def end(self, first: int, n: int) -> None:
+        for index, found in enumerate(self._copies.end(n), first):
+            _check_host(self._image, index, found)
 
 
 @contextmanager
@@ -175,17 +185,17 @@ class _StagedPages:
         self._pinned.append(pinned)
         self._read_next(pinned.page)
 
-    def begin(self, index: int, page: torch.Tensor) -> None:
-        self._page = page
+    def begin(self, first: int, pages: torch.Tensor) -> None:
+        self._pages = pages
 
-    def end(self, index: int) -> None:
+    def end(self, first: int, n: int) -> None:
         expected, staging, read = self._reading[0]
-        if index != expected:
-            raise ValueError(f"page {index} was asked for, but page {expected} is next")
+        if (first, n) != (expected, 1):
+            raise ValueError(f"{n} pages from {first} on were asked for, but page {expected} is next, by itself")
         read.result()
         self._reading.popleft()
-        self._copies.begin(index, self._page, staging)
-        self._image.check(index, self._copies.end(index))
+        self._copies.begin(self._pages, [staging])
+        self._image.check(first, *self._copies.end(1))
         self._read_next(staging)
 
     def close(self) -> None:
@@ -234,6 +244,6 @@ def _streams(page_bytes: int, device: torch.device) -> tuple[torch.cuda.Stream, 
     """
     streams = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(streams[1]):  # what summing up needs is taken now, not later
-        prepare_sums(page_bytes, device)
+        prepare_sums(page_bytes, MOST_AT_ONCE, device)
     streams[1].synchronize()
     return streams

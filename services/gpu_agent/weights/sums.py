@@ -2,7 +2,7 @@
 
 The page is taken as int64 words in blocks of 4 KiB; the sum of block i counts 2i + 1 times, and all wraps at 2^64. An
 odd weight loses no bit, so a change within one word is always found, and blocks that were swapped change the sum too;
-other damage goes unseen with a chance of about 2^-64.
+random content goes unseen with a chance of about 2^-64. Two opposite flips of the same bit in one block cancel out.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ def host_sum(page: memoryview) -> int:
     return int(np.dot(blocks, _weights(len(blocks))))
 
 
-def device_sum(page: torch.Tensor) -> torch.Tensor:
-    """The same of a page (uint8) on a device, as an int64 there; it is begun on the current stream."""
-    blocks = page.view(torch.int64).view(-1, _WORDS).sum(1)
-    return (blocks * _device_weights(len(blocks), page.device)).sum()
+def device_sums(pages: torch.Tensor) -> torch.Tensor:
+    """The same of pages (n, page_bytes), uint8, on a device: (n,) int64 there. They are begun on the current stream."""
+    blocks = pages.view(torch.int64).view(len(pages), -1, _WORDS).sum(2)
+    return (blocks * _device_weights(blocks.shape[1], pages.device)).sum(1)
 
 
-def prepare_sums(page_bytes: int, device: torch.device) -> None:
-    """Has what `device_sum` needs there for pages of this size: weights, kernels, and memory on the current stream."""
+def prepare_sums(page_bytes: int, most: int, device: torch.device) -> None:
+    """Has what `device_sums` needs there for so many pages of this size: weights, kernels, memory on this stream."""
     _device_weights(page_bytes // (8 * _WORDS), device)
-    device_sum(torch.zeros(8 * _WORDS, dtype=torch.uint8, device=device))
+    blocks = torch.zeros(most, page_bytes // (8 * _WORDS), dtype=torch.int64, device=device)
+    (blocks * _device_weights(blocks.shape[1], device)).sum(1)
+    device_sums(torch.zeros(1, 8 * _WORDS, dtype=torch.uint8, device=device))
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -45,8 +46,14 @@ class CudaRunner:
         """See Runner. Where it raises, the device has ended what was begun: no page is touched any more."""
         model = self._model
         shape = model.ladder.fitting(parts)
-        if not model.model.weights.complete:
-            return Behind(lambda: self._begin(shape, parts, rows, behind=True), model.gates, model.model.weights)
+        at_once = partial(self._begin_at_once, shape, parts, rows)
+        if model.model.weights.complete:
+            return at_once()
+        behind = partial(self._begin, shape, parts, rows, behind=True)
+        return Behind(behind, model.gates, model.model.weights, at_once if model.is_captured(shape) else None)
+
+    def _begin_at_once(self, shape: StepShape, parts: Many[Part], rows: Many[Row]) -> _Launched:
+        model = self._model
         with model.turns if model.is_captured(shape) else nullcontext():
             return self._begin(shape, parts, rows, behind=False)
 
