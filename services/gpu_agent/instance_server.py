@@ -17,6 +17,7 @@ from services.common.queues import RequestQueue, Taken, Ticket
 from services.common.tasks import begin_task, end_tasks
 from services.common.telemetry import logger
 from services.gpu_agent.engine.loop import EngineLoop
+from services.gpu_agent.engine.pace import Pace
 from services.gpu_agent.engine.sampling_params import Grammar
 from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
 from services.gpu_agent.queued_request import refusal, sequence_of, too_large, update_of
@@ -31,6 +32,7 @@ _BLOCK_MS = 1000
 _RETRY_S = 0.2
 _LOOK_S = 1.0
 _RELEASE_S = 5.0
+_PACE_S = 1.0  # how often it looks whether its pace has changed
 _COMPILERS = 2  # threads in which grammars are compiled
 _TOKENS = Counter("warmserve_gpu_agent_tokens_total", "Tokens generated", ["model"])
 _SEQUENCES = Counter("warmserve_gpu_agent_sequences_total", "Sequences ended", ["model", "finish"])
@@ -63,11 +65,14 @@ class InstanceServer:
     ) -> None:
         self.instance_id = instance_id
         self.slots = slots
+        self.pace: Pace | None = None
+        """How long its sequences wait for their next tokens, as `look_at_pace` saw it; None while that is not known."""
         self._model = model
         self._engine = engine
         self._queue = queue
         self._relay = relay
         self._on_load = on_load
+        self._pace_due = 0.0  # when it is to be looked at again; time.monotonic()
         self._grammars = grammars
         self._compilers = ThreadPoolExecutor(_COMPILERS, thread_name_prefix=f"grammars {instance_id}")
         self._compiling: dict[str, asyncio.Task[None]] = {}  # requests that the engine does not have yet
@@ -143,6 +148,16 @@ class InstanceServer:
         _TOKENS.labels(self._model).inc(tokens)
         for address, updates in by_router.items():
             self._relay.send(address, updates)
+
+    def look_at_pace(self) -> bool:
+        """Whether the pace has changed, looked at once a second and whenever it becomes idle."""
+        now = time.monotonic()
+        if now < self._pace_due and self._running:
+            return False
+        self._pace_due = now + _PACE_S
+        pace = self._engine.new_pace(self.instance_id)
+        self.pace = pace or self.pace
+        return pace is not None
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         """Drops sequences that nobody waits for any more."""

@@ -225,9 +225,12 @@ class Serving:
         return [shard.server for shard in self._shards.values() if shard.server is not None]
 
     def _on_step(self, instance_id: str, outputs: list[SequenceOutput]) -> None:
-        for server in self._servers():
-            if server.instance_id == instance_id:
+        for shard in self._shards.values():
+            server = shard.server
+            if server is not None and server.instance_id == instance_id:
                 server.handle(outputs)
+                if server.look_at_pace():
+                    self._transitions.instance(shard)
 
     def _on_failure(self, instance_id: str, error: Exception) -> None:
         for shard in self._shards.values():

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from services.common.telemetry import logger
+from services.gpu_agent.engine.pace import Pace
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.shard import ACTIVE, COLD, DRAINING, WARM, WARMING, Shard
 from warmserve.v1 import cluster_pb2, common_pb2
@@ -85,7 +86,7 @@ class Transitions:
             self._reports.changed()
 
     def instance(self, shard: Shard) -> None:
-        """The shard's instance is there, or has another state."""
+        """The shard's instance is there, has another state or another pace."""
         assert shard.server is not None
         self._reports.instance(
             cluster_pb2.InstanceRecord(
@@ -95,6 +96,7 @@ class Transitions:
                 state=DRAINING if shard.state == DRAINING else ACTIVE,
                 slots=shard.server.slots,
                 started_unix_ms=int(shard.active_since * 1e3),
+                pace=_pace(shard.server.pace),
             )
         )
 
@@ -129,3 +131,9 @@ class Transitions:
                 tier=moved.tier,
             )
         )
+
+
+def _pace(pace: Pace | None) -> cluster_pb2.Pace | None:
+    if pace is None:
+        return None
+    return cluster_pb2.Pace(base_ms=pace.base_s * 1e3, per_sequence_ms=pace.per_sequence_s * 1e3)

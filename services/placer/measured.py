@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from services.placer import records as convert
+from services.placer.paces import Paces
 from services.placer.records import Records
 from services.placer.snapshot import Key, Tier, WindowLoad
 from warmserve.v1 import cluster_pb2, common_pb2
@@ -48,6 +50,7 @@ class Measured:
 
     changes: int = 0  # how often something was learnt that was not known
     _slots: dict[str, dict[str, int]] = field(default_factory=dict)  # by kind of device, the newest instance's
+    _paces: Paces = field(default_factory=Paces)
     _devices: set[str] = field(default_factory=set)  # kinds that are registered
     _loads: dict[str, dict[Tier, float]] = field(default_factory=dict)  # seconds by tier
     _last_load_s: dict[str, float] = field(default_factory=dict)
@@ -64,17 +67,22 @@ class Measured:
         for by_model in (self._slots, self._loads, self._last_load_s, self._images, self._traffic):
             for name in by_model.keys() - records.models.keys():
                 del by_model[name]
+        for name in self._deployed - records.models.keys():
+            self._paces.forget(name)
         devices = {record.device_name for record in records.agents.values()}
         if devices != self._devices:
             self._devices = devices
             self.changes += 1
+        for name in self._instances.keys() - records.instances.keys():
+            instance = self._instances.pop(name)
+            if self._paces.gone(name, instance):
+                self._changed_pace(records, instance.model)
+        for name in self._residencies.keys() - records.residency.keys():
+            del self._residencies[name]
         if records.models.keys() != self._deployed:
             self._deployed = set(records.models)
             self._instances.clear()
             self._residencies.clear()
-        for known, there in ((self._instances, records.instances), (self._residencies, records.residency)):
-            for gone in known.keys() - there.keys():
-                del known[gone]
         for name, instance in records.instances.items():
             if self._instances.get(name) is instance:
                 continue
@@ -83,12 +91,19 @@ class Measured:
                 self._instances[name] = instance
                 if instance.slots and instance.model in records.models:
                     self._note(self._slots.setdefault(instance.model, {}), agent.device_name, instance.slots)
+                    if self._paces.learn(name, instance, agent.device_name, records.instances):
+                        self._changed_pace(records, instance.model)
         for name, residency in records.residency.items():
             if name in records.agents and self._residencies.get(name) is not residency:
                 self._residencies[name] = residency
                 for shard in residency.shards:
                     if shard.model in records.models:
                         self._learn_load(shard)
+
+    def _changed_pace(self, records: Records, model: str) -> None:
+        spec = records.models.get(model)
+        if spec is not None and spec.target.tpot_ms:  # else nothing depends on it
+            self.changes += 1
 
     def _learn_load(self, shard: cluster_pb2.ResidentShard) -> None:
         key = (shard.model, tuple(shard.group.agent_ids))
@@ -109,18 +124,33 @@ class Measured:
             self.changes += 1
 
     def capacity(self, spec: cluster_pb2.ModelSpec) -> Capacity:
-        """What one instance carries: what instances on the present devices say, within the spec's limit."""
-        limit = spec.limits.max_batch
+        """What one instance carries, by what instances on the present devices say: their slots, within the spec's limit
+        and its target for the time per token."""
         known = self._slots.get(spec.name, {})
         slots = {device: count for device, count in known.items() if device in self._devices} or known
         if slots:
-            device = min(slots, key=lambda name: (slots[name], name))
-            if limit and limit < slots[device]:
-                return Capacity(limit, f"its limit; instances on {device or 'its agents'} offered {slots[device]}")
-            return Capacity(slots[device], f"as its instances report on {device or 'their agents'}")
-        if limit:
+            return min(
+                (self._carried(spec, device, slots[device]) for device in sorted(slots)),
+                key=operator.attrgetter("requests"),
+            )
+        if limit := spec.limits.max_batch:
             return Capacity(limit, "its limit; no instance has reported yet")
         return Capacity(_ASSUMED_CAPACITY, "assumed, until an instance reports")
+
+    def _carried(self, spec: cluster_pb2.ModelSpec, device: str, slots: int) -> Capacity:
+        limit, target_ms = spec.limits.max_batch or slots, spec.target.tpot_ms
+        most, where = min(limit, slots), device or "its agents"
+        kept = self._paces.within(spec.name, device, target_ms, most) if target_ms else None
+        if kept is not None and kept < most:
+            alone_ms = self._paces.alone_ms(spec.name, device)
+            if alone_ms > target_ms:
+                return Capacity(
+                    kept, f"even one takes {alone_ms:.3g} ms per token on {where}; its target is {target_ms:g}"
+                )
+            return Capacity(kept, f"so many keep its {target_ms:g} ms per token on {where}, which offers {slots}")
+        if limit < slots:
+            return Capacity(limit, f"its limit; instances on {where} offered {slots}")
+        return Capacity(slots, f"as its instances report on {where}")
 
     def cold_load_s(self, model: str) -> float | None:
         """What the newest load of a whole replica took; None where none was seen."""

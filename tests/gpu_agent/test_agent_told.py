@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,33 @@ async def test_the_record_tells_how_far_an_image_is_on_its_way_into_memory(
         assert filling.bytes_done < filling.bytes_total == spec.facts.shard_bytes
         gate.open()
         await told(agent, lambda record: len(record.host_tier.images) == 1 and not record.host_tier.HasField("filling"))
+
+
+async def test_an_instance_tells_its_pace(etcd: Backing, redis_server: Backing, keys: Keys, tmp_path: Path) -> None:
+    checkpoints.llama(tmp_path / "m")
+    async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
+        spec = await agent.prepare("m", tmp_path / "m")
+        instance = await agent.wake(spec)
+        (before,) = agent.instances.items.values()
+        assert not before.HasField("pace")
+        began = time.monotonic()
+        await agent.submit("m", "r0", PROMPT, 100)
+        await asyncio.wait_for(agent.relay.finished("r0"), 30)
+        took_ms = (time.monotonic() - began) * 1e3
+        await asyncio.wait_for(
+            agent.instances.wait_for(lambda items: any(record.HasField("pace") for record in items.values())), 30
+        )
+        (record,) = agent.instances.items.values()
+        assert (record.id, record.slots, record.started_unix_ms) == (instance, before.slots, before.started_unix_ms)
+        one_ms = record.pace.base_ms + record.pace.per_sequence_ms
+        assert 0 < 10 * one_ms < took_ms
+        await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model="m", reason=REASON))
+        await agent.until("m", common_pb2.REPLICA_STATE_WARM)
+        # The next instance begins anew.
+        assert await agent.wake(spec) != instance
+        await asyncio.wait_for(agent.instances.wait_for(lambda items: instance not in str(items)), 30)
+        (record,) = agent.instances.items.values()
+        assert not record.HasField("pace")
 
 
 async def test_events_of_a_time_without_redis_are_told_when_it_is_back(

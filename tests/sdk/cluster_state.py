@@ -153,7 +153,12 @@ async def write_cluster(store: Store, keys: Keys) -> None:
     await store.put(
         keys.instance("org/llama", "i-1"),
         cluster_pb2.InstanceRecord(
-            id="i-1", model="org/llama", group=group("a0"), state=common_pb2.REPLICA_STATE_ACTIVE, slots=8
+            id="i-1",
+            model="org/llama",
+            group=group("a0"),
+            state=common_pb2.REPLICA_STATE_ACTIVE,
+            slots=8,
+            pace=cluster_pb2.Pace(base_ms=6, per_sequence_ms=0.25),
         ),
     )
     await store.put(

@@ -75,7 +75,7 @@ async def test_models_describe_shows_instances_and_the_last_transitions(
     await write_busy_agent(store, keys)
     await write_events(redis, keys)
     llama = words((await warmctl("models", "describe", "org/llama")).out)
-    assert "i-1 a0 active 3 of 8 400 MiB" in llama
+    assert "i-1 a0 active 3 of 8 6.25 to 8 ms 400 MiB" in llama
     assert llama.count("2 requests wait") == 1 + 10  # of the replica, and of the last transitions
     qwen = ageless((await warmctl("models", "describe", "qwen")).out)
     assert "a0 warming AGO 40 % (33.6 MB/s) 64.0 MiB" in qwen

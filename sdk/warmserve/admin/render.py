@@ -206,13 +206,14 @@ def _replicas(found: Sequence[Replica], now_ms: int) -> RenderableType:
 
 
 def _instances(found: Sequence[Instance], now_ms: int) -> Table:
-    table = make_table("INSTANCE", "ON", "STATE", "RUNNING", "KV", "SINCE")
+    table = make_table("INSTANCE", "ON", "STATE", "RUNNING", "PER TOKEN", "KV", "SINCE")
     for instance in found:
         table.add_row(
             instance.id,
             " + ".join(instance.agents),
             state_text(instance.state),
             f"{instance.running} of {instance.slots}",
+            "{:.3g} to {:.3g} ms".format(*instance.token_ms) if instance.token_ms else "-",
             units.size(instance.kv_bytes),
             units.age(instance.started_unix_ms, now_ms),
         )

@@ -77,6 +77,8 @@ class Instance:
     """Sequences it can run at a time."""
     kv_bytes: int
     started_unix_ms: int
+    token_ms: tuple[float, float] | None
+    """Milliseconds between two tokens of a sequence while it runs one, and all that it can; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -239,12 +241,18 @@ def describe(state: ClusterState, model: str, events: list[cluster_pb2.Event] | 
                 slots=record.slots,
                 kv_bytes=kv_bytes.get(record.id, 0),
                 started_unix_ms=record.started_unix_ms,
+                token_ms=_token_ms(record) if record.HasField("pace") else None,
             )
             for record in state.instances.values()
             if record.model == model
         ],
         transitions=None if events is None else [plain(event) for event in events],
     )
+
+
+def _token_ms(record: cluster_pb2.InstanceRecord) -> tuple[float, float]:
+    pace = record.pace
+    return pace.base_ms + pace.per_sequence_ms, pace.base_ms + record.slots * pace.per_sequence_ms
 
 
 def explain(state: ClusterState, model: str, events: list[cluster_pb2.Event] | None, now_ms: int) -> Explanation:

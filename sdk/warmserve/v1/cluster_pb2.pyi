@@ -253,7 +253,9 @@ class ServiceTarget(_message.Message):
     ttft_p95_ms: _builtins.float
     """95th percentile of the time to the first token, in milliseconds."""
     tpot_ms: _builtins.float
-    """Mean time per output token after the first, in milliseconds."""
+    """Mean time per output token after the first, in milliseconds. No more requests are planned for an instance than keep
+    it, by the pace that instances report.
+    """
     def __init__(
         self,
         *,
@@ -744,6 +746,7 @@ class InstanceRecord(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     STARTED_UNIX_MS_FIELD_NUMBER: _builtins.int
+    PACE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The instance's id, also its consumer name in the model's request queues."""
     model: _builtins.str
@@ -758,6 +761,12 @@ class InstanceRecord(_message.Message):
     def group(self) -> _common_pb2.Group:
         """The agents it runs on."""
 
+    @_builtins.property
+    def pace(self) -> Global___Pace:
+        """The time between a sequence's tokens, as measured here; unset where not yet known. Told anew when it has changed by
+        an eighth.
+        """
+
     def __init__(
         self,
         *,
@@ -767,14 +776,45 @@ class InstanceRecord(_message.Message):
         state: _common_pb2.ReplicaState.ValueType = ...,
         slots: _builtins.int = ...,
         started_unix_ms: _builtins.int = ...,
+        pace: Global___Pace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "pace", b"pace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "id", b"id", "model", b"model", "slots", b"slots", "started_unix_ms", b"started_unix_ms", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "id", b"id", "model", b"model", "pace", b"pace", "slots", b"slots", "started_unix_ms", b"started_unix_ms", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InstanceRecord: _TypeAlias = InstanceRecord  # noqa: Y015
+
+@_typing.final
+class Pace(_message.Message):
+    """The time between two tokens of a sequence, by how many sequences run: with n of them it is, on average,
+    base_ms + n * per_sequence_ms. Time in which the instance computes prompts, or others have the GPU, is part of it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_MS_FIELD_NUMBER: _builtins.int
+    PER_SEQUENCE_MS_FIELD_NUMBER: _builtins.int
+    base_ms: _builtins.float
+    """What does not depend on how many there are, in milliseconds."""
+    per_sequence_ms: _builtins.float
+    """What each sequence adds for all of them, the computing of the prompts that come with its tokens included, in
+    milliseconds.
+    """
+    def __init__(
+        self,
+        *,
+        base_ms: _builtins.float = ...,
+        per_sequence_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_ms", b"base_ms", "per_sequence_ms", b"per_sequence_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pace: _TypeAlias = Pace  # noqa: Y015
 
 @_typing.final
 class RouterRecord(_message.Message):

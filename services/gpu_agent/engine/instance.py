@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from services.gpu_agent.engine.arrival import Behind
 from services.gpu_agent.engine.grammar import GrammarError
 from services.gpu_agent.engine.kv import KvCache
+from services.gpu_agent.engine.pace import PaceMeter
 from services.gpu_agent.engine.sampling import Choice
 from services.gpu_agent.engine.sampling_batch import Row, TokenHistory
 from services.gpu_agent.engine.scheduler import Chunk, Scheduler
@@ -45,10 +46,11 @@ class _Flight:
     pending: Pending
     chunks: list[tuple[Sequence, list[int], int]]  # who, its blocks then, tokens computed by the end of the step
     sampling: list[Sequence]  # those that get a token
+    decodes: int  # of those, the ones for which nothing else is computed
 
 
 class Instance:
-    """Used by the engine's thread alone, but for `stats`, which any thread may read."""
+    """Used by the engine's thread alone, but for `stats`, which any thread may read, and `meter.news`."""
 
     def __init__(
         self,
@@ -74,6 +76,9 @@ class Instance:
         self.model_name = model_name
         self.device_seconds = 0.0
         """How long the device worked on its steps."""
+        self.meter = PaceMeter(max_batch)
+        """How long its sequences wait for their next tokens."""
+        self._collected: float | None = None  # when its last step ended; None where it has been idle since
         self._expected = 0.0
         self._runner = runner
         self._kv = kv
@@ -191,6 +196,7 @@ class Instance:
         if not schedule.chunks:
             return False
         sampling = [chunk.sequence for chunk in schedule.chunks if chunk.length == chunk.sequence.pending_tokens]
+        decodes = sum(1 for chunk in schedule.chunks if chunk.length == 1 == chunk.sequence.pending_tokens)
         rows = [_row(s) for s in sampling]
         parts = [_part(chunk) for chunk in schedule.chunks]
         chunks = []
@@ -202,7 +208,7 @@ class Instance:
         self._steps += 1
         self._computed_tokens += sum(chunk.length for chunk in schedule.chunks)
         self._kv.launched()
-        self._flights.append(_Flight(self._runner.launch(parts, rows), chunks, sampling))
+        self._flights.append(_Flight(self._runner.launch(parts, rows), chunks, sampling, decodes))
         return True
 
     def advance(self) -> bool:
@@ -219,6 +225,7 @@ class Instance:
         result = flight.pending.result()
         self._flights.popleft()
         self.device_seconds += result.seconds
+        self._measure(flight, result.seconds)
         # Blocks that chosen tokens fill, which are known only now; before any sequence ends and gives its blocks back.
         for sequence, blocks, computed in flight.chunks:
             if blocks is sequence.blocks:  # else it has ended or was preempted
@@ -229,6 +236,8 @@ class Instance:
                 self._ended.append(self._append(sequence, choice))
         self._kv.settled(self._steps - len(self._flights))
         self._promise()
+        if not self._sequences:
+            self._collected = None
 
     def news(self) -> list[SequenceOutput]:
         """What has happened since the last call, in order."""
@@ -250,6 +259,17 @@ class Instance:
                 _log.warning("a step of %s that was under way failed too: %s", self.id, failure)
         self._kv.close()
         return outputs
+
+    def _measure(self, flight: _Flight, seconds: float) -> None:
+        now, before = time.monotonic(), self._collected
+        self._collected = now
+        self.meter.add(
+            flight.decodes,
+            seconds,
+            None if before is None else now - before,
+            prompts=flight.decodes < len(flight.chunks),
+            begun=len(flight.sampling) - flight.decodes,
+        )
 
     def _promise(self) -> None:
         self._kv.expect(self._scheduler.num_running, self._max_batch, self._expected)

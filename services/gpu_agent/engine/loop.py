@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from services.gpu_agent.engine.instance import Instance, InstanceStats
+from services.gpu_agent.engine.pace import Pace
 from services.gpu_agent.engine.sequence import FinishReason, Sequence, SequenceOutput
 
 _log = logging.getLogger(__name__)
@@ -144,6 +145,11 @@ class EngineLoop:
         """Counts of an instance; None where it is not active."""
         active = self._active.get(instance_id)
         return active.instance.stats if active else None
+
+    def new_pace(self, instance_id: str) -> Pace | None:
+        """How long an instance's sequences wait for their next tokens, where that has changed since it was asked."""
+        active = self._active.get(instance_id)
+        return active.instance.meter.news() if active else None
 
     def stop(self) -> None:
         """Ends all instances and the thread, and waits for it. Stopping twice is stopping once."""
