@@ -2,9 +2,10 @@
 
 After Gibbs and Candes, Adaptive Conformal Inference Under Distribution Shift, 2021, with forgetting: each window that
 stays below a quantile narrows its distance from the median a little, and each that does not widens it, by as much more
-as such windows shall be rarer. A series moves by its own windows, and all move by what happened to them together, which
-shows sooner. So coverage comes to what it should be, whatever was wrong when the predictor was fitted. Nothing but what
-came of forecasts is needed, so the factors follow anew from forecasts of the past that were kept.
+as such windows shall be rarer. A series moves slowly by its own windows, of which it takes many to tell anything, and
+all move faster by what happened to them together. So coverage comes to what it should be, whatever was wrong when the
+predictor was fitted. Nothing but what came of forecasts is needed, so the factors follow anew from forecasts of the
+past that were kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from services.forecaster.predictors import LEVELS, Floats
 
 _MISSED = np.array([0.1, 0.007])  # of windows, above p90 and above p99; the rarest are few to learn from
 _OWN_GAIN = np.array([0.01, 0.1])  # of the logarithm of a factor, times how far a series' window was from _MISSED
-_COMMON_GAIN = np.array([0.02, 0.0])  # the same, times how far the mean of all series was
+_COMMON_GAIN = np.array([0.1, 0.0])  # the same, times how far the mean of all series was
+_MANY = 20  # series of which that mean tells what befalls all; a mean of fewer moves them by as much less
 _KEEP = 0.999  # of such a logarithm, one window later: in time the fit's own calibration speaks again
 _BOUND = np.log(1.5)
 _QUIET = 0.01  # of the usual traffic; where neither more came nor was expected there was nothing to miss
@@ -39,7 +41,7 @@ def follow(logs: Floats, forecast: Floats, actual: Floats, usual: Floats) -> Flo
         counts = (usual > 0) & (np.maximum(actual, forecast[..., 1]) > _QUIET * usual)
         missed = actual[..., None] > forecast[..., 1:]
     error = np.where(counts[..., None], missed - _MISSED, 0.0)
-    common = error.sum(axis=0) / np.maximum(counts.sum(axis=0), 1)[..., None]
+    common = error.sum(axis=0) / np.maximum(counts.sum(axis=0), _MANY)[..., None]
     moved: Floats = np.clip(_KEEP * logs + _OWN_GAIN * error + _COMMON_GAIN * common, -_BOUND, _BOUND)
     return moved
 

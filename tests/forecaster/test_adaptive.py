@@ -46,12 +46,13 @@ def test_spreads_that_were_wrong_when_fitted_are_put_right(wrong: float) -> None
     assert np.median(factors[:, 0]) == pytest.approx(1 / wrong, rel=0.12)
 
 
-def test_it_follows_within_days_what_strays_more_than_before() -> None:
-    covered, _ = roll((1.2816, 2.3263), 800, jump=1.3)
-    at_once, later = covered[400:420].mean(axis=(0, 1)), covered[-200:].mean(axis=(0, 1))
-    assert at_once[0] < 0.855
-    assert later[0] > 0.87
-    assert later[1] > 0.985
+@pytest.mark.parametrize("jump", [1.3, 1 / 1.3])
+def test_what_strays_more_or_less_than_before_is_covered_as_ever_half_a_day_later(jump: float) -> None:
+    covered, _ = roll((1.2816, 2.3263), 800, jump)
+    at_once, later, newest = (covered[some].mean(axis=(0, 1)) for some in np.s_[400:410, 472:544, -200:])
+    assert abs(at_once[0] - 0.9) > 0.03
+    assert abs(later[0] - 0.9) < 0.015
+    assert newest[1] > 0.985
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,14 +84,28 @@ def test_a_burst_in_quiet_hours_is_a_miss_as_any() -> None:
 
 def test_what_befalls_all_moves_p90_of_each_and_the_idle_teach_nothing() -> None:
     forecast = np.tile([9.0, 10.0, 11.0], (100, 1))
-    idle = np.arange(100) >= 20
+    idle = np.arange(100) >= 50
     forecast[idle] = [0.0, 1e-6, 2e-6]
     came, usual = np.where(idle, 0.0, 10.5), np.where(idle, 0.0, 10.0)
     came[0] = np.nan
     moved = follow(unmoved(100), forecast, came, usual)
-    assert moved[0, 0] == moved[-1, 0] == pytest.approx(0.02 * 0.9)
-    assert (moved[1:20, 0] > moved[0, 0]).all()
+    assert moved[0, 0] == moved[-1, 0] > 0.05
+    assert (moved[1:50, 0] > moved[0, 0]).all()
     assert moved[0, 1] == moved[-1, 1] == 0
+
+
+def moved_by(missed: list[bool]) -> float:
+    """How far a series of which nothing is known moves by what befell as many others as `missed` has."""
+    forecast = np.tile([9.0, 10.0, 11.0], (len(missed) + 1, 1))
+    came = np.array([*np.where(missed, 10.5, 9.0), np.nan])
+    return float(follow(unmoved(len(came)), forecast, came, np.full(len(came), 10.0))[-1, 0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_the_fewer_series_the_less_they_tell_of_all(missed: list[bool]) -> None:
+    share = (float(np.mean(missed)) - 0.1) * min(1.0, len(missed) / 20)
+    assert moved_by(missed) == pytest.approx(moved_by([True] * 100) * share / 0.9)
 
 
 def test_usual_is_the_mean_of_what_is_known_of_late() -> None:
