@@ -15,6 +15,7 @@ class Carries:
     """What an instance carries of requests of mean length."""
 
     capacity: int  # requests at a time, within the time per token
+    most: int  # requests at a time for which there are slots and KV pages
     service_s: float  # how long a request is in progress at half of that
 
 
@@ -35,12 +36,9 @@ def carries(
     def per_token(batch: int) -> float:
         return cost.decode(batch, batch * context) + batch / answer * prompt_s
 
+    most = max(1, min(model.max_batch, int(kv_tokens / (prompt_tokens + output_tokens))))
     capacity = 1
-    while (
-        capacity < model.max_batch
-        and per_token(capacity + 1) <= limit
-        and (capacity + 1) * (prompt_tokens + output_tokens) <= kv_tokens
-    ):
+    while capacity < most and per_token(capacity + 1) <= limit:
         capacity += 1
     half = max(1, capacity // 2)
-    return Carries(capacity, cost.base + prompt_s + answer * per_token(half))
+    return Carries(capacity, most, cost.base + prompt_s + answer * per_token(half))

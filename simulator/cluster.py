@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from services.gpu_agent.engine.pace import PaceMeter
 from services.placer.decisions import Action, Do
 from services.placer.groups import groups
 from services.placer.snapshot import Agent, Key, State
@@ -234,6 +235,7 @@ class Cluster:
             under_way=self.settings.under_way,
             layers=model.spec.layers,
             ahead_s=ahead_s,
+            meter=PaceMeter(model.spec.max_batch) if model.spec.tpot_s else None,
             memory=self.arenas,
             news=self.requests,
         )

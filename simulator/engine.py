@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from services.gpu_agent.engine.pace import PaceMeter
 from simulator.clock import Alarm, Clock
 from simulator.cost import StepCost
 from simulator.memory import Gpu
@@ -108,13 +109,14 @@ class Engine:
         under_way: int,
         layers: int,
         ahead_s: float,
+        meter: PaceMeter | None,
         memory: Memory,
         news: News,
     ) -> None:
         """`reserve`: pages that it holds from its first moment. `budgets`: tokens of a step in which sequences decode,
         and of one in which none does. `under_way`: steps that it begins before the first of them has ended. `ahead_s`:
         for how long its first step may have been computed, layer by layer, behind the copy of its weights, which has
-        just ended."""
+        just ended. `meter`: what is to measure its steps, if anything."""
         self.gpus = gpus
         self.slots = slots
         self.jobs = 0  # taken and not ended
@@ -125,6 +127,7 @@ class Engine:
         self.preemptions = 0
         self.replica: Replica | None = None  # whose compute it is; set by whoever makes it
         self.ahead_s = ahead_s
+        self.meter = meter
         self._last_layer = 1 / layers
         self._clock = clock
         self._cost = cost
@@ -196,7 +199,8 @@ class Engine:
     def _sync(self) -> None:
         """Brings the fluid up to now."""
         now = self._clock.now
-        device = (now - self._at) * self._share
+        elapsed = now - self._at
+        device = elapsed * self._share
         self._at = now
         if device <= 0.0:
             return
@@ -214,6 +218,17 @@ class Engine:
         self.device_seconds += device
         self._steps += steps
         self._context += steps * count
+        if self.meter is not None:
+            self._measure(self.meter, count, device, elapsed, steps)
+
+    def _measure(self, meter: PaceMeter, count: int, device: float, elapsed: float, steps: float) -> None:
+        """Adds what was computed since the last event: steps of the batch, with prompts or without."""
+        since = elapsed if count else None
+        if self._prompts:
+            begun = len(self._prompts) if self._prompt_left <= _SECOND else 0
+            meter.add(count, device, since, prompts=True, begun=begun, steps=device * self._prompt_speed)
+        else:
+            meter.add(count, device, since, steps=steps)
 
     def _due(self) -> None:
         self._in_event = True  # what is taken now waits for the end of this

@@ -8,6 +8,7 @@ from services.placer.snapshot import Agent, GroupIds, Model, Node, Replica, Rule
 from simulator import replica as there
 from simulator.cluster import Cluster
 from simulator.memory import Gpu
+from simulator.paces import Told
 from simulator.replica import ModelState
 from simulator.spec import GB
 
@@ -25,6 +26,7 @@ class Observer:
         self._load_s: list[Mapping[Tier, float]] = [
             {tier: loads.seconds(model, tier) for tier in tiers} for model in cluster.models
         ]
+        self._told = Told()
         self._agents: dict[str, Agent] = {}
         self._seen: dict[int, tuple[tuple[object, ...], Model]] = {}
 
@@ -73,7 +75,8 @@ class Observer:
         waited = self._cluster.clock.now - model.waiting_since if model.waiting_since is not None else 0.0
         running = sum(replica.running for replica in model.instances)
         in_host = tuple(model.name in loads.host for loads in nodes.values())
-        key = (len(model.queue), running, waited, in_host)
+        capacity = self._told.capacity(model, self._cluster.clock.now)
+        key = (len(model.queue), running, waited, in_host, capacity)
         known = self._seen.get(model.index)
         if known is not None and known[0] == key and known[1].windows is model.windows:
             return known[1]
@@ -82,7 +85,7 @@ class Observer:
             name=spec.name,
             shard_bytes=spec.shard_bytes,
             tp=spec.tp,
-            capacity=model.capacity,
+            capacity=capacity,
             priority=spec.priority,
             min_replicas=spec.min_replicas,
             max_replicas=spec.max_replicas,

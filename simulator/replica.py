@@ -27,7 +27,8 @@ class ModelState:
     cost: StepCost
     shard_pages: int
     tokens_per_page: int
-    capacity: int = 1  # requests that one instance carries within the model's targets
+    capacity: int = 1  # requests that one instance carries within the model's targets, as computed
+    most: int = 1  # requests that one instance has slots and KV pages for
     load_s: float = 0.0  # seconds that a whole replica takes to load from the host tier
     service_s: float = 0.0  # mean seconds of a request, at `capacity`
     tokens: float = 0.0  # mean tokens of a request, prompt and answer

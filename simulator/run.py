@@ -151,6 +151,7 @@ class _Run(Listener):
             shard_pages=spec.shard_pages(cluster.page_bytes),
             tokens_per_page=spec.tokens_per_page(cluster.page_bytes),
             capacity=carried.capacity,
+            most=carried.most,
             service_s=carried.service_s,
             tokens=prompt + output,
         )

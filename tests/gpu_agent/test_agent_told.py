@@ -81,18 +81,19 @@ async def test_an_instance_tells_its_pace(etcd: Backing, redis_server: Backing, 
     checkpoints.llama(tmp_path / "m")
     async with running_agent(etcd.address, redis_server.address, keys.prefix, tmp_path) as agent:
         spec = await agent.prepare("m", tmp_path / "m")
-        instance = await agent.wake(spec)
-        (before,) = agent.instances.items.values()
-        assert not before.HasField("pace")
+        names = [f"r{index}" for index in range(5)]
+        for name in names:  # before it wakes, so that they run together
+            await agent.submit("m", name, PROMPT, 100)
         began = time.monotonic()
-        await agent.submit("m", "r0", PROMPT, 100)
-        await asyncio.wait_for(agent.relay.finished("r0"), 30)
+        instance = await agent.wake(spec)
+        await asyncio.wait_for(asyncio.gather(*map(agent.relay.finished, names)), 30)
         took_ms = (time.monotonic() - began) * 1e3
         await asyncio.wait_for(
             agent.instances.wait_for(lambda items: any(record.HasField("pace") for record in items.values())), 30
         )
         (record,) = agent.instances.items.values()
-        assert (record.id, record.slots, record.started_unix_ms) == (instance, before.slots, before.started_unix_ms)
+        assert record.id == instance
+        assert record.slots >= len(names)
         one_ms = record.pace.base_ms + record.pace.per_sequence_ms
         assert 0 < 10 * one_ms < took_ms
         await agent.stub.DrainReplica(agent_pb2.DrainReplicaRequest(model="m", reason=REASON))

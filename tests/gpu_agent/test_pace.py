@@ -38,6 +38,19 @@ def test_nothing_is_said_of_a_few_steps() -> None:
     assert meter.pace() is not None
 
 
+def test_nothing_is_said_while_few_sequences_ran_at_once() -> None:
+    """One sequence's steps do not tell what many would take, and a guess would have the planner wake for nothing."""
+    meter = PaceMeter(64)
+    decode(meter, 1, 1000)
+    decode(meter, 3, 1000)
+    assert meter.pace() is None
+    decode(meter, 4)
+    assert meter.pace() is not None
+    small = PaceMeter(2)
+    decode(small, 2, 32)
+    assert small.pace() is not None
+
+
 def test_what_was_seldom_seen_follows_from_what_was_seen() -> None:
     meter = PaceMeter(64)
     for sequences in range(1, 17):
@@ -59,7 +72,7 @@ def test_where_all_steps_had_as_many_fewer_take_less_and_more_take_more() -> Non
 
 def test_prompts_count_for_the_tokens_that_come_with_them() -> None:
     """Each of n sequences has a prompt of 30 ms per 10 tokens: 3 ms per token, for which the n wait for one another."""
-    for sequences in (2, 8):
+    for sequences in (4, 8):
         meter = PaceMeter(64)
         for others in range(1, sequences + 1):  # so that the line is known
             decode(meter, others, 32)
@@ -118,7 +131,7 @@ def test_whatever_comes_more_sequences_never_wait_less(
     meter = PaceMeter(16)
     for sequences, seconds, elapsed, prompts, begun in steps:
         meter.add(sequences, seconds, elapsed, prompts=prompts, begun=begun if prompts else 0)
-    decode(meter, 1 + further % 16, 32)
+    decode(meter, 4 + further % 13, 32)
     pace = measured(meter)
     assert 0 <= pace.base_s < float("inf")
     assert 0 <= pace.per_sequence_s < float("inf")
@@ -128,7 +141,7 @@ def test_whatever_comes_more_sequences_never_wait_less(
 def test_several_steps_alike_may_be_added_at_once(steps: int, sequences: int) -> None:
     one, many = PaceMeter(16), PaceMeter(16)
     for meter in (one, many):
-        decode(meter, 3, 40)
+        decode(meter, 4, 40)
     decode(one, sequences, steps)
     took = steps * (BASE + EACH * sequences)
     many.add(sequences, took, took, steps=steps)
@@ -155,14 +168,14 @@ def test_an_instance_measures_its_own_steps(served: Served, monkeypatch: pytest.
         add(sequences, seconds, elapsed, prompts=prompts, begun=begun)
 
     monkeypatch.setattr(instance.meter, "add", noted)
-    for name, seed in (("a", 0), ("b", 1)):
+    for seed, name in enumerate("abcd"):
         instance.add(greedy(name, prompt(9, seed), 30))
     run(instance)
-    instance.add(greedy("later", prompt(9, seed=2), 10))
+    instance.add(greedy("later", prompt(9, seed=4), 10))
     run(instance)
     assert [(n, prompts, begun) for n, _, _, prompts, begun in seen] == [
-        (0, True, 2),
-        *[(2, False, 0)] * 29,
+        (0, True, 4),
+        *[(4, False, 0)] * 29,
         (0, True, 1),
         *[(1, False, 0)] * 9,
     ]

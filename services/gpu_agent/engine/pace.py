@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_ENOUGH = 32  # steps before anything is said
+_ENOUGH = 32  # steps before anything is said,
+_TELLING = 4  # and some of them with so many sequences: what one takes does not tell what many would
+_GUESS = 0.1  # steps that the guess counts for
 _LATEST = 64  # a mean is of about so many steps; first ones, before graphs are there, take longer
 _SETTLED = 8  # steps after which a mean is good enough to tell what is far off it
 _FAR_OFF = 2.0  # times the mean: one step that took longer counts as that
@@ -41,7 +43,7 @@ class PaceMeter:
         self._weights = [0.0] * (max_batch + 1)
         self._means = [0.0] * (max_batch + 1)
         self._steps = 0.0  # of those
-        self._most = 1  # sequences of one of those
+        self._most = 0  # sequences of one of those
         # Sums that fade:
         self._tokens = 0.0
         self._prompt_seconds = 0.0  # of steps that compute prompts too
@@ -97,8 +99,8 @@ class PaceMeter:
         self._most = max(self._most, sequences)
 
     def pace(self) -> Pace | None:
-        """What was measured; None while too little was."""
-        if self._steps < _ENOUGH:
+        """What was measured; None while too little was, or too few sequences have run at once."""
+        if self._steps < _ENOUGH or self._most < min(_TELLING, self._max_batch):
             return None
         base, per_sequence = self._line()
         own = base * self._prompt_steps + per_sequence * self._prompt_sequences
@@ -107,12 +109,15 @@ class PaceMeter:
         return Pace(stretch * base, stretch * (per_sequence + prompts))
 
     def news(self) -> Pace | None:
-        """What was measured, where it differs noticeably from what this said last, for as many as have run."""
+        """What was measured, where it differs noticeably from what this said last.
+
+        For one sequence, or for twice as many as have run: what it says of more than that is guessed from a few.
+        """
         pace, told = self.pace(), self._told
         if pace is None:
             return None
         if told is not None and all(
-            abs(pace.seconds(n) - told.seconds(n)) <= _NOTICEABLE * told.seconds(n) for n in (1, self._most)
+            abs(pace.seconds(n) - told.seconds(n)) <= _NOTICEABLE * told.seconds(n) for n in (1, 2 * self._most)
         ):
             return None
         self._told = pace
@@ -121,9 +126,9 @@ class PaceMeter:
     def _line(self) -> tuple[float, float]:
         """The least squares' line, neither coefficient below zero.
 
-        As if one step without sequences had been seen, which took no time: it decides where all steps had as many.
+        The guess is that a step without sequences would take no time: it decides where all steps had as many.
         """
-        weight, by_n, by_square, seconds, by_both = 1.0, 0.0, 0.0, 0.0, 0.0
+        weight, by_n, by_square, seconds, by_both = _GUESS, 0.0, 0.0, 0.0, 0.0
         for n in range(1, self._max_batch + 1):
             w, mean = self._weights[n], self._means[n]
             weight += w
