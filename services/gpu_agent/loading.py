@@ -168,7 +168,8 @@ class Loader:
                     loop.call_soon_threadsafe(self._on_near, shard)
 
         def copy(weights: WeightRange) -> LoadProgress:
-            with self._tier.reading(image) as host, self.keeper.making_way(host is None):
+            # Filling reads the same disk; and what registers its pages with the device holds up a wake's calls to it.
+            with self._tier.reading(image) as host, self.keeper.making_way(host is None or shard.wanted_active):
                 shard.tier = common_pb2.TIER_DISK if host is None else common_pb2.TIER_HOST
                 return load(
                     image,

@@ -27,6 +27,10 @@ from services.gpu_agent.weights.layout import ImageLayout
 
 _log = logging.getLogger(__name__)
 
+# Of so many tokens, cuBLASLt's products of 1B and 8B Llamas take 3 to 5 % less than cuBLAS's; of 32 or fewer as much, of
+# 1,024 11 % more (1B) or 3 % less (8B).
+_CUBLASLT_TOKENS = range(33, 129)
+
 
 class CudaModel:
     """A bound model that can be run and captured. Used by the engine's thread alone.
@@ -140,6 +144,7 @@ class CudaModel:
         return graph
 
     def _forward(self, shape: StepShape, facts: torch.Tensor) -> None:
+        torch.backends.cuda.preferred_blas_library("cublaslt" if shape.tokens in _CUBLASLT_TOKENS else "cublas")
         at = shape.sections
         step = StepTensors(
             slots=facts[at["slots"]],
