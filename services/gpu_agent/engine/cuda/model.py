@@ -27,8 +27,8 @@ from services.gpu_agent.weights.layout import ImageLayout
 
 _log = logging.getLogger(__name__)
 
-# Of so many tokens, cuBLASLt's products of 1B and 8B Llamas take 3 to 5 % less than cuBLAS's; of 32 or fewer as much, of
-# 1,024 11 % more (1B) or 3 % less (8B).
+# Of so many tokens, cuBLASLt's products of 1B and 8B Llamas take 3 to 5 % less than cuBLAS's; of 32 or fewer as much,
+# of 1,024 11 % more (1B) or 3 % less (8B).
 _CUBLASLT_TOKENS = range(33, 129)
 
 
