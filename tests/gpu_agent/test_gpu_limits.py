@@ -42,13 +42,13 @@ def test_a_floor_holds_what_every_step_must_do(monkeypatch: pytest.MonkeyPatch) 
     torch.set_num_threads(1)
     seen: list[Written] = []
 
-    def graph_time(work: Callable[[], object]) -> float:
+    def fastest_time(work: Callable[[], object]) -> float:
         with Written() as written:
             work()
         seen.append(written)
         return len(seen) * 1e-3
 
-    monkeypatch.setattr(gpu_limits, "graph_time", graph_time)
+    monkeypatch.setattr(gpu_limits, "fastest_time", fastest_time)
     monkeypatch.setattr(gpu_limits, "DEVICE", torch.device("cpu"))
     memory = arena(8)
     placed = place(memory, "m", CONFIGS["llama"]())
