@@ -94,8 +94,8 @@ def _put(replicas: list[Replica], free: dict[str, int], model: Model, group: Gro
             pages,
             kv_pages=running,
             running=running,
-            in_state_s=1,
-            idle_s=60,
+            since_s=_NOW - 1,
+            used_s=_NOW - 60,
             slots=32,
         )
     )
@@ -155,14 +155,16 @@ def at_rest(snapshot: Snapshot, planner: Callable[[Snapshot], Plan]) -> Snapshot
             key = action.model, action.group
             pages = snapshot.models[action.model].shard_bytes // _PAGE
             if action.do is Do.WARM:
-                there[key] = Replica(*key, State.WARM, pages, pages, in_state_s=60, idle_s=60)
+                there[key] = Replica(*key, State.WARM, pages, pages, since_s=_NOW - 60, used_s=_NOW - 60)
             elif action.do is Do.EVICT:
                 keep = round(action.keep * pages)
                 there[key] = replace(there[key], resident=keep)
                 if not keep:
                     del there[key]
             elif action.do is Do.DRAIN:
-                there[key] = replace(there[key], state=State.WARM, running=0, kv_pages=0, in_state_s=60, idle_s=60)
+                there[key] = replace(
+                    there[key], state=State.WARM, running=0, kv_pages=0, since_s=_NOW - 60, used_s=_NOW - 60
+                )
         snapshot = replace(snapshot, replicas=tuple(there[key] for key in sorted(there)))
     raise RuntimeError("plans do not come to rest")
 

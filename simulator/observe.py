@@ -38,7 +38,7 @@ class Observer:
             agents={gpu.id: self._agent(gpu) for gpu in cluster.gpus.values()},
             models={model.name: self._model(model) for model in cluster.models},
             replicas=tuple(
-                self._replica(group, replica, now)
+                self._replica(group, replica)
                 for model in cluster.models
                 for group, replica in sorted(model.replicas.items())
             ),
@@ -54,7 +54,7 @@ class Observer:
             self._agents[gpu.id] = known
         return known
 
-    def _replica(self, group: GroupIds, replica: there.Replica, now: float) -> Replica:
+    def _replica(self, group: GroupIds, replica: there.Replica) -> Replica:
         model, engine = replica.model, replica.engine
         running = engine.jobs if engine is not None else 0
         return Replica(
@@ -65,8 +65,8 @@ class Observer:
             resident=replica.resident if replica.load is None else self._cluster.resident(replica),
             kv_pages=engine.kv_pages if engine is not None else 0,
             running=running,
-            in_state_s=now - replica.since,
-            idle_s=0.0 if running else now - replica.used_at,
+            since_s=replica.since,
+            used_s=replica.used_at,
             slots=model.spec.max_batch if engine is not None else 0,
         )
 

@@ -8,9 +8,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from typing import NamedTuple
 
 from services.placer.groups import groups
 from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, Snapshot, State
+
+_ROUNDED = 1 - 1e-9  # a sum is another one in another order, and must not be more
 
 
 class Step(Enum):
@@ -21,8 +24,7 @@ class Step(Enum):
     DRAIN = "drain"
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A replica that may give pages."""
 
     replica: Replica
@@ -53,8 +55,8 @@ class Board:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self._replicas: dict[Key, Replica] = {}
-        self._by_agent: defaultdict[str, set[Key]] = defaultdict(set)
-        self._by_model: defaultdict[str, set[Key]] = defaultdict(set)
+        self._by_agent: defaultdict[str, dict[Key, Replica]] = defaultdict(dict)
+        self._by_model: defaultdict[str, dict[Key, Replica]] = defaultdict(dict)
         self._promised: defaultdict[str, int] = defaultdict(int)
         self._groups: dict[int, list[GroupIds]] = {}
         for replica in snapshot.replicas:
@@ -62,15 +64,15 @@ class Board:
 
     def put(self, replica: Replica) -> None:
         """Adds a replica, or what it has become."""
-        self._replicas[replica.key] = replica
-        self._by_model[replica.model].add(replica.key)
+        key = replica.key
+        self._replicas[key] = self._by_model[replica.model][key] = replica
         for agent_id in replica.group:
-            self._by_agent[agent_id].add(replica.key)
+            self._by_agent[agent_id][key] = replica
 
     def settled(self) -> Board:
         """A board of its own on which the loads in progress have ended, a while ago."""
         there = (
-            replace(r, state=State.WARM, resident=r.shard_pages, idle_s=math.inf) if r.state is State.WARMING else r
+            replace(r, state=State.WARM, resident=r.shard_pages, used_s=-math.inf) if r.state is State.WARMING else r
             for r in self.all()
         )
         board = Board(replace(self.snapshot, replicas=tuple(there)))
@@ -79,10 +81,9 @@ class Board:
 
     def remove(self, replica: Replica) -> None:
         """A replica is cold now."""
-        del self._replicas[replica.key]
-        self._by_model[replica.model].discard(replica.key)
+        del self._replicas[replica.key], self._by_model[replica.model][replica.key]
         for agent_id in replica.group:
-            self._by_agent[agent_id].discard(replica.key)
+            del self._by_agent[agent_id][replica.key]
 
     def evict(self, replica: Replica, keep: int) -> None:
         """A replica has only its first `keep` pages left."""
@@ -101,18 +102,24 @@ class Board:
         """The model's replica on exactly that group."""
         return self._replicas.get((model, group))
 
+    @property
+    def replicas(self) -> Iterable[Replica]:
+        """All replicas, in no order."""
+        return self._replicas.values()
+
     def all(self) -> list[Replica]:
         """All replicas, in order of model and group."""
-        return [self._replicas[key] for key in sorted(self._replicas)]
+        return _in_order(self._replicas)
 
     def of(self, model: str) -> list[Replica]:
         """A model's replicas, in order of group."""
-        return [self._replicas[key] for key in sorted(self._by_model[model])]
+        return _in_order(self._by_model.get(model, {}))
 
     def on(self, group: GroupIds) -> list[Replica]:
         """The replicas that use any of the group's agents, in order of model and group."""
-        keys = self._by_agent[group[0]] if len(group) == 1 else {key for a in group for key in self._by_agent[a]}
-        return [self._replicas[key] for key in sorted(keys)]
+        if len(group) == 1:
+            return _in_order(self._by_agent.get(group[0], {}))
+        return _in_order({key: r for agent_id in group for key, r in self._by_agent[agent_id].items()})
 
     @property
     def open_agents(self) -> list[Agent]:
@@ -159,8 +166,7 @@ class Board:
             agent = self.snapshot.agents[agent_id]
             need = self.snapshot.shard_pages(model, agent_id)
             held, kv = self._promised[agent_id], agent.pages_kv
-            for key in self._by_agent[agent_id]:
-                replica = self._replicas[key]
+            for key, replica in self._by_agent[agent_id].items():
                 if replica is own:
                     continue
                 if key in keeps:
@@ -174,6 +180,23 @@ class Board:
                 reserve = max(reserve, kv + (0 if has_kv else first[agent_id]))
             lacking[agent_id] = held + need + reserve - agent.pages_total
         return lacking
+
+    def least_cost(
+        self,
+        model: Model,
+        group: GroupIds,
+        sources: Collection[Source],
+        *,
+        kept: Mapping[str, int],
+        first: Mapping[str, int] | None = None,
+    ) -> float:
+        """What `make_room` costs at least; infinite where it finds none. Told much faster."""
+        least = 0.0
+        for agent_id, pages in self.deficits(model, group, kept=kept, first=first).items():
+            if pages > 0:
+                near = sources if len(group) == 1 else [s for s in sources if agent_id in s.replica.group]
+                least = max(least, _least_cost(pages, near))
+        return least
 
     def make_room(
         self,
@@ -204,6 +227,10 @@ class Board:
         return None
 
 
+def _in_order(replicas: Mapping[Key, Replica]) -> list[Replica]:
+    return [replicas[key] for key in sorted(replicas)]
+
+
 def _trim(
     taken: list[Source], lacking: Mapping[str, int], lack: Callable[[list[tuple[Replica, int]]], dict[str, int]]
 ) -> Room:
@@ -225,6 +252,23 @@ def _trim(
         last_resorts=sum(s.last for s in taken),
         cost=sum(s.cost * (1 - keeps[s.replica.key] / max(1, s.replica.resident)) for s in taken),
     )
+
+
+def _least_cost(pages: int, sources: Iterable[Source]) -> float:
+    """What freeing so many pages of an agent costs at least: by parts of sources, the cheapest per page first."""
+    offers = []
+    for replica, _, cost, _ in sources:
+        pages -= replica.kv_pages  # which come with any part of it
+        if replica.pages:
+            offers.append((cost / replica.pages, replica.pages, cost))
+    total = 0.0
+    for index, (_, most, cost) in enumerate(sorted(offers)):
+        if pages <= most:
+            part = cost * (1 - (most - pages) / most) if pages > 0 else 0.0
+            return (total + part) * _ROUNDED if index else part
+        total += cost
+        pages -= most
+    return math.inf if pages > 0 else total * _ROUNDED
 
 
 def _suffices(lacking: Mapping[str, int]) -> bool:

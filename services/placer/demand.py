@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from services.placer.chances import Chances
 from services.placer.snapshot import Model, Quantiles, Rules, WindowLoad
@@ -27,6 +27,12 @@ class Expectation:
     ends_s: float = 0.0  # Unix time at which the windows that count as now have ended
     known: bool = False  # whether there is a forecast at all
     problem: str = ""  # what is wrong with the forecast, for people
+    since_s: float = field(default=-math.inf, compare=False)  # from which Unix time on it says the same, with the
+    until_s: float = field(default=math.inf, compare=False)  # same lookahead, and until when
+
+    def holds(self, now_s: float) -> bool:
+        """Whether the forecast still says this."""
+        return self.since_s <= now_s < self.until_s
 
 
 _UNKNOWN = Expectation()
@@ -98,14 +104,15 @@ def expect(windows: Sequence[WindowLoad], now_s: float, rules: Rules, lookahead_
         return _UNUSABLE if windows else _UNKNOWN
     ahead = forecast.ahead(now_s, lookahead_s)
     if ahead is not None:
-        return ahead.expected
+        return ahead
     last = max(forecast.usable, key=lambda window: window.end_s)
     age_s = now_s - last.end_s
     if age_s > _FORGOTTEN_S:
-        return Expectation(problem=f"its forecast ended {age_s / 3600:.0f} h ago")
+        return Expectation(problem=f"its forecast ended {age_s / 3600:.0f} h ago", until_s=-math.inf)
     old = _widened(last, age_s, rules)
     problem = f"its forecast ended {age_s:.0f} s ago and is widened"
-    return Expectation(old.mean, old.peak, old.peak, now_s + last.end_s - last.start_s, True, problem)
+    ends_s = now_s + last.end_s - last.start_s
+    return Expectation(old.mean, old.peak, old.peak, ends_s, True, problem, until_s=-math.inf)
 
 
 @functools.lru_cache(maxsize=4096)  # forecasts outlive many plans
@@ -129,46 +136,32 @@ def instances(load: float, capacity: int) -> int:
     return math.ceil(load / capacity) if load >= _NO_LOAD else 0
 
 
-@dataclass(frozen=True)
-class _Ahead:
-    """The windows that have not ended, and of those the ones that begin within the lookahead: the same for a while."""
-
-    expected: Expectation
-    since_s: float
-    until_s: float  # then one ends
-    begins_s: float  # then one comes near
-
-    def holds(self, now_s: float, lookahead_s: float) -> bool:
-        return self.since_s <= now_s < self.until_s and now_s + lookahead_s <= self.begins_s
-
-
 class _Forecast:
     """A model's windows. A forecast stays for minutes and each plan asks for all of them: answers are kept."""
 
     def __init__(self, windows: Iterable[WindowLoad]) -> None:
         self.usable = tuple(window for window in map(_cleaned, windows) if window is not None)
-        self._last: dict[float, _Ahead] = {}  # by lookahead
+        self._last: dict[float, Expectation] = {}  # by lookahead
 
-    def ahead(self, now_s: float, lookahead_s: float) -> _Ahead | None:
-        """None where all windows have ended."""
+    def ahead(self, now_s: float, lookahead_s: float) -> Expectation | None:
+        """What the windows say that have not ended; None where all have."""
         known = self._last.get(lookahead_s)
-        if known is not None and known.holds(now_s, lookahead_s):
+        if known is not None and known.holds(now_s):
             return known
         ahead = [window for window in self.usable if window.end_s > now_s]
         if not ahead:
             return None
         near = [window for window in ahead if window.start_s < now_s + lookahead_s]
-        found = self._last[lookahead_s] = _Ahead(
-            Expectation(
-                _highest(window.mean for window in near),
-                _highest(window.peak for window in near),
-                _highest(window.peak for window in ahead),
-                max((window.end_s for window in near), default=0.0),
-                known=True,
-            ),
-            now_s,
-            min(window.end_s for window in ahead),
-            min((w.start_s for w in ahead if w.start_s >= now_s + lookahead_s), default=math.inf),
+        ends_s = min(window.end_s for window in ahead)
+        comes_s = min((w.start_s for w in ahead if w.start_s >= now_s + lookahead_s), default=math.inf)
+        found = self._last[lookahead_s] = Expectation(
+            _highest(window.mean for window in near),
+            _highest(window.peak for window in near),
+            _highest(window.peak for window in ahead),
+            max((window.end_s for window in near), default=0.0),
+            known=True,
+            since_s=now_s,
+            until_s=min(ends_s, comes_s - lookahead_s),
         )
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Collection
 
 from services.placer import lending
@@ -31,12 +32,14 @@ class ExpectedRule:
     def __init__(self, board: Board) -> None:
         self._board = board
         self._stakes: dict[str, Stakes] = {}
-        self._worths: dict[str, dict[Key, Worth]] = {}
+        self._worths: dict[Key, Worth] = {}
         self._parts: dict[tuple[str, int, int], Part] = {}
-        snapshot = board.snapshot
+        self._open = {agent.id for agent in board.open_agents}
         self._nodes = sorted({agent.node for agent in board.open_agents})
         # As it was when the rule was made: what is decided meanwhile does not change what anything is worth.
-        self._there = {name: board.of(name) for name in snapshot.models}
+        self._there: defaultdict[str, list[Replica]] = defaultdict(list)
+        for replica in board.replicas:
+            self._there[replica.model].append(replica)
 
     def stakes(self, model: Model) -> Stakes:
         """What is at stake for a model."""
@@ -52,20 +55,22 @@ class ExpectedRule:
 
     def worth(self, replica: Replica) -> Worth:
         """See `Rule`."""
-        model = self._board.snapshot.models.get(replica.model)
-        if model is None:
-            return _NOTHING
-        known = self._worths.get(model.name)
+        key = replica.key
+        known = self._worths.get(key)
         if known is None:
-            known = self._worths[model.name] = self._assess(model)
-        return known.get(replica.key, _NOTHING)
+            model = self._board.snapshot.models.get(replica.model)
+            if model is not None:
+                self._assess(model)
+            known = self._worths.setdefault(key, _NOTHING)
+        return known
 
-    def _assess(self, model: Model) -> dict[Key, Worth]:
-        snapshot, stakes = self._board.snapshot, self.stakes(model)
-        there = [r for r in self._there[model.name] if usable(snapshot, r)]
+    def _assess(self, model: Model) -> None:
+        stakes, agents = self.stakes(model), self._board.snapshot.agents
+        there = [r for r in self._there[model.name] if self._open.issuperset(r.group)]
         if len(there) > 1:
             there.sort(key=lambda r: precedence(r, self._crowd(r)))
-        return {r.key: stakes.keeping(rank, snapshot.agents[r.group[0]].node, share(r)) for rank, r in enumerate(there)}
+        for rank, r in enumerate(there):
+            self._worths[r.key] = stakes.keeping(rank, agents[r.group[0]].node, share(r))
 
     def _crowd(self, replica: Replica) -> int:
         models = self._board.snapshot.models
@@ -112,7 +117,7 @@ class ExpectedRule:
 
     def may_rest(self, model: Model, instance: Replica) -> bool:
         """See `Rule`. It takes time of its neighbours where it had not best lie; or, idle, pages that others want."""
-        if not instance.running and instance.idle_s >= _RESTS_AFTER_S and self._lacking:
+        if not instance.running and self._board.snapshot.idle_s(instance) >= _RESTS_AFTER_S and self._lacking:
             return True
         margin = self._board.snapshot.rules.margin
         loads, others = self.stakes(model).loads, self._serving(model) - 1

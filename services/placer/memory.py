@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from warmserve.v1 import cluster_pb2
 # For models that were never loaded: a file read from a cold disk, and building the module.
 _ASSUMED_BYTES_PER_S = 1e9
 _ASSUMED_START_S = 0.5
+_CLOCK_S = 0.1  # by which the clocks drift apart before replicas are told anew
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,41 @@ class _Quiet:
     model: Model
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """A replica as it was given, and as it was told with its times, which are monotonic here."""
+
+    given: Replica
+    told: Replica
+    since: float
+    used: float
+
+
+@dataclass(frozen=True)
+class _QuietModels:
+    """All models without requests, and what they were made from."""
+
+    specs: list[cluster_pb2.ModelSpec]
+    forecasts: list[cluster_pb2.Forecast | None]
+    changes: int
+    models: dict[str, Model]
+
+
 @dataclass
 class Memory:
-    """Since when things are as they are, what was measured, and what failed. `now` is monotonic, in seconds."""
+    """Since when things are as they are, what was measured, and what failed. `now` is monotonic, in seconds.
+
+    What has not changed since the last snapshot is the same objects in the next one: wakes wait for it.
+    """
 
     measured: Measured = field(default_factory=Measured)
-    _state_since: dict[Key, tuple[State, float]] = field(default_factory=dict)
-    _busy_at: dict[Key, float] = field(default_factory=dict)  # when a replica last was loaded, woken or busy
+    _replicas: dict[Key, _Timed] = field(default_factory=dict)
+    _looked_at: float = 0.0  # at the replicas
+    _unix_s: float = -math.inf  # Unix time less monotonic
     _waiting_since: dict[str, float] = field(default_factory=dict)
     _failures: Backoff[Key] = field(default_factory=Backoff)
     _quiet: dict[str, _Quiet] = field(default_factory=dict)
+    _quiet_models: _QuietModels = field(default_factory=lambda: _QuietModels([], [], -1, {}))
 
     def snapshot(
         self,
@@ -54,20 +81,13 @@ class Memory:
         `agents` and `replicas` are those in `records`, the latter with orders on their way applied.
         """
         self._forget_undeployed(records)
-        timed = [self._timed(replica, now) for replica in replicas]
-        self._forget_replicas({replica.key for replica in timed})
+        timed = self._timed(replicas, now, unix_s)
         self.measured.learn(records)
-        own: defaultdict[str, list[Replica]] = defaultdict(list)
-        for replica in timed:
-            own[replica.model].append(replica)
         return Snapshot(
             now_s=unix_s,
             agents=agents,
-            models={
-                name: self._model(spec, records, own[name], counts.get(name, QueueCounts()), now)
-                for name, spec in records.models.items()
-            },
-            replicas=tuple(timed),
+            models=self._models(records, timed, counts, now),
+            replicas=timed,
             refused=self._failures.refused(now),
             rules=rules,
         )
@@ -80,37 +100,74 @@ class Memory:
         """An order for a replica was carried out."""
         self._failures.succeeded(key)
 
-    def _timed(self, replica: Replica, now: float) -> Replica:
-        state, since = self._state_since.get(replica.key, (None, now))
-        if state is not replica.state:
-            since = now
-            self._state_since[replica.key] = (replica.state, now)
-        drained = state in (State.ACTIVE, State.DRAINING) and replica.state in (State.DRAINING, State.WARM)
-        if replica.running or (state is not replica.state and not drained):
-            self._busy_at[replica.key] = now
-        r = replica  # every one at every wake: `replace` takes three times as long
-        return Replica(
-            *(r.model, r.group, r.state, r.shard_pages, r.resident, r.kv_pages, r.running),
-            in_state_s=now - since,
-            idle_s=now - self._busy_at[r.key],
-            slots=r.slots,
-            score=r.score,
-        )
+    def _timed(self, replicas: Iterable[Replica], now: float, unix_s: float) -> tuple[Replica, ...]:
+        if abs(unix_s - now - self._unix_s) > _CLOCK_S:
+            self._unix_s = unix_s - now
+            for key, known in self._replicas.items():
+                self._replicas[key] = self._told(known.given, known.since, known.used)
+        before, self._replicas = self._replicas, {}
+        for replica in replicas:
+            key = replica.key
+            found = before.get(key)
+            if found is None or (found.given is not replica and found.given != replica):
+                found = self._renewed(replica, found, now)
+            self._replicas[key] = found
+        self._looked_at = now
+        return tuple(found.told for found in self._replicas.values())
 
-    def _model(
-        self, spec: cluster_pb2.ModelSpec, records: Records, own: Collection[Replica], counts: QueueCounts, now: float
-    ) -> Model:
+    def _renewed(self, replica: Replica, before: _Timed | None, now: float) -> _Timed:
+        if before is None:
+            return self._told(replica, now, now)
+        used = self._looked_at if before.given.running else before.used  # until then it was busy
+        if before.given.state is replica.state:
+            return self._told(replica, before.since, used)
+        drained = before.given.state in (State.ACTIVE, State.DRAINING) and replica.state in (State.DRAINING, State.WARM)
+        return self._told(replica, now, used if drained else now)
+
+    def _told(self, given: Replica, since: float, used: float) -> _Timed:
+        told = replace(given, since_s=since + self._unix_s, used_s=used + self._unix_s)
+        return _Timed(given, told, since, used)
+
+    def _models(
+        self, records: Records, replicas: Iterable[Replica], counts: Mapping[str, QueueCounts], now: float
+    ) -> Mapping[str, Model]:
+        quiet = self._all_quiet(records)
+        busy = {name for name, count in counts.items() if count.waiting or count.taken} & quiet.keys()
+        for name in self._waiting_since.keys() - busy:
+            del self._waiting_since[name]
+        if not busy:
+            return quiet
+        own: dict[str, list[Replica]] = {name: [] for name in busy}
+        for replica in replicas:
+            if replica.model in own:
+                own[replica.model].append(replica)
+        return quiet | {name: self._busy(quiet[name], there, counts[name], now) for name, there in own.items()}
+
+    def _busy(self, quiet: Model, own: Collection[Replica], counts: QueueCounts, now: float) -> Model:
         draining = sum(replica.running for replica in own if replica.state is State.DRAINING)
         if counts.waiting and not any(replica.state is State.ACTIVE for replica in own):
-            waited_s = now - self._waiting_since.setdefault(spec.name, now)
+            waited_s = now - self._waiting_since.setdefault(quiet.name, now)
         else:
-            self._waiting_since.pop(spec.name, None)
+            self._waiting_since.pop(quiet.name, None)
             waited_s = 0.0
-        quiet = self._quiet_model(spec, records.forecasts.get(spec.name))
         running = max(0, counts.taken - draining)
-        if not counts.waiting and not running and not waited_s:
-            return quiet
         return replace(quiet, waiting=counts.waiting, running=running, waited_s=waited_s)
+
+    def _all_quiet(self, records: Records) -> dict[str, Model]:
+        """The models without requests, by name; not to be changed."""
+        known, specs = self._quiet_models, list(records.models.values())
+        forecasts = list(map(records.forecasts.get, records.models))
+        if (
+            known.changes != self.measured.changes
+            or len(known.specs) != len(specs)
+            or not all(map(operator.is_, known.specs, specs))
+            or not all(map(operator.is_, known.forecasts, forecasts))
+        ):
+            models = {
+                name: self._quiet_model(spec, records.forecasts.get(name)) for name, spec in records.models.items()
+            }
+            known = self._quiet_models = _QuietModels(specs, forecasts, self.measured.changes, models)
+        return known.models
 
     def _quiet_model(self, spec: cluster_pb2.ModelSpec, forecast: cluster_pb2.Forecast | None) -> Model:
         """The model without requests, made anew only where something of it has changed: wakes wait for this."""
@@ -155,8 +212,3 @@ class Memory:
             for name in by_model.keys() - records.models.keys():
                 del by_model[name]
         self._failures.forget(lambda key: key[0] not in records.models)
-
-    def _forget_replicas(self, present: set[Key]) -> None:
-        for by_key in (self._state_since, self._busy_at):
-            for key in by_key.keys() - present:
-                del by_key[key]

@@ -186,7 +186,8 @@ class _Planner:
                         "and finishes it first"
                     )
                 else:
-                    why = f"it has been idle for {replica.idle_s:.1f} s and {model.name} needs its pages on {place}"
+                    idle_s = self._snapshot.idle_s(replica)
+                    why = f"it has been idle for {idle_s:.1f} s and {model.name} needs its pages on {place}"
                 self._drain(
                     replica, Reason(common_pb2.CAUSE_MADE_ROOM, why, model.name, self._rule.worth(replica).score)
                 )
@@ -199,17 +200,19 @@ class _Planner:
         self._board.put(Replica(model.name, wake.group, State.WAKING, pages, own.resident if own else 0))
 
     def _drain_low_load(self) -> None:
-        rules = self._snapshot.rules
+        snapshot, rules = self._snapshot, self._snapshot.rules
         for model in self._models:
             needed = self._rule.demand(model)
             serving = _serving(self._board.of(model.name))
             surplus = len(serving) - needed.keep
-            candidates = [r for r in serving if r.state is State.ACTIVE and r.in_state_s >= rules.min_stay_s]
+            candidates = [r for r in serving if r.state is State.ACTIVE and snapshot.in_state_s(r) >= rules.min_stay_s]
             if needed.keep == 0:  # the last one goes only when it has nothing to do
                 candidates = [
-                    r for r in candidates if not r.running and r.idle_s >= rules.min_stay_s and not model.waiting
+                    r
+                    for r in candidates
+                    if not r.running and snapshot.idle_s(r) >= rules.min_stay_s and not model.waiting
                 ]
-            candidates.sort(key=lambda r: (r.running, -r.idle_s, r.group))
+            candidates.sort(key=lambda r: (r.running, -snapshot.idle_s(r), r.group))
             for replica in candidates:
                 if surplus <= 0:
                     break
@@ -231,7 +234,9 @@ class _Planner:
     def _low_load(self, model: Model, needed: Demand, replica: Replica, serving: int) -> Reason:
         in_progress = model.waiting + model.running
         if in_progress == 0:
-            text = f"idle for {replica.idle_s:.1f} s, and mean load {load(needed.mean)} needs no instance"
+            text = (
+                f"idle for {self._snapshot.idle_s(replica):.1f} s, and mean load {load(needed.mean)} needs no instance"
+            )
         else:
             text = f"load {in_progress} needs {needed.keep} of {count(serving, 'instance')}"
         return Reason(common_pb2.CAUSE_LOW_LOAD, text)

@@ -161,7 +161,7 @@ def _sources(board: Board, wanted: _Wanted, group: GroupIds, worths: Mapping[Key
         for replica in board.on(group)
         if replica.state is State.WARM
         and replica.model != wanted.model.name
-        and replica.idle_s >= board.snapshot.rules.min_stay_s
+        and board.snapshot.idle_s(replica) >= board.snapshot.rules.min_stay_s
         and _score(replica, worths) * _MARGIN < wanted.worth.score
     ]
 

@@ -97,9 +97,12 @@ class View:
             self._known[agent_id] = own
             if own.agent is not None:
                 seen.agents[agent_id] = own.agent
-            for replica, instance in own.replicas:
+            for index, (replica, instance) in enumerate(own.replicas):
                 offered = slots.get(instance, 0) if instance else 0
-                seen.replicas[replica.key] = replica if not offered else replace(replica, slots=offered)
+                if replica.slots != offered:
+                    replica = replace(replica, slots=offered)
+                    own.replicas[index] = replica, instance
+                seen.replicas[replica.key] = replica
             for key, shard in own.shards:
                 parts[key].append(shard)
             seen.failures.update(own.failures)

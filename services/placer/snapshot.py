@@ -117,8 +117,8 @@ class Replica:
     resident: int  # pages of it that every agent of the group has
     kv_pages: int = 0  # most KV pages it holds on one agent
     running: int = 0  # requests in progress
-    in_state_s: float = 0.0  # how long it has been in this state
-    idle_s: float = 0.0  # since it was last loaded, woken or busy
+    since_s: float = math.inf  # Unix time since which it is in this state; infinite: from now on
+    used_s: float = math.inf  # Unix time when it was last loaded, woken or busy; infinite: now
     slots: int = 0  # requests it can run at a time, where it has told so
     score: float | None = None  # what its agents were last told it is worth; None: nobody needs to be told
 
@@ -170,6 +170,14 @@ class Snapshot:
     def active(self) -> Mapping[str, int]:
         """Active instances, by model."""
         return Counter(replica.model for replica in self.replicas if replica.state is State.ACTIVE)
+
+    def in_state_s(self, replica: Replica) -> float:
+        """How long a replica has been in its state."""
+        return max(0.0, self.now_s - replica.since_s)
+
+    def idle_s(self, replica: Replica) -> float:
+        """How long ago a replica was last loaded, woken or busy."""
+        return 0.0 if replica.running else max(0.0, self.now_s - replica.used_s)
 
     def shard_pages(self, model: Model, agent_id: str) -> int:
         """Pages of one of the model's shards on an agent."""

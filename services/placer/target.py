@@ -80,7 +80,7 @@ def target(board: Board, stakes: Mapping[str, Stakes]) -> Target:
         if seat is None:
             _take(layout, there, replica.pages)
         elif not serves(replica) and over[seat.stakes.model.tp].get(there[0] if there else -1) == there:
-            _settle(layout, seat, replica, there, rules.min_stay_s)
+            _settle(layout, seat, replica, there, snapshot.idle_s(replica), rules.min_stay_s)
         else:
             seat.barred.update(
                 over[seat.stakes.model.tp][agent] for agent in there if agent in over[seat.stakes.model.tp]
@@ -130,14 +130,14 @@ def _take(layout: Layout, agents: Agents, pages: int) -> None:
         layout.free[agent] -= pages
 
 
-def _settle(layout: Layout, seat: Seat, replica: Replica, agents: Agents, min_stay_s: float) -> None:
+def _settle(layout: Layout, seat: Seat, replica: Replica, agents: Agents, idle_s: float, min_stay_s: float) -> None:
     """Takes a replica that is there into the layout; what was used or loaded a moment ago has to stay.
 
     What is worth nothing is left out: it lies there until its pages are wanted.
     """
     pages = seat.pages_on(agents)
     resident = min(pages, replica.pages)
-    fixed = replica.state is not State.WARM or replica.idle_s < min_stay_s
+    fixed = replica.state is not State.WARM or idle_s < min_stay_s
     if resident:
         seat.held[agents] = resident
         if fixed or seat.stakes.later:

@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from services.placer.demand import Demand, demand, expect, needed
+from services.placer.demand import Demand, demand, needed
 from services.placer.loading import load_s, quickest_s
 from services.placer.scores import Kind, Worth
 from services.placer.snapshot import GroupIds, Model, Quantiles, Replica, Rules, Snapshot, State
@@ -129,7 +129,7 @@ def stakes(snapshot: Snapshot, replicas: Iterable[Replica]) -> dict[str, Stakes]
 
 
 _KEPT = 4096  # models
-_known: dict[str, tuple[Sequence[str], Rules, float, Stakes]] = {}  # by model, with the lookahead
+_known: dict[str, tuple[Sequence[str], Rules, Stakes]] = {}  # by model
 
 
 def stakes_of(snapshot: Snapshot, model: Model, serving: int, nodes: Sequence[str]) -> Stakes:
@@ -140,13 +140,13 @@ def stakes_of(snapshot: Snapshot, model: Model, serving: int, nodes: Sequence[st
     """
     known = _known.get(model.name)
     if known is not None:
-        for_nodes, for_rules, lookahead_s, stakes = known
+        for_nodes, for_rules, stakes = known
         if (
             stakes.model is model
             and stakes.serving == serving
+            and stakes.demand.expected.holds(snapshot.now_s)
             and for_nodes == nodes
-            and for_rules == snapshot.rules
-            and expect(model.windows, snapshot.now_s, for_rules, lookahead_s) is stakes.demand.expected
+            and (for_rules is snapshot.rules or for_rules == snapshot.rules)
         ):
             return stakes
     first_s, further_s = quickest_s(model, nodes)
@@ -155,7 +155,7 @@ def stakes_of(snapshot: Snapshot, model: Model, serving: int, nodes: Sequence[st
     stakes = _stakes_of(snapshot, model, serving, lookahead_s, first_s, further_s)
     if len(_known) >= _KEPT:
         _known.clear()
-    _known[model.name] = nodes, snapshot.rules, lookahead_s, stakes
+    _known[model.name] = nodes, snapshot.rules, stakes
     return stakes
 
 

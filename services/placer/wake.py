@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import heapq
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from services.placer.board import Board, Room, Source, Step
 from services.placer.decisions import Outcome, Reason, Wake
@@ -38,13 +39,22 @@ class Wish:
 
 
 _Rank = tuple[int, float, int, str, int, GroupIds]
+_Kv = tuple[dict[str, int], dict[str, int]]  # pages by agent: to leave in all, and of them to the model's instance
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    group: GroupIds
-    own: Replica | None  # what the model has there
-    room: Room
+class _Offer(NamedTuple):
+    """A group, and what waking the model there costs, as far as that has been looked at."""
+
+    rank: _Rank  # at least; exactly once `room` is known
+    loading: float
+    sharing: float = 0.0
+    sources: list[Source] | None = None  # not looked at yet
+    kv: _Kv = ({}, {})
+    room: Room | None = None  # likewise
+
+    @property
+    def group(self) -> GroupIds:
+        return self.rank[-1]
 
 
 @dataclass(frozen=True)
@@ -67,32 +77,12 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     all_groups = board.groups(model.tp)
     if not all_groups:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _no_group(board, model))
-    best: tuple[_Rank, _Candidate] | None = None
-    # What loading alone costs is quickly told, and mostly tells enough: the rest is asked only of those it leaves.
-    for least, some in itertools.groupby(sorted(_loadings(board, rule, model, wish)), key=lambda place: place[0]):
-        if best is not None and best[0] < (0, least):
-            break
-        possible = [group for _, group in some if _possible(board, model, group)]
-        sharing = {group: rule.sharing(model, group) for group in possible}
-        for at_least, group in sorted(
-            (_rank(board, group, least, sharing[group], Room()), group) for group in possible
-        ):
-            if best is not None and best[0] <= at_least:
-                break  # making room costs something, or nothing
-            shared = sharing[group]
-            if shared > wish.worth:
-                continue
-            kept, first = _kv(board, rule, model, group)
-            room = board.make_room(model, group, _sources(board, rule, model, group, wish), kept=kept, first=first)
-            if room is not None and room.cost + shared <= wish.worth and (wish.places is None or room == Room()):
-                rank = _rank(board, group, least, shared, room)
-                if best is None or rank < best[0]:
-                    best = rank, _Candidate(group, board.get(model.name, group), room)
-    if best is not None:
-        return _decide(best[1], model, wish, snapshot.agents[best[1].group[0]].node)
+    offer = _best(board, rule, model, wish)
+    if offer is not None:
+        return _decide(board, model, wish, offer)
     if wish.places is not None:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, "it would cost others more")
-    tried = [group for group in all_groups if _possible(board, model, group)]
+    tried = [group for group in all_groups if _possible(board, model, group, board.on(group))]
     usable = [group for group in tried if (model.name, group) not in snapshot.refused]
     if tried and not usable:
         text = "; ".join(f"{names(group)}: {snapshot.refused[model.name, group]}" for group in tried)
@@ -102,16 +92,86 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _in_the_way(board, rule, model, usable))
 
 
-def _kv(board: Board, rule: Rule, model: Model, group: GroupIds) -> tuple[dict[str, int], dict[str, int]]:
+def _best(board: Board, rule: Rule, model: Model, wish: Wish) -> _Offer | None:
+    """The offer of the least rank: only what could still be the best one is looked at more closely."""
+    offers = _loadings(board, rule, model, wish)
+    heapq.heapify(offers)
+    while offers:
+        offer = offers[0]
+        if offer.room is not None:
+            return offer
+        if offer.sources is None:
+            closer = _look_at(board, rule, model, wish, offer)
+        else:
+            closer = _make_room(board, model, wish, offer)
+        if closer is None:
+            heapq.heappop(offers)
+        else:
+            heapq.heapreplace(offers, closer)
+    return None
+
+
+def _loadings(board: Board, rule: Rule, model: Model, wish: Wish) -> list[_Offer]:
+    """Each group that may be tried, with what loading costs there; that is the same all over a node, mostly."""
+    snapshot, nodes = board.snapshot, dict[str, float]()
+    own = {replica.group: replica for replica in board.of(model.name)}
+    offers = []
+    for group in board.groups(model.tp):
+        if (snapshot.refused and (model.name, group) in snapshot.refused) or (
+            wish.places is not None and group not in wish.places
+        ):
+            continue
+        first = snapshot.agents[group[0]]
+        if group in own:
+            missing = 1 - own[group].residency
+            loading = rule.loading(model, group, missing) if missing else 0.0
+        elif first.node in nodes:
+            loading = nodes[first.node]
+        else:
+            loading = nodes[first.node] = rule.loading(model, group, 1)
+        offers.append(_Offer((0, loading, 0, first.node, first.device_index, group), loading))
+    return offers
+
+
+def _look_at(board: Board, rule: Rule, model: Model, wish: Wish, offer: _Offer) -> _Offer | None:
+    """The offer with what may give way there; None where it cannot be."""
+    there = board.on(offer.group)
+    if not _possible(board, model, offer.group, there):
+        return None
+    sharing = rule.sharing(model, offer.group)
+    if sharing > wish.worth:
+        return None
+    sources = _sources(board, rule, model, there, wish)
+    kv = _kv(board, rule, model, offer.group)
+    least = board.least_cost(model, offer.group, sources, kept=kv[0], first=kv[1])
+    if least == math.inf:
+        return None
+    cost, neighbours = least + sharing + offer.loading, sum(map(serves, there))
+    return _Offer((0, cost, neighbours, *offer.rank[3:]), offer.loading, sharing, sources, kv)
+
+
+def _make_room(board: Board, model: Model, wish: Wish, offer: _Offer) -> _Offer | None:
+    """The offer with the room that is made there; None where there is none, or it is too dear."""
+    assert offer.sources is not None
+    room = board.make_room(model, offer.group, offer.sources, kept=offer.kv[0], first=offer.kv[1])
+    if room is None or room.cost + offer.sharing > wish.worth or (wish.places is not None and room != Room()):
+        return None
+    cost = room.cost + offer.sharing + offer.loading
+    return offer._replace(rank=(room.last_resorts, cost, *offer.rank[2:]), room=room)
+
+
+def _kv(board: Board, rule: Rule, model: Model, group: GroupIds) -> _Kv:
     """KV pages to leave on each agent of a group in all, and of them to the model's instance."""
-    agents = [board.snapshot.agents[agent_id] for agent_id in group]
-    kept = {agent.id: rule.reserve(model, agent) for agent in agents}
-    return kept, {agent.id: rule.first_pages(model, agent) for agent in agents}
+    kept, first = {}, {}
+    for agent_id in group:
+        agent = board.snapshot.agents[agent_id]
+        kept[agent_id], first[agent_id] = rule.reserve(model, agent), rule.first_pages(model, agent)
+    return kept, first
 
 
-def _possible(board: Board, model: Model, group: GroupIds) -> bool:
+def _possible(board: Board, model: Model, group: GroupIds, there: Iterable[Replica]) -> bool:
     """Whether no agent of the group has another replica of the model, or this one as an instance."""
-    for replica in board.on(group):
+    for replica in there:
         if replica.model == model.name and (
             replica.group != group or replica.state in (State.ACTIVE, State.WAKING) or not board.whole(replica)
         ):
@@ -119,55 +179,39 @@ def _possible(board: Board, model: Model, group: GroupIds) -> bool:
     return True
 
 
-def _sources(board: Board, rule: Rule, model: Model, group: GroupIds, wish: Wish) -> list[Source]:
-    sources = []
-    for replica in board.on(group):
+def _sources(board: Board, rule: Rule, model: Model, there: Iterable[Replica], wish: Wish) -> list[Source]:
+    snapshot, sources = board.snapshot, []
+    for replica in there:
         if replica.model == model.name:
             continue
         worth = rule.worth(replica)
         if replica.state in (State.WARM, State.WARMING):
             if wish.limit is None or worth.score < wish.limit:
-                cost = worth.score + _RECENT / (1 + replica.idle_s)
+                cost = worth.score + _RECENT / (1 + snapshot.idle_s(replica))
                 sources.append(Source(replica, Step.EVICT, cost))
         elif replica.state is State.DRAINING:
             wait = _AWAIT_BUSY_S if replica.running else 0.0
             sources.append(Source(replica, Step.AWAIT, worth.score + wait))
         elif replica.state is State.ACTIVE and wish.places is None and _may_go(board, replica):
-            idle = not replica.running and not board.snapshot.models[replica.model].waiting
-            if idle and (wish.limit is None or replica.idle_s >= board.snapshot.rules.max_wait_s):
-                cost = worth.score + _DRAIN_IDLE_S / (1 + replica.idle_s)
+            idle = not replica.running and not snapshot.models[replica.model].waiting
+            if idle and (wish.limit is None or snapshot.idle_s(replica) >= snapshot.rules.max_wait_s):
+                cost = worth.score + _DRAIN_IDLE_S / (1 + snapshot.idle_s(replica))
                 sources.append(Source(replica, Step.DRAIN, cost))
-            elif wish.limit is None and model.waited_s >= board.snapshot.rules.max_wait_s:
+            elif wish.limit is None and model.waited_s >= snapshot.rules.max_wait_s:
                 sources.append(Source(replica, Step.DRAIN, float(replica.running), last=True))
     return sources
 
 
 def _may_go(board: Board, replica: Replica) -> bool:
     other = board.snapshot.models.get(replica.model)
-    if other is None or replica.in_state_s < board.snapshot.rules.min_stay_s:
+    if other is None or board.snapshot.in_state_s(replica) < board.snapshot.rules.min_stay_s:
         return False
     return sum(r.state is State.ACTIVE for r in board.of(replica.model)) > other.min_replicas
 
 
-def _loadings(board: Board, rule: Rule, model: Model, wish: Wish) -> Iterator[tuple[float, GroupIds]]:
-    """What loading costs on each group that may be tried."""
-    refused = board.snapshot.refused
-    for group in board.groups(model.tp):
-        if (model.name, group) not in refused and (wish.places is None or group in wish.places):
-            own = board.get(model.name, group)
-            missing = 1 - (own.residency if own else 0)
-            yield rule.loading(model, group, missing) if missing else 0.0, group
-
-
-def _rank(board: Board, group: GroupIds, loading: float, shared: float, room: Room) -> _Rank:
-    neighbours = sum(map(serves, board.on(group)))
-    first = board.snapshot.agents[group[0]]
-    cost = room.cost + shared + loading
-    return room.last_resorts, cost, neighbours, first.node, first.device_index, group
-
-
-def _decide(candidate: _Candidate, model: Model, wish: Wish, node: str) -> Decision:
-    own, room, place = candidate.own, candidate.room, names(candidate.group)
+def _decide(board: Board, model: Model, wish: Wish, offer: _Offer) -> Decision:
+    own, room, group = board.get(model.name, offer.group), offer.room or Room(), offer.group
+    place, node = names(group), board.snapshot.agents[group[0]].node
     found = own.state if own else None
     residency = own.residency if own else 0.0
     if room.now:
@@ -181,14 +225,12 @@ def _decide(candidate: _Candidate, model: Model, wish: Wish, node: str) -> Decis
             text = f"waking the replica on {place}, {share(residency)} resident"
         known = model.cold_load_measured or residency == 1
         estimate = (1 - residency) * load_s(model, node) if known else None
-        return Decision(
-            Wake(Outcome.NOW, candidate.group, found, Reason(wish.cause, f"{wish.text}; {text}"), estimate), room
-        )
+        return Decision(Wake(Outcome.NOW, group, found, Reason(wish.cause, f"{wish.text}; {text}"), estimate), room)
     holding = [*room.drains, *room.awaited]
     busy = ", ".join(f"{r.model} ({count(r.running, 'request')} running)" for r in holding)
     text = f"{wish.text}; it will be woken on {place} as soon as {busy} has drained there"
     reason = Reason(common_pb2.CAUSE_WAITING_REQUESTS if wish.limit is None else wish.cause, text)
-    return Decision(Wake(Outcome.AFTER_DRAIN, candidate.group, found, reason), room)
+    return Decision(Wake(Outcome.AFTER_DRAIN, group, found, reason), room)
 
 
 def _impossible(wish: Wish, cause: common_pb2.Cause.ValueType, text: str) -> Decision:
@@ -227,8 +269,9 @@ def _holder(board: Board, replica: Replica) -> str:
     text = f"{replica.model} is {replica.state.value} with {replica.pages}"
     if replica.state in (State.ACTIVE, State.DRAINING):
         text += f" and runs {count(replica.running, 'request')}"
-    if replica.state is State.ACTIVE and replica.in_state_s < rules.min_stay_s:
-        text += f", for {replica.in_state_s:.1f} s of at least {rules.min_stay_s:g}"
+    in_state_s = board.snapshot.in_state_s(replica)
+    if replica.state is State.ACTIVE and in_state_s < rules.min_stay_s:
+        text += f", for {in_state_s:.1f} s of at least {rules.min_stay_s:g}"
     elif replica.state is State.ACTIVE and replica.running:
         text += f", and may be drained after {rules.max_wait_s:g} s of waiting"
     return text

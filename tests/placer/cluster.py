@@ -30,8 +30,9 @@ def model(name: str, pages: int = 16, mean: float = 0.0, peak: float = 0.0, **mo
 
 def replica(name: str, group: str, state: State = State.WARM, pages: int = 16, **more: Any) -> Replica:
     """A replica on agents given as "g0" or "g0+g1"; resident unless said otherwise, long in its state."""
-    values = {"resident": pages, "in_state_s": 100.0, "idle_s": 0.0 if more.get("running") else 100.0} | more
-    return Replica(name, tuple(group.split("+")), state, pages, **values)
+    values = {"resident": pages, "in_state_s": 100.0, "idle_s": 100.0} | more
+    since_s, used_s = NOW - values.pop("in_state_s"), NOW - values.pop("idle_s")
+    return Replica(name, tuple(group.split("+")), state, pages, since_s=since_s, used_s=used_s, **values)
 
 
 def snapshot(agents: list[Agent], models: list[Model], replicas: list[Replica] | None = None, **more: Any) -> Snapshot:

@@ -99,8 +99,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
                 resident,
                 running=busy,
                 slots=draw(st.sampled_from([0, 8])),
-                in_state_s=draw(st.sampled_from([0.5, 50])),
-                idle_s=0 if busy else draw(st.sampled_from([0.5, 50])),
+                since_s=NOW - draw(st.sampled_from([0.5, 50])),
+                used_s=NOW - draw(st.sampled_from([0.5, 50])),
             )
             there.append(one)
             for a in group:
@@ -238,7 +238,7 @@ def test_plans_come_to_rest(before: Snapshot) -> None:
             state = {State.WARMING: State.WARM, State.WAKING: State.ACTIVE, State.DRAINING: State.WARM}.get(
                 r.state, r.state
             )
-            settled.append(replace(r, state=state, resident=r.pages, running=0, in_state_s=50, idle_s=50))
+            settled.append(replace(r, state=state, resident=r.pages, running=0, since_s=NOW - 50, used_s=NOW - 50))
         quiet = {n: replace(m, waiting=0, running=0, waited_s=0) for n, m in now.models.items()}
         now = replace(now, replicas=tuple(settled), models=quiet)
     raise AssertionError(f"still busy: {[(a.do, a.model, a.group, a.reason.text) for a in made.actions]}")
