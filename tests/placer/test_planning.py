@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextlib
 import json
 import os
 import select
@@ -37,7 +38,11 @@ async def planning() -> AsyncIterator[Planning]:
 
 def children() -> set[int]:
     """This process's children that are not over."""
-    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends meanwhile
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
 
 
 def wish(unless: bytes = b"", actions: tuple[Action, ...] = ()) -> Publish:
