@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -57,6 +57,7 @@ class Board:
         self._replicas: dict[Key, Replica] = {}
         self._by_agent: defaultdict[str, dict[Key, Replica]] = defaultdict(dict)
         self._by_model: defaultdict[str, dict[Key, Replica]] = defaultdict(dict)
+        self._on: dict[str, list[Replica]] = {}  # as it was asked for
         self._promised: defaultdict[str, int] = defaultdict(int)
         self._groups: dict[int, list[GroupIds]] = {}
         for replica in snapshot.replicas:
@@ -68,6 +69,7 @@ class Board:
         self._replicas[key] = self._by_model[replica.model][key] = replica
         for agent_id in replica.group:
             self._by_agent[agent_id][key] = replica
+            self._on.pop(agent_id, None)
 
     def settled(self) -> Board:
         """A board of its own on which the loads in progress have ended, a while ago."""
@@ -84,6 +86,7 @@ class Board:
         del self._replicas[replica.key], self._by_model[replica.model][replica.key]
         for agent_id in replica.group:
             del self._by_agent[agent_id][replica.key]
+            self._on.pop(agent_id, None)
 
     def evict(self, replica: Replica, keep: int) -> None:
         """A replica has only its first `keep` pages left."""
@@ -115,10 +118,13 @@ class Board:
         """A model's replicas, in order of group."""
         return _in_order(self._by_model.get(model, {}))
 
-    def on(self, group: GroupIds) -> list[Replica]:
-        """The replicas that use any of the group's agents, in order of model and group."""
+    def on(self, group: GroupIds) -> Sequence[Replica]:
+        """The replicas that use any of the group's agents, in order of model and group; not to be changed."""
         if len(group) == 1:
-            return _in_order(self._by_agent.get(group[0], {}))
+            found = self._on.get(group[0])
+            if found is None:
+                found = self._on[group[0]] = _in_order(self._by_agent.get(group[0], {}))
+            return found
         return _in_order({key: r for agent_id in group for key, r in self._by_agent[agent_id].items()})
 
     @property
@@ -259,8 +265,8 @@ def _least_cost(pages: int, sources: Iterable[Source]) -> float:
     offers = []
     for replica, _, cost, _ in sources:
         pages -= replica.kv_pages  # which come with any part of it
-        if replica.pages:
-            offers.append((cost / replica.pages, replica.pages, cost))
+        if most := replica.pages:
+            offers.append((cost / most, most, cost))
     total = 0.0
     for index, (_, most, cost) in enumerate(sorted(offers)):
         if pages <= most:

@@ -32,16 +32,18 @@ class AgentCalls:
     """Connections to all registered agents."""
 
     timeout_s: float
-    _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)  # by address
+    _channels: dict[str, tuple[grpc.aio.Channel, Any]] = field(default_factory=dict)  # with stubs, by address
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
 
     def connect(self, agents: Iterable[cluster_pb2.AgentRecord]) -> None:
         """Connects to those agents that are new, and drops the connections of those that are gone."""
         addresses = {agent.address for agent in agents}
+        if addresses == self._channels.keys():
+            return
         for address in addresses - self._channels.keys():
-            self._channel(address).get_state(try_to_connect=True)
+            self._connected(address)[0].get_state(try_to_connect=True)
         for address in self._channels.keys() - addresses:
-            task = asyncio.create_task(self._channels.pop(address).close(self.timeout_s), name=f"close {address}")
+            task = asyncio.create_task(self._channels.pop(address)[0].close(self.timeout_s), name=f"close {address}")
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
@@ -49,7 +51,7 @@ class AgentCalls:
         """Sends an order to every agent of its group that is registered, at once: a wake waits for no turn."""
         addresses = [(a, records.agents[a].address) for a in action.group if a in records.agents]
         return [
-            Sent(agent, address, self._call(address, action, records, fence, self.timeout_s))
+            Sent(agent, address, _call(self._connected(address)[1], action, records, fence, self.timeout_s))
             for agent, address in addresses
         ]
 
@@ -59,16 +61,14 @@ class AgentCalls:
 
     async def close(self) -> None:
         """Closes all connections."""
-        await asyncio.gather(*(open_channel.close() for open_channel in self._channels.values()), *self._closing)
+        await asyncio.gather(*(open_channel.close() for open_channel, _ in self._channels.values()), *self._closing)
         self._channels.clear()
 
-    def _channel(self, address: str) -> grpc.aio.Channel:
+    def _connected(self, address: str) -> tuple[grpc.aio.Channel, Any]:
         if address not in self._channels:
-            self._channels[address] = channel(address)
+            made = channel(address)
+            self._channels[address] = made, agent_pb2_grpc.AgentServiceStub(made)
         return self._channels[address]
-
-    def _call(self, address: str, action: Action, records: Records, fence: int, timeout_s: float) -> Call:
-        return _call(agent_pb2_grpc.AgentServiceStub(self._channel(address)), action, records, fence, timeout_s)
 
 
 async def _answer(sent: Sent) -> str:

@@ -28,8 +28,6 @@ from warmserve.cluster.store import Store, StoreUnavailableError
 
 _log = logger(__name__)
 _COALESCE_S = 0.02  # changes that come together are answered together
-_BURST_S = 0.003  # wakes that follow one so soon come in a burst; they are
-_GATHER_S = 0.001  # gathered for so long and decided together: each decision takes about as long
 _REST = 4  # times as long as planning took no plan is made, so that others have the processor; but at most:
 _MOST_REST_S = 1.0
 _PUBLISH_S = 0.2  # between plans written: they are for people, and etcd keeps every one for a while
@@ -82,7 +80,6 @@ class Controller:
         self._told: dict[str, int] = {}  # waiting requests that routers told of, until Redis is asked next
         self._asked: dict[str, int] = {}  # waiting requests that routers ask for, by model, until that is decided
         self._decision: asyncio.Task[tuple[Snapshot, Plan]]  # about them
-        self._decided_at = 0.0  # by the loop's clock
         self._kick = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._published = b""  # digest of the plan that etcd has
@@ -137,11 +134,7 @@ class Controller:
         return decided
 
     async def _decide_asked(self) -> tuple[Snapshot, Plan]:
-        """Decides about what was asked: at once, or in a burst about all that comes within a moment."""
-        loop = asyncio.get_running_loop()
-        if loop.time() < self._decided_at + _BURST_S:
-            await asyncio.sleep(_GATHER_S)
-        self._decided_at = loop.time()
+        """Decides about what was asked in one turn of the loop."""
         asked, self._asked = self._asked, {}
         if self._closed:
             raise DeposedError

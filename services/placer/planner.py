@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
@@ -56,11 +57,14 @@ class _Planner:
     def __init__(self, snapshot: Snapshot, rule: Callable[[Board], Rule]) -> None:
         self._snapshot = snapshot
         self._board = Board(snapshot)
-        self._models = sorted(snapshot.models.values(), key=lambda model: model.name)
         self._actions: list[Action] = []
         self._wakes: dict[str, Wake] = {}
         self._clear_away()
         self._rule = rule(self._board)  # what models need and replicas are worth, without what was cleared away
+
+    @functools.cached_property
+    def _models(self) -> list[Model]:
+        return sorted(self._snapshot.models.values(), key=lambda model: model.name)
 
     def plan(self, outlooks: bool) -> Plan:
         self._wake(self._models, self._spread)
@@ -71,8 +75,9 @@ class _Planner:
         return self._done(self._models if outlooks else [], prewarming)
 
     def wake(self, told: Collection[str]) -> Plan:
-        self._wake([model for model in self._models if model.waiting], lambda model, serving: None)
-        return self._done([model for model in self._models if model.name in told], Prewarming())
+        models = self._snapshot.models
+        self._wake([model for model in models.values() if model.waiting], lambda model, serving: None)
+        return self._done([models[name] for name in sorted(told) if name in models], Prewarming())
 
     def _done(self, told: list[Model], prewarming: Prewarming) -> Plan:
         outlooks = tuple(
@@ -83,17 +88,18 @@ class _Planner:
     # What has no place any more
 
     def _clear_away(self) -> None:
-        for replica in self._board.all():
+        stays = {agent.id for agent in self._snapshot.agents.values() if not agent.drained}
+        models = self._snapshot.models
+        gone = [r for r in self._snapshot.replicas if r.model not in models or not stays.issuperset(r.group)]
+        for replica in sorted(gone, key=lambda r: r.key):
             reason = self._has_to_go(replica)
-            if reason is None:
-                continue
             if replica.state in (State.ACTIVE, State.WAKING):
                 self._drain(replica, reason)
             elif replica.state in (State.WARM, State.WARMING):
                 self._actions.append(Action(Do.EVICT, replica.model, replica.group, reason))
                 self._board.remove(replica)
 
-    def _has_to_go(self, replica: Replica) -> Reason | None:
+    def _has_to_go(self, replica: Replica) -> Reason:
         agents = self._snapshot.agents
         if replica.model not in self._snapshot.models:
             return Reason(common_pb2.CAUSE_UNDEPLOYED, f"{replica.model} was undeployed")
@@ -101,9 +107,7 @@ class _Planner:
         if lost:
             return Reason(common_pb2.CAUSE_AGENT_LOST, f"{names(replica.group)} cannot serve without {', '.join(lost)}")
         drained = [agent_id for agent_id in replica.group if agents[agent_id].drained]
-        if drained:
-            return Reason(common_pb2.CAUSE_OPERATOR, f"an operator drains {', '.join(drained)}")
-        return None
+        return Reason(common_pb2.CAUSE_OPERATOR, f"an operator drains {', '.join(drained)}")
 
     def _drain(self, replica: Replica, reason: Reason) -> None:
         self._actions.append(Action(Do.DRAIN, replica.model, replica.group, reason))

@@ -122,12 +122,12 @@ class Replica:
     slots: int = 0  # requests it can run at a time, where it has told so
     score: float | None = None  # what its agents were last told it is worth; None: nobody needs to be told
 
-    @property
+    @functools.cached_property
     def key(self) -> Key:
         """What identifies it."""
         return self.model, self.group
 
-    @property
+    @functools.cached_property
     def pages(self) -> int:
         """Pages it holds, or has been promised, on each agent of its group."""
         return self.resident if self.state is State.WARM else self.shard_pages
