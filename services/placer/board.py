@@ -61,7 +61,10 @@ class Board:
         self._promised: defaultdict[str, int] = defaultdict(int)
         self._groups: dict[int, list[GroupIds]] = {}
         for replica in snapshot.replicas:
-            self.put(replica)
+            key = replica.key
+            self._replicas[key] = self._by_model[replica.model][key] = replica
+            for agent_id in replica.group:
+                self._by_agent[agent_id][key] = replica
 
     def put(self, replica: Replica) -> None:
         """Adds a replica, or what it has become."""

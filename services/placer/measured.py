@@ -64,11 +64,12 @@ class Measured:
 
     def learn(self, records: Records) -> None:
         """Takes note of what the records say. A record that has changed is another object."""
-        for by_model in (self._slots, self._loads, self._last_load_s, self._images, self._traffic):
-            for name in by_model.keys() - records.models.keys():
-                del by_model[name]
-        for name in self._deployed - records.models.keys():
-            self._paces.forget(name)
+        if records.models.keys() != self._deployed:
+            for by_model in (self._slots, self._loads, self._last_load_s, self._images, self._traffic):
+                for name in by_model.keys() - records.models.keys():
+                    del by_model[name]
+            for name in self._deployed - records.models.keys():
+                self._paces.forget(name)
         devices = {record.device_name for record in records.agents.values()}
         if devices != self._devices:
             self._devices = devices

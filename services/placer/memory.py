@@ -208,7 +208,7 @@ class Memory:
         )
 
     def _forget_undeployed(self, records: Records) -> None:
-        for by_model in (self._waiting_since, self._quiet):
-            for name in by_model.keys() - records.models.keys():
-                del by_model[name]
+        if self._quiet.keys() != records.models.keys():
+            for name in self._quiet.keys() - records.models.keys():
+                del self._quiet[name]
         self._failures.forget(lambda key: key[0] not in records.models)

@@ -55,7 +55,8 @@ class _OfAgent:
     residency: cluster_pb2.AgentResidency
     control: cluster_pb2.AgentControl | None
     agent: Agent | None
-    replicas: list[tuple[Replica, str]]  # those that it holds alone, with their instance
+    replicas: dict[Key, Replica]  # those that it holds alone
+    instances: dict[Key, str]  # of those, where they have one
     shards: list[tuple[Key, cluster_pb2.ResidentShard]]  # of the others
     failures: dict[Key, str]
 
@@ -97,12 +98,11 @@ class View:
             self._known[agent_id] = own
             if own.agent is not None:
                 seen.agents[agent_id] = own.agent
-            for index, (replica, instance) in enumerate(own.replicas):
-                offered = slots.get(instance, 0) if instance else 0
-                if replica.slots != offered:
-                    replica = replace(replica, slots=offered)
-                    own.replicas[index] = replica, instance
-                seen.replicas[replica.key] = replica
+            for key, instance in own.instances.items():
+                offered = slots.get(instance, 0)
+                if own.replicas[key].slots != offered:
+                    own.replicas[key] = replace(own.replicas[key], slots=offered)
+            seen.replicas.update(own.replicas)
             for key, shard in own.shards:
                 parts[key].append(shard)
             seen.failures.update(own.failures)
@@ -119,11 +119,13 @@ def _of_agent(
     residency: cluster_pb2.AgentResidency,
     control: cluster_pb2.AgentControl | None,
 ) -> _OfAgent:
-    found = _OfAgent(record, residency, control, _agent(record, residency, control), [], [], {})
+    found = _OfAgent(record, residency, control, _agent(record, residency, control), {}, {}, [], {})
     for shard in residency.shards:
         key, state = (shard.model, tuple(shard.group.agent_ids)), _STATES.get(shard.state)
         if state is not None and len(key[1]) == 1:
-            found.replicas.append((_replica(records, key, state, (shard,)), shard.instance_id))
+            found.replicas[key] = _replica(records, key, state, (shard,))
+            if shard.instance_id:
+                found.instances[key] = shard.instance_id
         elif state is not None:
             found.shards.append((key, shard))
         ended = shard.state in (common_pb2.REPLICA_STATE_COLD, common_pb2.REPLICA_STATE_WARM)
