@@ -128,6 +128,7 @@ def main() -> None:
     rows += together(small)
     arena.close()
     del small, large, backend, arena
+    gc.unfreeze()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
@@ -143,6 +144,7 @@ def serve(arena: Arena, backend: CudaBackend, name: str, config: Any) -> Served:
     while program.prepare():
         pass
     torch.cuda.synchronize()
+    gc.freeze()  # as an agent does
     return Served(name, placed, program, arena, time.perf_counter() - began)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable
 
@@ -143,6 +144,7 @@ class Loader:
                     shard.spec.limits.max_batch or None,
                     shard.context_tokens,
                 )
+                gc.freeze()  # as at the process's start: it is no garbage, nor are the modules imported for it
         except BaseException:
             image.close()
             raise

@@ -6,6 +6,7 @@ import asyncio
 import re
 import signal
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine import host
 from services.gpu_agent.engine.grammar import GrammarCompiler
 from services.gpu_agent.engine.loop import EngineLoop
+from services.gpu_agent.engine.model import BoundModel
 from services.gpu_agent.weights.image import Image
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent, status_of
@@ -248,14 +250,26 @@ async def test_stopping_hands_running_requests_over(etcd, redis_server, keys, tm
             assert "stopped" in end.error
 
 
-async def test_undeploying_gives_everything_back(agent: RunningAgent, tmp_path: Path) -> None:
+async def test_undeploying_gives_everything_back(
+    agent: RunningAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the program, which nothing collects while the model is there."""
+    programs: list[weakref.ref[BoundModel]] = []
+    build = host.HostBackend.program
+
+    def built(*arguments: Any) -> Any:
+        program = build(*arguments)
+        programs.append(weakref.ref(program.model))
+        return program
+
+    monkeypatch.setattr(host.HostBackend, "program", built)
     checkpoints.llama(tmp_path / "m")
     spec = await agent.prepare("m", tmp_path / "m")
     await agent.node.store.put(agent.node.keys.model("m"), spec)
     await agent.wake(spec)
     await agent.node.store.delete(agent.node.keys.model("m"))
     await agent.residency.wait_for(lambda items: not items["g0"].shards and items["g0"].pages_weights == 0)
-    while list((tmp_path / "images").glob("*")):
+    while list((tmp_path / "images").glob("*")) or programs[0]() is not None:
         await asyncio.sleep(0.01)
 
 

@@ -342,6 +342,19 @@ def test_a_prompt_that_comes_several_times_at_once_is_computed_once(case: Case, 
     case.check_idle(instance)
 
 
+def test_a_prompt_shares_what_the_step_under_way_computes(case: Case) -> None:
+    instance = case.instance(2)
+    stem = prompt(22, seed=7)
+    instance.add(greedy("first", stem, 1))  # of which the second step computes nothing
+    assert instance.launch()
+    instance.add(greedy("second", [*stem, 3], 5))
+    assert instance.launch()
+    assert instance.in_flight == 2
+    assert instance.stats.shared_tokens == 20  # whole blocks of 4
+    assert tokens_of(run(instance), "second") == generate(case.reference, [*stem, 3], 5)
+    instance.close("over")
+
+
 def test_closing_waits_for_steps_under_way(case: Case) -> None:
     instance = case.instance()
     instance.add(greedy("r21", PROMPTS["r21"], TOKENS["r21"]))

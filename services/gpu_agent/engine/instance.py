@@ -209,6 +209,7 @@ class Instance:
         self._computed_tokens += sum(chunk.length for chunk in schedule.chunks)
         self._kv.launched()
         self._flights.append(_Flight(self._runner.launch(parts, rows), chunks, sampling, decodes))
+        self._scheduler.launched(schedule)  # beside the device, for whom nobody need wait
         return True
 
     def advance(self) -> bool:

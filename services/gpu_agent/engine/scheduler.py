@@ -166,9 +166,13 @@ class Scheduler:
                 step.decode(sequence)
             elif step.has_room:
                 step.prefill(sequence)
-        for chunk in step.chunks:
-            self._remember_chunk(chunk)
         return Schedule(step.chunks, self._admit(step))
+
+    def launched(self, schedule: Schedule) -> None:
+        """The step was begun, and computed_tokens raised: prompts of later steps may share what it computes."""
+        for chunk in schedule.chunks:
+            sequence = chunk.sequence
+            self.remember(sequence, min(sequence.computed_tokens, len(sequence.token_ids)))
 
     def remember(self, sequence: Sequence, computed: int) -> None:
         """Has full blocks among the first `computed` tokens, all known, found by later prompts that begin alike."""
@@ -201,6 +205,7 @@ class Scheduler:
     def _admit(self, step: _Step) -> list[tuple[Sequence, str]]:
         """Starts sequences that the step has room for."""
         impossible = []
+        told = 0  # chunks of the step whose blocks those behind them may share; of the last, `launched` tells
         while self._waiting and self._slots and step.has_room:
             sequence = self._waiting[0]
             if sequence.in_flight:
@@ -215,6 +220,9 @@ class Scheduler:
                 )
                 impossible.append((sequence, reason))
                 continue
+            for chunk in step.chunks[told:]:
+                self._remember_chunk(chunk)
+            told = len(step.chunks)
             shared = self._share(sequence)
             blocks = self._pool.try_alloc(needed - len(shared))
             if blocks is None:
@@ -228,7 +236,6 @@ class Scheduler:
             self.shared_tokens += sequence.computed_tokens
             self._running.append(sequence)
             step.prefill(sequence)
-            self._remember_chunk(step.chunks[-1])
         return impossible
 
     def _share(self, sequence: Sequence) -> list[int]:

@@ -125,9 +125,11 @@ def pack(parts: Many[Part], shape: StepShape, block_tokens: int, tile: int, into
             where = np.arange(start, start + length, dtype=np.int32)
             positions[row : row + length] = where
             slots[row : row + length] = blocks[where // block_tokens] * block_tokens + where % block_tokens
-            for first in range(0, length, tile):
-                tiles[num_tiles] = row + first, min(tile, length - first), start + first, listed
-                num_tiles += 1
+            first = np.arange(0, length, tile, dtype=np.int32)
+            of_part = tiles[num_tiles : num_tiles + len(first)]
+            of_part[:, 0], of_part[:, 1] = row + first, np.minimum(tile, length - first)
+            of_part[:, 2], of_part[:, 3] = start + first, listed
+            num_tiles += len(first)
         row += length
         if part.samples:
             rows[num_rows] = row - 1
