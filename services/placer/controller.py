@@ -203,10 +203,11 @@ class Controller:
         told, names = dict(self._told), list(self._mirrors.models.items)
         try:
             async with asyncio.timeout(_REDIS_TIMEOUT_S):
-                self._counts = await self._queue.counts(names)
+                counts = await self._queue.counts(names)
         except (RedisError, OSError, TimeoutError) as error:
             _log.warning("queues cannot be read; going on with the last counts", error=str(error))
         else:  # what was told before is counted now
+            self._counts = {name: count for name, count in counts.items() if count.waiting or count.taken}
             self._told = {name: count for name, count in self._told.items() if told.get(name) != count}
         _WAITING.clear()  # undeployed models'
         for name in names:

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from services.common.queues import QueueCounts
 from services.placer.backoff import Backoff
@@ -30,8 +31,7 @@ class _Quiet:
     model: Model
 
 
-@dataclass(frozen=True)
-class _Timed:
+class _Timed(NamedTuple):
     """A replica as it was given, and as it was told with its times, which are monotonic here."""
 
     given: Replica
@@ -59,6 +59,7 @@ class Memory:
 
     measured: Measured = field(default_factory=Measured)
     _replicas: dict[Key, _Timed] = field(default_factory=dict)
+    _by_id: dict[int, _Timed] = field(default_factory=dict)  # the same by what was given, which is mostly as it was
     _looked_at: float = 0.0  # at the replicas
     _unix_s: float = -math.inf  # Unix time less monotonic
     _waiting_since: dict[str, float] = field(default_factory=dict)
@@ -104,20 +105,27 @@ class Memory:
         if abs(unix_s - now - self._unix_s) > _CLOCK_S:
             self._unix_s = unix_s - now
             for key, known in self._replicas.items():
-                self._replicas[key] = self._told(known.given, known.since, known.used)
-        before, self._replicas = self._replicas, {}
-        for replica in replicas:
-            key = replica.key
-            found = before.get(key)
-            if found is None or (found.given is not replica and found.given != replica):
-                found = self._renewed(replica, found, now)
-            self._replicas[key] = found
+                again = self._told(known.given, known.since, known.used)
+                self._replicas[key] = self._by_id[id(known.given)] = again
+        given, told = list(replicas), []
+        for replica in given:
+            found = self._by_id.get(id(replica))
+            if found is None:
+                found = self._by_id[id(replica)] = self._replicas[replica.key] = self._renewed(replica, now)
+            told.append(found.told)
+        for gone in self._by_id.keys() - set(map(id, given)):
+            last = self._by_id.pop(gone)
+            if self._replicas[last.given.key] is last:
+                del self._replicas[last.given.key]
         self._looked_at = now
-        return tuple(found.told for found in self._replicas.values())
+        return tuple(told)
 
-    def _renewed(self, replica: Replica, before: _Timed | None, now: float) -> _Timed:
+    def _renewed(self, replica: Replica, now: float) -> _Timed:
+        before = self._replicas.get(replica.key)
         if before is None:
             return self._told(replica, now, now)
+        if before.given == replica:
+            return before._replace(given=replica)
         used = self._looked_at if before.given.running else before.used  # until then it was busy
         if before.given.state is replica.state:
             return self._told(replica, before.since, used)

@@ -22,6 +22,7 @@ from services.placer.snapshot import Key, Replica, Snapshot, State
 
 _log = logger(__name__)
 _SETTLE_S = 3.0  # after an agent's answer: how long etcd may take to show it
+_LOG_S = 0.001  # after which orders are logged: first they leave, all that were decided together
 _ORDERS = Counter("warmserve_placer_orders", "Orders sent to agents", ["kind", "outcome"])
 
 
@@ -70,7 +71,7 @@ class Orders:
                     for order in self._orders.values()
                     if order.action.do is Do.EVICT and not set(order.action.group).isdisjoint(action.group)
                 ]
-            _log.info("order", kind=action.do.value, model=action.model, agents=action.group, reason=action.reason.text)
+            asyncio.get_running_loop().call_later(_LOG_S, _tell, action)
             self._prewarms.ordered(action, found.get(key))
             name = f"{action.do.value} {action.model}"
             work = self._carry_out(action, records, fence, first) if first else self._send(action, records, fence)
@@ -195,6 +196,10 @@ class Orders:
         if error:
             self.on_failure()
         return error
+
+
+def _tell(action: Action) -> None:
+    _log.info("order", kind=action.do.value, model=action.model, agents=action.group, reason=action.reason.text)
 
 
 def _copies(action: Action, found: Replica | None, records: Records) -> int:

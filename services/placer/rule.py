@@ -50,10 +50,10 @@ class Rule(Protocol):
         """Whether an instance that its model's load does not need is drained though nobody asks for its place."""
 
     def reserve(self, model: Model, agent: Agent) -> int:
-        """KV pages to leave in all on an agent where an instance of a model is woken."""
+        """KV pages to leave in all on an agent where an instance of a model is woken: the same on all of a size."""
 
     def first_pages(self, model: Model, agent: Agent) -> int:
-        """KV pages for an instance of a model that is woken, beside what others hold."""
+        """KV pages for an instance of a model that is woken, beside what others hold: likewise."""
 
     def prewarm(self) -> Prewarming:
         """What to warm; carries it out on the board."""

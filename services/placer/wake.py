@@ -94,14 +94,14 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
 
 def _best(board: Board, rule: Rule, model: Model, wish: Wish) -> _Offer | None:
     """The offer of the least rank: only what could still be the best one is looked at more closely."""
-    offers = _loadings(board, rule, model, wish)
+    kv_pages, offers = _KvPages(board, rule, model), _loadings(board, rule, model, wish)
     heapq.heapify(offers)
     while offers:
         offer = offers[0]
         if offer.room is not None:
             return offer
         if offer.sources is None:
-            closer = _look_at(board, rule, model, wish, offer)
+            closer = _look_at(board, rule, model, wish, kv_pages, offer)
         else:
             closer = _make_room(board, model, wish, offer)
         if closer is None:
@@ -133,7 +133,7 @@ def _loadings(board: Board, rule: Rule, model: Model, wish: Wish) -> list[_Offer
     return offers
 
 
-def _look_at(board: Board, rule: Rule, model: Model, wish: Wish, offer: _Offer) -> _Offer | None:
+def _look_at(board: Board, rule: Rule, model: Model, wish: Wish, kv_pages: _KvPages, offer: _Offer) -> _Offer | None:
     """The offer with what may give way there; None where it cannot be."""
     there = board.on(offer.group)
     if not _possible(board, model, offer.group, there):
@@ -142,7 +142,7 @@ def _look_at(board: Board, rule: Rule, model: Model, wish: Wish, offer: _Offer) 
     if sharing > wish.worth:
         return None
     sources = _sources(board, rule, model, there, wish)
-    kv = _kv(board, rule, model, offer.group)
+    kv = kv_pages.on(offer.group)
     least = board.least_cost(model, offer.group, sources, kept=kv[0], first=kv[1])
     if least == math.inf:
         return None
@@ -160,13 +160,26 @@ def _make_room(board: Board, model: Model, wish: Wish, offer: _Offer) -> _Offer 
     return offer._replace(rank=(room.last_resorts, cost, *offer.rank[2:]), room=room)
 
 
-def _kv(board: Board, rule: Rule, model: Model, group: GroupIds) -> _Kv:
-    """KV pages to leave on each agent of a group in all, and of them to the model's instance."""
-    kept, first = {}, {}
-    for agent_id in group:
-        agent = board.snapshot.agents[agent_id]
-        kept[agent_id], first[agent_id] = rule.reserve(model, agent), rule.first_pages(model, agent)
-    return kept, first
+class _KvPages:
+    """The KV pages that a model's instance needs, by the size of agents: most are of one."""
+
+    def __init__(self, board: Board, rule: Rule, model: Model) -> None:
+        self._agents = board.snapshot.agents
+        self._rule = rule
+        self._model = model
+        self._by_size: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def on(self, group: GroupIds) -> _Kv:
+        """Pages to leave on each agent of a group in all, and of them to the instance."""
+        kept, first = {}, {}
+        for agent_id in group:
+            agent = self._agents[agent_id]
+            size = agent.page_bytes, agent.pages_total
+            if size not in self._by_size:
+                rule, model = self._rule, self._model
+                self._by_size[size] = rule.reserve(model, agent), rule.first_pages(model, agent)
+            kept[agent_id], first[agent_id] = self._by_size[size]
+        return kept, first
 
 
 def _possible(board: Board, model: Model, group: GroupIds, there: Iterable[Replica]) -> bool:
@@ -245,9 +258,9 @@ def _no_group(board: Board, model: Model) -> str:
 
 def _in_the_way(board: Board, rule: Rule, model: Model, usable: list[GroupIds]) -> str:
     """What holds the pages of the group where the fewest are lacking."""
-    lacking = {}
+    kv_pages, lacking = _KvPages(board, rule, model), {}
     for group in usable:
-        kept, first = _kv(board, rule, model, group)
+        kept, first = kv_pages.on(group)
         lacking[group] = board.deficits(model, group, kept=kept, first=first)
     group = min(usable, key=lambda g: (max(lacking[g].values()), g))
     deficits = lacking[group]
