@@ -199,8 +199,7 @@ class Engine:
     def _sync(self) -> None:
         """Brings the fluid up to now."""
         now = self._clock.now
-        elapsed = now - self._at
-        device = elapsed * self._share
+        device = (now - self._at) * self._share
         self._at = now
         if device <= 0.0:
             return
@@ -219,16 +218,16 @@ class Engine:
         self._steps += steps
         self._context += steps * count
         if self.meter is not None:
-            self._measure(self.meter, count, device, elapsed, steps)
+            self._measure(self.meter, count, device, steps)
 
-    def _measure(self, meter: PaceMeter, count: int, device: float, elapsed: float, steps: float) -> None:
+    def _measure(self, meter: PaceMeter, count: int, device: float, steps: float) -> None:
         """Adds what was computed since the last event: steps of the batch, with prompts or without."""
-        since = elapsed if count else None
+        elapsed = device if count else None  # others' time does not count, and between steps nothing passes
         if self._prompts:
             begun = len(self._prompts) if self._prompt_left <= _SECOND else 0
-            meter.add(count, device, since, prompts=True, begun=begun, steps=device * self._prompt_speed)
+            meter.add(count, device, elapsed, prompts=True, begun=begun, steps=device * self._prompt_speed)
         else:
-            meter.add(count, device, since, steps=steps)
+            meter.add(count, device, elapsed, steps=steps)
 
     def _due(self) -> None:
         self._in_event = True  # what is taken now waits for the end of this

@@ -86,6 +86,7 @@ class Observer:
             shard_bytes=spec.shard_bytes,
             tp=spec.tp,
             capacity=capacity,
+            batch=max(model.most, capacity) if spec.tpot_s else capacity,
             priority=spec.priority,
             min_replicas=spec.min_replicas,
             max_replicas=spec.max_replicas,

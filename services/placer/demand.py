@@ -49,6 +49,7 @@ class Demand:
     burst: int  # further ones for a peak that one window in ten exceeds
     wake: int  # instances to have active at least: fewer are made up for
     keep: int  # instances to keep active if they are: more are drained
+    least: int  # of those, how many keep requests from waiting for slots; the rest keep the target for their tokens
 
     @property
     def mean(self) -> float:
@@ -90,7 +91,10 @@ def demand(model: Model, now_s: float, active: int, rules: Rules, lookahead_s: f
     keep = max(wake, foundation, math.ceil(load / (rules.scale_down * model.capacity)))
     if model.max_replicas:
         wake, keep = min(wake, model.max_replicas), min(keep, model.max_replicas)
-    return Demand(model.capacity, expected, foundation, replicas - foundation, wake, keep)
+    least = keep
+    if model.batch > model.capacity:
+        least = min(keep, max(1, model.min_replicas, math.ceil(load / (rules.scale_up * model.batch))))
+    return Demand(model.capacity, expected, foundation, replicas - foundation, wake, keep, least)
 
 
 def expect(windows: Sequence[WindowLoad], now_s: float, rules: Rules, lookahead_s: float) -> Expectation:

@@ -168,12 +168,12 @@ class ExpectedRule:
         if not any(r.model == model.name and serves(r) for r in busy):
             instances += 1
         own = self._part(model, instances)
-        slowdown = 1 + FULL_SLOWDOWN * own.load / model.capacity
+        slowdown = 1 + FULL_SLOWDOWN * own.load / _batch(model)
         return beside(own, others, _service_s(model), slowdown)
 
     def spared(self, model: Model, serving: int) -> float:
-        """See `Rule`."""
-        return spared((model.waiting + model.running) ** 2, serving, model.capacity, _service_s(model), model.priority)
+        """See `Rule`. They are as much slower than alone as the GPU has to do, whatever target they have."""
+        return spared((model.waiting + model.running) ** 2, serving, _batch(model), _service_s(model), model.priority)
 
     def spread(self, model: Model) -> Collection[GroupIds]:
         """See `Rule`."""
@@ -246,6 +246,11 @@ class ExpectedRule:
         stakes = {name: self.stakes(model) for name, model in sorted(self._board.snapshot.models.items())}
         aim = target(self._board, stakes)
         return better(self._board, stakes, aim) or prewarm(self._board, aim)
+
+
+def _batch(model: Model) -> int:
+    """Requests with which an instance is full."""
+    return max(model.batch, model.capacity)
 
 
 def _service_s(model: Model) -> float:

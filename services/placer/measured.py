@@ -33,6 +33,7 @@ class Capacity:
 
     requests: int
     source: str
+    batch: int = 0  # requests that it has room for; 0: as many as it carries
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,10 @@ class Measured:
         if kept is not None and kept < most:
             alone_ms = self._paces.alone_ms(spec.name, device)
             if alone_ms > target_ms:
-                return Capacity(
-                    kept, f"even one takes {alone_ms:.3g} ms per token on {where}; its target is {target_ms:g}"
-                )
-            return Capacity(kept, f"so many keep its {target_ms:g} ms per token on {where}, which offers {slots}")
+                source = f"even one takes {alone_ms:.3g} ms per token on {where}; its target is {target_ms:g}"
+            else:
+                source = f"so many keep its {target_ms:g} ms per token on {where}, which offers {slots}"
+            return Capacity(kept, source, most)
         if limit < slots:
             return Capacity(limit, f"its limit; instances on {where} offered {slots}")
         return Capacity(slots, f"as its instances report on {where}")

@@ -195,11 +195,13 @@ class Memory:
     def _make_model(self, spec: cluster_pb2.ModelSpec, forecast: cluster_pb2.Forecast | None) -> Model:
         loaded_s = self.measured.cold_load_s(spec.name)
         traffic = self.measured.traffic(spec, forecast)
+        capacity = self.measured.capacity(spec)
         return Model(
             name=spec.name,
             shard_bytes=spec.facts.shard_bytes,
             tp=spec.tp or 1,
-            capacity=self.measured.capacity(spec).requests,
+            capacity=capacity.requests,
+            batch=capacity.batch,
             priority=spec.priority or 1.0,
             min_replicas=spec.min_replicas,
             max_replicas=spec.max_replicas,

@@ -208,7 +208,7 @@ class _Planner:
         for model in self._models:
             needed = self._rule.demand(model)
             serving = _serving(self._board.of(model.name))
-            surplus = len(serving) - needed.keep
+            surplus, further = len(serving) - needed.keep, len(serving) - needed.least
             candidates = [r for r in serving if r.state is State.ACTIVE and snapshot.in_state_s(r) >= rules.min_stay_s]
             if needed.keep == 0:  # the last one goes only when it has nothing to do
                 candidates = [
@@ -218,11 +218,28 @@ class _Planner:
                 ]
             candidates.sort(key=lambda r: (r.running, -snapshot.idle_s(r), r.group))
             for replica in candidates:
-                if surplus <= 0:
+                if further <= 0:
                     break
-                if self._rule.may_rest(model, replica):
-                    surplus -= 1
-                    self._drain(replica, self._low_load(model, needed, replica, len(serving)))
+                if surplus > 0 and self._rule.may_rest(model, replica):
+                    reason = self._low_load(model, needed, replica, len(serving))
+                elif needed.least < needed.keep and (why := self._burden(model, replica)) is not None:
+                    reason = why
+                else:
+                    continue
+                surplus, further = surplus - 1, further - 1
+                self._drain(replica, reason)
+
+    def _burden(self, model: Model, instance: Replica) -> Reason | None:
+        """Why an instance goes that is there for its requests' time per token alone; None where it may stay.
+
+        Where it shares a GPU, all of them may have their tokens later than without it.
+        """
+        others = len(_serving(self._board.of(model.name))) - 1
+        costs, spares = self._rule.sharing(model, instance.group), self._rule.spared(model, others)
+        if costs <= self._snapshot.rules.margin * spares:
+            return None
+        text = f"shares {names(instance.group)}: it costs {costs:.2f} s there and spares its requests {spares:.2f} s"
+        return Reason(common_pb2.CAUSE_LOW_LOAD, text)
 
     def _tell_scores(self) -> None:
         """Agents evict what is worth least: they are told where a warm replica's worth has changed much."""

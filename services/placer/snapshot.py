@@ -88,6 +88,7 @@ class Model:
     shard_bytes: int
     tp: int = 1  # agents per replica: 1, 2, 4 or 8
     capacity: int = 8  # requests one instance carries at a time, measured
+    batch: int = 0  # requests it has room for, later as their tokens may come; never below `capacity`, where it is 0
     priority: float = 1.0  # weight of its seconds of waiting against other models'
     min_replicas: int = 0  # instances kept active
     max_replicas: int = 0  # most instances, and most replicas warmed; 0: no bound

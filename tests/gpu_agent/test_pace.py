@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.pace import Pace, PaceMeter
+from services.gpu_agent.engine.sequence import SequenceOutput
 from tests.gpu_agent.checkpoints import llama
 from tests.gpu_agent.serving import Served, arena, greedy, prompt, run, serve
 
@@ -84,7 +87,7 @@ def test_prompts_count_for_the_tokens_that_come_with_them() -> None:
         assert measured(meter).seconds(sequences) == pytest.approx(expected, rel=0.03)
 
 
-def test_time_that_others_have_the_device_counts_and_is_forgotten_when_they_are_gone() -> None:
+def test_time_in_which_the_device_has_nothing_counts_and_is_forgotten_when_it_is_over() -> None:
     meter = PaceMeter(64)
     for sequences in (1, 2, 4, 8):
         decode(meter, sequences, 100, stretch=2.0)
@@ -182,3 +185,46 @@ def test_an_instance_measures_its_own_steps(served: Served, monkeypatch: pytest.
     assert [index for index, step in enumerate(seen) if step[2] is None] == [0, 30]  # it was idle before
     assert all(elapsed >= seconds > 0 for _, seconds, elapsed, _, _ in seen if elapsed is not None)
     assert measured(instance.meter).seconds(1) > 0
+
+
+def test_time_that_others_had_the_device_is_left_out(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = served.instance()
+    seen: list[tuple[float, float | None]] = []
+    monkeypatch.setattr(instance.meter, "add", lambda n, seconds, elapsed, **_: seen.append((seconds, elapsed)))
+    instance.add(greedy("a", prompt(9), 3))
+    instance.step()
+    instance.step()
+    instance.gave_way(3600.0)
+    run(instance)
+    seconds, elapsed = zip(*seen, strict=True)
+    assert elapsed[0] is None
+    assert elapsed[1] >= seconds[1]
+    assert elapsed[2] == seconds[2]
+
+
+def test_instances_are_told_what_others_had(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    instances, told = [served.instance(), served.instance()], [0.0, 0.0]
+    ended = threading.Semaphore(0)
+    for index, instance in enumerate(instances):
+
+        def add(seconds: float, index: int = index) -> None:
+            told[index] += seconds
+
+        monkeypatch.setattr(instance, "gave_way", add)
+
+    def on_step(_: str, outputs: list[SequenceOutput]) -> None:
+        for output in outputs:
+            if output.finish_reason is not None:
+                ended.release()
+
+    loop = EngineLoop(on_step, lambda name, error: None)
+    loop.start()
+    try:
+        for instance in instances:
+            loop.activate(instance).result(30)
+        for instance in instances:
+            loop.submit(instance.id, greedy(instance.id, prompt(9), 10))
+        assert all(ended.acquire(timeout=30) for _ in instances)
+    finally:
+        loop.stop()
+    assert told == [pytest.approx(other.device_seconds) for other in reversed(instances)]

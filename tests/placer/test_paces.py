@@ -15,7 +15,8 @@ from services.placer.memory import Memory
 from services.placer.paces import sequences_within
 from services.placer.planner import plan
 from services.placer.records import Records, View
-from services.placer.snapshot import Rules
+from services.placer.snapshot import Rules, State
+from tests.placer.cluster import agent, done, model, replica, snapshot
 from warmserve.v1 import cluster_pb2, common_pb2
 
 PAGE = 1 << 20
@@ -158,7 +159,25 @@ def test_a_tight_target_gives_a_model_more_instances(tpot_ms: float, further: in
     seen, view = records({"g0": (6.0, 0.5)}, tpot_ms), View()
     shown = view.see(seen)
     counts = {"a": QueueCounts(waiting=0, taken=20)}
-    snapshot = Memory().snapshot(seen, shown.agents, shown.replicas.values(), counts, Rules(), 100.0, 1e9)
-    assert [replica.slots for replica in snapshot.replicas] == [SLOTS]  # what agents and routers admit by stays
-    wakes = [action for action in plan(snapshot).actions if action.do is Do.WAKE]
+    there = Memory().snapshot(seen, shown.agents, shown.replicas.values(), counts, Rules(), 100.0, 1e9)
+    assert [replica.slots for replica in there.replicas] == [SLOTS]  # what agents and routers admit by stays
+    wakes = [action for action in plan(there).actions if action.do is Do.WAKE]
     assert len(wakes) == further
+
+
+def drained(load: int, other: int) -> list[tuple[str, str]]:
+    """What is drained of "a" with instances alone on g0 and beside "b" on g1."""
+    spec = model("a", 16, capacity=8, batch=32, running=load, service_s=2.0)
+    beside = model("b", 16, capacity=32, running=other, service_s=2.0)
+    there = [
+        replica("a", "g0", State.ACTIVE, running=load // 2, slots=32),
+        replica("a", "g1", State.ACTIVE, running=load // 2, slots=32),
+        replica("b", "g1", State.ACTIVE, running=other, slots=32),
+    ]
+    return done(plan(snapshot([agent("g0"), agent("g1")], [spec, beside], there)), Do.DRAIN)
+
+
+def test_an_instance_for_the_tokens_time_goes_where_it_costs_its_neighbours_more() -> None:
+    assert drained(load=10, other=10) == [("a", "g1")]
+    assert drained(load=10, other=0) == []  # nobody is disturbed
+    assert drained(load=60, other=10) == []  # without it requests would wait for a slot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -71,6 +72,29 @@ def test_a_target_that_all_slots_keep_changes_nothing() -> None:
     assert set(told) == {16}
 
 
+def waves(rates: list[float], seconds: float = 400) -> list[Request]:
+    """Traffic of several models that comes and goes, each at its time."""
+    random, found = np.random.default_rng(5), []
+    for index, rate in enumerate(rates):
+        time = 0.0
+        while time < seconds:
+            wave = rate * (1 + math.sin(2 * math.pi * (time / 200 + index / len(rates))))
+            time += random.exponential(1 / (wave + 0.05))
+            found.append(Request(time, f"m{index}", int(random.integers(100, 700)), int(random.integers(20, 300))))
+    return sorted(found, key=lambda request: request.time_s)
+
+
+@pytest.mark.parametrize(("gpus", "rates"), [(2, [4, 4, 4]), (4, [6, 6, 6])])
+def test_where_gpus_are_short_a_tight_target_does_no_harm(gpus: int, rates: list[float]) -> None:
+    """Further instances on GPUs that others use would have everybody's tokens come later."""
+    met = []
+    for target in (0.0, 0.008):
+        models = [replace(llama2_7b(f"m{index}"), tpot_s=target) for index in range(len(rates))]
+        results = simulate(ClusterSpec(1, gpus), models, waves(rates), Ours(), settings=QUICK)
+        met.append(float(np.mean(results.tpot_s <= 0.008)))
+    assert met[1] > met[0]
+
+
 def paces(requests: list[Request], policy: Muxserve) -> dict[str, list[float]]:
     """Seconds per token with eight sequences, by model, as its engines measured in the end."""
     engines: list[Engine] = []
@@ -93,10 +117,10 @@ def paces(requests: list[Request], policy: Muxserve) -> dict[str, list[float]]:
     return found
 
 
-def test_who_shares_a_gpu_measures_that() -> None:
+def test_a_neighbour_on_the_gpu_is_not_measured() -> None:
     burst = [Request(0.01 * index, "one", PROMPT, 1000) for index in range(8)]
     beside = [Request(0.01 * index, "two", PROMPT, 1000) for index in range(8)]
     alone = paces(burst, Muxserve())["one"]
     both = paces(sorted(burst + beside, key=lambda request: request.time_s), Muxserve())
     assert alone == [pytest.approx(H100.steps(ONE).decode(8, 8 * (PROMPT + 500)), rel=0.1)]
-    assert both["one"] == [pytest.approx(2 * alone[0], rel=0.1)]
+    assert both["one"] == [pytest.approx(alone[0], rel=0.05)]

@@ -763,8 +763,8 @@ class InstanceRecord(_message.Message):
 
     @_builtins.property
     def pace(self) -> Global___Pace:
-        """The time between a sequence's tokens, as measured here; unset where not yet known. Told anew when it has changed by
-        an eighth.
+        """The time between a sequence's tokens, as measured here; unset where not yet known, as before several have run at
+        once. Told anew when it has changed by an eighth.
         """
 
     def __init__(
@@ -789,7 +789,8 @@ Global___InstanceRecord: _TypeAlias = InstanceRecord  # noqa: Y015
 @_typing.final
 class Pace(_message.Message):
     """The time between two tokens of a sequence, by how many sequences run: with n of them it is, on average,
-    base_ms + n * per_sequence_ms. Time in which the instance computes prompts, or others have the GPU, is part of it.
+    base_ms + n * per_sequence_ms. Time in which the instance computes prompts is part of it; time in which other models'
+    instances have the GPU is not, for more instances would not help against that: plans count it where they place.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -78,7 +78,7 @@ class Instance:
         """How long the device worked on its steps."""
         self.meter = PaceMeter(max_batch)
         """How long its sequences wait for their next tokens."""
-        self._collected: float | None = None  # when its last step ended; None where it has been idle since
+        self._since: float | None = None  # when its last step ended, later by what others had since; None: it was idle
         self._expected = 0.0
         self._runner = runner
         self._kv = kv
@@ -238,7 +238,12 @@ class Instance:
         self._kv.settled(self._steps - len(self._flights))
         self._promise()
         if not self._sequences:
-            self._collected = None
+            self._since = None
+
+    def gave_way(self, seconds: float) -> None:
+        """Another instance had the device for so long."""
+        if self._since is not None:
+            self._since += seconds
 
     def news(self) -> list[SequenceOutput]:
         """What has happened since the last call, in order."""
@@ -262,12 +267,12 @@ class Instance:
         return outputs
 
     def _measure(self, flight: _Flight, seconds: float) -> None:
-        now, before = time.monotonic(), self._collected
-        self._collected = now
+        now, since = time.monotonic(), self._since
+        self._since = now
         self.meter.add(
             flight.decodes,
             seconds,
-            None if before is None else now - before,
+            None if since is None else max(seconds, now - since),
             prompts=flight.decodes < len(flight.chunks),
             begun=len(flight.sampling) - flight.decodes,
         )

@@ -256,6 +256,9 @@ class EngineLoop:
         took = active.instance.device_seconds - before
         active.share += took - active.expected.popleft()
         active.last = took
+        for other in self._active.values():
+            if other is not active:
+                other.instance.gave_way(took)
         self._look_again()
 
     def _look_again(self) -> None:

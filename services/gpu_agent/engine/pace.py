@@ -2,8 +2,11 @@
 
 A step in which n sequences get a token and nothing else is computed takes the device a + b n seconds: a line through
 the mean times of each n. Prompts come with tokens: p seconds of prompts were computed per token, and all n sequences
-wait for each other's, as in each step n tokens come. And between two tokens of a sequence others may have the device,
-or nobody: the time that passes is s times the device's. So with n sequences a token takes s (a + (b + p) n) seconds.
+wait for each other's, as in each step n tokens come. And the device may have nothing to do while its next step is
+prepared: the time that passes is s times the device's. So with n sequences a token takes s (a + (b + p) n) seconds.
+
+Time in which other instances have the device is left out. A plan that had more instances run where tokens are late for
+that would have more of them share devices, and tokens be later: it counts what instances cost their neighbours itself.
 """
 
 from __future__ import annotations
@@ -65,8 +68,9 @@ class PaceMeter:
     ) -> None:
         """Takes note of a step in which `sequences` got one token more, or of several alike.
 
-        seconds: of the device, for all of them. elapsed: what passed since the tokens before came; None where none
-        did. prompts: whether prompts were computed too; begun: how many of those got their first token.
+        seconds: of the device, for all of them. elapsed: what passed since the tokens before came, but for what others
+        had of the device; None where none came. prompts: whether prompts were computed too; begun: how many of those
+        got their first token.
         """
         self._fade(math.exp(-seconds / _FORGOTTEN_S))
         self._tokens += sequences * steps + begun
