@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from services.common.queues import QueueCounts
 from services.placer.memory import Memory
 from services.placer.records import Records, View
@@ -137,3 +140,37 @@ def test_what_is_learnt_of_one_model_leaves_the_others_as_they_are() -> None:
     after = see(memory, 1, loaded).models
     assert after["a"].capacity == 4 != before["a"].capacity
     assert after["b"] is before["b"]
+
+
+standing = st.none() | st.tuples(st.sampled_from([s for s in State if s is not State.WAKING]), st.integers(0, 1))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3), st.lists(standing, min_size=3, max_size=3)), max_size=12)
+)
+def test_ages_are_what_they_are_without_remembering_what_has_not_changed(steps) -> None:
+    """Unchanged replicas are the same objects, equal ones, or come and go; clocks jump."""
+    memory, deployed = Memory(), records(deployed=("a", "b", "c"))
+    there: dict[str, Replica] = {}
+    since, used, now, jump = {}, {}, 0.0, 1e9
+    for seconds, jumps, wanted in steps:
+        now += seconds
+        jump += 100.0 * (jumps == 3)
+        for name, what in zip("abc", wanted, strict=True):
+            old = there.get(name)
+            if what is None:
+                there.pop(name, None)
+                since.pop(name, None)
+                continue
+            state, running = what
+            new = Replica(name, ("g0",), state, 16, 16, running=running)
+            there[name] = old if old == new and seconds % 2 else new
+            drained = old is not None and old.state in (State.ACTIVE, State.DRAINING)
+            drained = drained and state in (State.DRAINING, State.WARM)
+            if old is None or old.state is not state:
+                since[name] = now
+            if running or old is None or (old.state is not state and not drained):
+                used[name] = now
+        seen = memory.snapshot(deployed, {}, list(there.values()), {}, Rules(), now, now + jump)
+        found = {r.model: (seen.in_state_s(r), seen.idle_s(r)) for r in seen.replicas}
+        assert found == {name: (now - since[name], now - used[name]) for name in there}
