@@ -447,6 +447,8 @@ async def test_a_wake_waits_neither_for_redis_nor_for_the_agents_answer(
         await wake(placer, "b")
         await until(lambda: ("wake", "b") in agent.orders)
         redis_server.child.process.send_signal(signal.SIGCONT)
+        async with Redis.from_url(f"redis://{redis_server.address}/0") as redis:
+            await queue_requests(redis, keys, "a", 1)  # that was told of; else Redis says that nobody waits any more
         await until(lambda: "a" in agent.shards and agent.shards["a"].state == ACTIVE)  # its order was lost
     await peers.close()
     redis_server.child.stop(5)
