@@ -4,7 +4,8 @@
 
 The real system is `warmserve up`'s: etcd, Redis, router, placer, forecaster and two agents on host memory, each with
 room for one of three tiny models, which take turns of six seconds. Azure's conversations, at half their speed and with
-a tenth of their tokens, are sent to it as clients would send them.
+a tenth of their tokens, are sent to it as clients would send them: the first half with forecasts, which leave hardly a
+model cold, the second, on a fresh cluster, before the forecaster has seen a window, so that each turn's model is.
 
 Before it, on a cluster of its own, what the machine does is measured: prompts of some lengths and batches of some sizes
 on an active instance, which the simulator's cost model is fitted to, and what waking and loading take. These are
@@ -20,12 +21,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
+
+import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.report import Row, report
 from benchmarks.simulator_validation_lab import TIMEOUT_S, Lab, Machine, machine_of
@@ -37,7 +41,7 @@ from launcher.folder import DataFolder
 from launcher.programs import deploy, make_checkpoints
 from launcher.replay import Outcome, replay
 from launcher.traces import Rotation
-from services.forecaster.predictors import PublishedPredictor
+from services.forecaster.predictors import QUANTITIES, PublishedPredictor
 from services.placer.snapshot import Rules
 from simulator.policies.ours import Ours
 from simulator.results import Found, Results
@@ -51,6 +55,7 @@ WINDOW_S = 1.0
 LOOKAHEAD_S = 4.0
 BATCH = 8  # host agents' most sequences
 TOKEN_BUDGET = 512  # of a step of theirs
+_NO_WINDOW_S = 86_400.0  # longer than a replay: the forecaster has nothing to tell of
 
 
 def specs(folder: Path) -> list[ModelSpec]:
@@ -78,15 +83,16 @@ class Replayed:
     requests: Sequence[Request]  # as long as the system's own tokenizer found them to be
     outcomes: Sequence[Outcome]
     offset_s: float  # where in a season it began
+    forecasts: bool = True  # whether the forecaster had seen anything
 
 
 @dataclass(frozen=True)
 class Observed:
-    """The machine, and the replay that is to be foretold."""
+    """The machine, and the replays that are to be foretold."""
 
     machine: Machine  # as measured one at a time
     models: Sequence[ModelSpec]
-    replayed: Replayed
+    replays: Sequence[Replayed]
 
 
 @dataclass(frozen=True)
@@ -99,9 +105,9 @@ class Conditions:
     reply_s: float
 
 
-def conditions(observed: Observed) -> Conditions:
+def conditions(observed: Observed, replayed: Replayed) -> Conditions:
     """From the replay's steps and ways."""
-    outcomes = observed.replayed.outcomes
+    outcomes = replayed.outcomes
     models = {model.name: model for model in observed.models}
     prompts, tokens = times_slower(observed.machine.cost, models, steps_of(outcomes))
     hop_s, reply_s = ways([one for one in outcomes if not one.lost])
@@ -121,11 +127,15 @@ def foretell(machine: Machine, models: Sequence[ModelSpec], replayed: Replayed, 
         nvlink_gbps=0.0,
         disk_gbps=2 * machine.load_gbps,  # images are in the page cache
     )
+    predictor, window_s = PublishedPredictor(round(PERIOD_S / WINDOW_S)), WINDOW_S
+    history: dict[str, NDArray[np.float64]] = {}
+    if not replayed.forecasts:  # of a model of which no window is known something is foretold all the same
+        window_s, history = _NO_WINDOW_S, {model.name: np.full((1, len(QUANTITIES)), np.nan) for model in models}
     settings = Settings(
         tick_s=0.1,  # the placer plans whenever something has changed
         busy_tick_s=0.1,
         warmup_s=replayed.offset_s % WINDOW_S,
-        forecasting=Forecasting(PublishedPredictor(round(PERIOD_S / WINDOW_S)), window_s=WINDOW_S),
+        forecasting=Forecasting(predictor, history, window_s),
         delays=Delays(hop_s=then.hop_s, reply_s=then.reply_s, wake_s=machine.wake_s),
         cost=machine.cost,
         rules=Rules(lookahead_s=LOOKAHEAD_S),
@@ -137,11 +147,40 @@ def foretell(machine: Machine, models: Sequence[ModelSpec], replayed: Replayed, 
     return simulate(cluster, models, moved, Ours(), settings=settings)
 
 
-def rows(observed: Observed, then: Conditions, foretold: Results) -> list[Row]:
+@dataclass(frozen=True)
+class Compared:
+    """One replay and its simulation."""
+
+    real: Sequence[Outcome]  # that were answered
+    then: Conditions
+    foretold: Results
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of the real system."""
+        seconds = max(o.at_s + o.total_s for o in self.real) - min(o.at_s for o in self.real)
+        return sum(one.output_tokens for one in self.real) / seconds
+
+    def real_found(self, states: Collection[str]) -> int:
+        """Requests that found their model in one of these states."""
+        return sum(one.found_state in states for one in self.real)
+
+    def simulated_found(self, states: Collection[Found]) -> int:
+        """The same, simulated."""
+        return int(sum((self.foretold.found == state).sum() for state in states))
+
+
+def compare(observed: Observed, replayed: Replayed) -> Compared:
+    """Simulates a replay."""
+    then = conditions(observed, replayed)
+    answered = [outcome for outcome in replayed.outcomes if not outcome.lost]
+    return Compared(answered, then, foretell(observed.machine, observed.models, replayed, then))
+
+
+def rows(observed: Observed, compared: Sequence[Compared]) -> list[Row]:
     """What was asked of both, side by side."""
-    real, machine = observed.replayed.outcomes, observed.machine
-    answered = [outcome for outcome in real if not outcome.lost]
-    seconds = max(o.at_s + o.total_s for o in answered) - min(o.at_s for o in answered)
+    machine, answered = observed.machine, [one for half in compared for one in half.real]
+    asked = sum(len(replayed.requests) for replayed in observed.replays)
 
     def off(what: str, unit: str, simulated: float, measured: float, target: float) -> list[Row]:
         error = 100 * abs(simulated - measured) / measured if measured else (100.0 if simulated else 0.0)
@@ -150,37 +189,74 @@ def rows(observed: Observed, then: Conditions, foretold: Results) -> list[Row]:
             Row("  off by", error, "%", target=target),
         ]
 
-    states = {name: sum(one.found_state in found for one in answered) for name, found in _REAL.items()}
-    simulated = {
-        name: int(sum((foretold.found == state).sum() for state in found)) for name, found in _SIMULATED.items()
-    }
-    ttft = statistics.mean(one.ttft_s for one in answered)
-    tokens = sum(one.output_tokens for one in answered) / seconds
+    def found(name: str) -> list[Row]:
+        real = [half.real_found(_REAL[name]) for half in compared]
+        simulated = [half.simulated_found(_SIMULATED[name]) for half in compared]
+        return [
+            *off(f"requests that found it {name}", "requests", sum(simulated), sum(real), 10.0),
+            *(
+                Row(f"  {_half(replayed)}, simulated", of_simulated, "requests", of_real, "measured")
+                for replayed, of_simulated, of_real in zip(observed.replays, simulated, real, strict=True)
+            ),
+        ]
+
     return [
-        Row("requests", len(real), "requests"),
-        Row("lost by the real system", len(real) - len(answered), "requests", target=0.0),
+        Row("requests", asked, "requests"),
+        Row("lost by the real system", asked - len(answered), "requests", target=0.0),
         Row("steps fitted, mean error", 100 * machine.fit_error, "%"),
         Row("waking, upper quartile", 1000 * machine.wake_s[1], "ms"),
         Row("loading", machine.load_gbps, "GB/s"),
-        Row("prompts were slower in the replay than one at a time", then.prompts, "times"),
-        Row("tokens likewise", then.tokens, "times"),
-        Row("a request's way to an instance", 1000 * then.hop_s, "ms"),
-        Row("beside the router, with the first token's", 1000 * then.reply_s, "ms"),
-        *off("mean time to the first token", "ms", 1000 * float(foretold.ttft_s.mean()), 1000 * ttft, 15.0),
-        Row("  of those that found it active, simulated", *_active_ms(foretold, answered), "measured"),
-        *off("throughput", "tokens/s", foretold.tokens_per_s, tokens, 15.0),
-        *[
+        *(
             row
-            for name in states
-            for row in off(f"requests that found it {name}", "requests", simulated[name], states[name], 10.0)
-        ],
+            for replayed, half in zip(observed.replays, compared, strict=True)
+            for row in _conditions(_half(replayed), half.then)
+        ),
+        *off(
+            "mean time to the first token", "ms", _ttft_ms(compared), 1e3 * mean(one.ttft_s for one in answered), 15.0
+        ),
+        *(
+            Row(
+                f"  {_half(replayed)}, simulated",
+                _ttft_ms([half]),
+                "ms",
+                1e3 * mean(o.ttft_s for o in half.real),
+                "measured",
+            )
+            for replayed, half in zip(observed.replays, compared, strict=True)
+        ),
+        Row("  of those that found it active, simulated", *_active_ms(compared), "measured"),
+        *off(
+            "throughput",
+            "tokens/s",
+            mean(half.foretold.tokens_per_s for half in compared),
+            mean(half.tokens_per_s for half in compared),
+            15.0,
+        ),
+        *(row for name in _REAL for row in found(name)),
     ]
 
 
-def _active_ms(foretold: Results, real: Sequence[Outcome]) -> tuple[float, str, float]:
-    simulated = foretold.ttft_s[foretold.found >= Found.OPEN]
-    measured = [one.ttft_s for one in real if one.found_state == "active"]
-    return 1000 * float(simulated.mean()), "ms", 1000 * statistics.mean(measured)
+def _half(replayed: Replayed) -> str:
+    return "with forecasts" if replayed.forecasts else "without forecasts"
+
+
+def _conditions(half: str, then: Conditions) -> list[Row]:
+    return [
+        Row(f"{half}: prompts were slower in the replay than one at a time", then.prompts, "times"),
+        Row("  tokens likewise", then.tokens, "times"),
+        Row("  a request's way to an instance", 1000 * then.hop_s, "ms"),
+        Row("  beside the router, with the first token's", 1000 * then.reply_s, "ms"),
+    ]
+
+
+def _ttft_ms(compared: Sequence[Compared]) -> float:
+    return 1000 * float(np.concatenate([half.foretold.ttft_s for half in compared]).mean())
+
+
+def _active_ms(compared: Sequence[Compared]) -> tuple[float, str, float]:
+    simulated = np.concatenate([half.foretold.ttft_s[half.foretold.found >= Found.OPEN] for half in compared])
+    measured = [one.ttft_s for half in compared for one in half.real if one.found_state == "active"]
+    return 1000 * float(simulated.mean()), "ms", 1000 * mean(measured)
 
 
 # Cold: nothing of the model is on any agent. Warm: a part, or all, or it is on its way for a request that came before,
@@ -223,20 +299,25 @@ async def observe(duration_s: float, trace: Path | None) -> Observed:
                 await start(cluster)
                 lab = Lab(cluster.router_address, cluster.etcd_address, models)
                 steps, wakes_s, loads_s = await lab.steps(), await lab.wakes(), await lab.loads()
-        with DataFolder(Path(temporary) / "replay") as folder:
-            async with Cluster(folder, config, say) as cluster:
-                await start(cluster)
-                offset_s = time.time() % PERIOD_S
-                rotation = Rotation([model.name for model in models], PERIOD_S, offset_s)
-                requests = rotation.apply(traffic(trace, duration_s))
-                say(f"replaying {len(requests)} requests for {duration_s:.0f} s")
-                replayed = await _replayed(cluster.router_address, requests, offset_s)
+        replays = []
+        both, half_s = traffic(trace, duration_s), duration_s / 2
+        for forecasts in (True, False):
+            begin_s = 0.0 if forecasts else half_s
+            half = [replace(one, time_s=one.time_s - begin_s) for one in both if 0 <= one.time_s - begin_s < half_s]
+            seen = config if forecasts else replace(config, window_s=_NO_WINDOW_S)
+            with DataFolder(Path(temporary) / f"replay-{begin_s:g}") as folder:
+                async with Cluster(folder, seen, say) as cluster:
+                    await start(cluster)
+                    offset_s = time.time() % PERIOD_S
+                    requests = Rotation([model.name for model in models], PERIOD_S, offset_s).apply(half)
+                    say(f"replaying {len(requests)} requests for {half_s:.0f} s, forecasts: {forecasts}")
+                    replays.append(await _replayed(cluster.router_address, requests, offset_s, forecasts))
     machine = machine_of(models, steps, wakes_s, loads_s)
     say(f"measured: {machine}")
-    return Observed(machine, models, replayed)
+    return Observed(machine, models, replays)
 
 
-async def _replayed(address: str, requests: Sequence[Request], offset_s: float) -> Replayed:
+async def _replayed(address: str, requests: Sequence[Request], offset_s: float, forecasts: bool) -> Replayed:
     outcomes = await replay(
         address,
         requests,
@@ -249,7 +330,7 @@ async def _replayed(address: str, requests: Sequence[Request], offset_s: float) 
         replace(request, prompt_tokens=outcome.prompt_tokens or request.prompt_tokens)
         for request, outcome in zip(requests, outcomes, strict=True)
     ]
-    return Replayed(sent, outcomes, offset_s)
+    return Replayed(sent, outcomes, offset_s, forecasts)
 
 
 def main() -> None:
@@ -267,9 +348,8 @@ def main() -> None:
     if trace is None and arguments.trace != usual:
         parser.exit(2, f"there is no trace {arguments.trace}\n")
     observed = asyncio.run(observe(arguments.duration, trace))
-    then = conditions(observed)
-    foretold = foretell(observed.machine, observed.models, observed.replayed, then)
-    report("simulator_validation", rows(observed, then, foretold), arguments.json)
+    compared = [compare(observed, replayed) for replayed in observed.replays]
+    report("simulator_validation", rows(observed, compared), arguments.json)
 
 
 if __name__ == "__main__":
