@@ -81,6 +81,7 @@ class Observer:
         if known is not None and known[0] == key and known[1].windows is model.windows:
             return known[1]
         spec, load_s = model.spec, self._load_s[model.index]
+        told = any(window.mean.p50 > 0 for window in model.windows)  # what a request is like is known from forecasts
         made = Model(
             name=spec.name,
             shard_bytes=spec.shard_bytes,
@@ -95,8 +96,8 @@ class Observer:
             cold_load_measured=True,
             load_s=load_s,
             images={name: Tier.HOST if there else Tier.DISK for name, there in zip(nodes, in_host, strict=True)},
-            service_s=model.service_s,
-            kv_bytes_per_request=model.tokens * spec.kv_bytes_per_token / spec.tp,
+            service_s=model.service_s if told else 0.0,
+            kv_bytes_per_request=model.tokens * spec.kv_bytes_per_token / spec.tp if told else 0.0,
             kv_bytes_per_context=spec.context_tokens * spec.kv_bytes_per_token / spec.tp,
             windows=model.windows,
             waiting=len(model.queue),
