@@ -2,10 +2,10 @@
 
 After Gibbs and Candes, Adaptive Conformal Inference Under Distribution Shift, 2021, with forgetting: each window that
 stays below a quantile narrows its distance from the median a little, and each that does not widens it, by as much more
-as such windows shall be rarer. A series moves slowly by its own windows, of which it takes many to tell anything, and
-all move faster by what happened to them together. So coverage comes to what it should be, whatever was wrong when the
-predictor was fitted. Nothing but what came of forecasts is needed, so the factors follow anew from forecasts of the
-past that were kept.
+as such windows shall be rarer. At p90 a series moves slowly by its own windows, of which it takes many to tell
+anything, and all move faster by what happened to them together; at p99 each moves by its own alone. So coverage comes
+to what it should be, whatever was wrong when the predictor was fitted. Nothing but what came of forecasts is needed, so
+the factors follow anew from forecasts of the past that were kept.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.pages import OutOfPages
 from services.gpu_agent.device import is_fatal
 from services.gpu_agent.engine.backend import Backend
+from services.gpu_agent.engine.loop import EngineStopped
 from services.gpu_agent.images import Images
 from services.gpu_agent.loading import Loader
 from services.gpu_agent.reports import Reports
@@ -220,7 +221,8 @@ class Agent:
             del self._shards[spec.name]  # not before: a later model of that name needs the range's name
             self._reports.changed()
             shard.weights = None
-            _collect_garbage()
+            with suppress(EngineStopped):  # between steps and captures, whose stream what goes was used on
+                await asyncio.wrap_future(self._serving.engine.work(_collect_garbage))
         if not image_needed():
             await asyncio.to_thread(self._images.discard, spec.facts.fingerprint)
             self._loader.keeper.arrived()
@@ -391,7 +393,7 @@ class Agent:
             return shard.state, freed
 
 
-def _collect_garbage() -> None:
+def _collect_garbage() -> bool:
     """Lets go of a model's program, in which much refers to each other; with it go its graphs and its addresses.
 
     Nothing else runs meanwhile, with torch and transformers for some 0.2 s.
@@ -399,6 +401,7 @@ def _collect_garbage() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+    return False
 
 
 def _overtaken(shard: Shard) -> common_pb2.Reason:

@@ -144,6 +144,7 @@ class Loader:
                     shard.spec.limits.max_batch or None,
                     shard.context_tokens,
                 )
+                gc.collect(1)  # what is garbage already
                 gc.freeze()  # as at the process's start: it is no garbage, nor are the modules imported for it
         except BaseException:
             image.close()

@@ -85,7 +85,7 @@ def demand(model: Model, now_s: float, active: int, rules: Rules, lookahead_s: f
         foundation = min(foundation, replicas)
     load = model.waiting + (model.running if active else 0)  # without an instance, what runs is draining
     overloaded = load > rules.scale_up * model.capacity * active
-    wake = math.ceil(load / (rules.scale_up * model.capacity)) if overloaded else 0
+    wake = min(math.ceil(load / (rules.scale_up * model.capacity)), load) if overloaded else 0
     wake = max(wake, model.min_replicas)
     # The forecast keeps an instance that is there, but wakes none.
     keep = max(wake, foundation, math.ceil(load / (rules.scale_down * model.capacity)))
@@ -93,7 +93,8 @@ def demand(model: Model, now_s: float, active: int, rules: Rules, lookahead_s: f
         wake, keep = min(wake, model.max_replicas), min(keep, model.max_replicas)
     least = keep
     if model.batch > model.capacity:
-        least = min(keep, max(1, model.min_replicas, math.ceil(load / (rules.scale_up * model.batch))))
+        for_slots = max(instances(expected.mean.p50, model.batch), math.ceil(load / (rules.scale_up * model.batch)))
+        least = min(keep, max(1, model.min_replicas, for_slots))
     return Demand(model.capacity, expected, foundation, replicas - foundation, wake, keep, least)
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from services.placer import demand
 from services.placer.snapshot import Quantiles, Rules, WindowLoad
+from tests.placer.cluster import NOW, model
 
 times = st.integers(-3, 12).map(float)
 loads = st.builds(Quantiles.exactly, st.integers(0, 5).map(float))
@@ -32,3 +33,9 @@ def test_answers_that_are_kept_are_those_that_would_be_found(
     for (now_s, lookahead_s), answer in zip(asked, kept, strict=True):
         forget()
         assert answer == demand.expect(windows, now_s, Rules(), lookahead_s)
+
+
+@given(st.integers(0, 40), st.integers(1, 8), st.integers(0, 3))
+def test_nobody_waits_for_more_instances_than_there_are_requests(waiting: int, capacity: int, active: int) -> None:
+    asked = model("m", waiting=waiting, capacity=capacity)
+    assert demand.demand(asked, NOW, active, Rules()).wake <= waiting

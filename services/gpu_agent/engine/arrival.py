@@ -125,7 +125,7 @@ class _Abandoned(Exception):
     """The pass is not wanted any more."""
 
 
-class _AllThere(Exception):
+class AllThere(Exception):
     """The pass is dropped, for the whole step is faster computed at once."""
 
 
@@ -152,6 +152,7 @@ class Behind:
         self._pending: Pending | None = None
         self._error: BaseException | None = None
         self._abandoned = False
+        self._dropped = False  # for the whole step at once
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, name="behind the copy", daemon=True)
         self.launched = False
@@ -170,7 +171,8 @@ class Behind:
         if self._error is not None:
             raise self._error
         assert self._pending is not None
-        return replace(self._pending.result(), seconds=self._seconds)
+        result = self._pending.result()
+        return replace(result, seconds=self._seconds + (result.seconds if self._dropped else 0.0))
 
     def abandon(self) -> None:
         """Ends it where it is; when this returns, nothing computes any more."""
@@ -195,9 +197,10 @@ class Behind:
         self._stopped.release()
 
     def _computed(self) -> Pending:
-        with suppress(_AllThere), self._gated():
+        with suppress(AllThere), self._gated():
             return self._compute()
         assert self._at_once is not None
+        self._dropped = True
         return self._at_once()
 
     @contextmanager
@@ -223,6 +226,6 @@ class Behind:
                 if self._abandoned:
                     raise _Abandoned
             if self._at_once is not None and left > _LEFT_FOR_AT_ONCE and self._weights.complete:
-                raise _AllThere
+                raise AllThere
 
         return wait

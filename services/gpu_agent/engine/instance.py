@@ -196,7 +196,7 @@ class Instance:
         if not schedule.chunks:
             return False
         sampling = [chunk.sequence for chunk in schedule.chunks if chunk.length == chunk.sequence.pending_tokens]
-        decodes = sum(1 for chunk in schedule.chunks if chunk.length == 1 == chunk.sequence.pending_tokens)
+        decodes = sum(1 for s in sampling if s.pending_tokens == 1 and (s.num_generated or s.in_flight))
         rows = [_row(s) for s in sampling]
         parts = [_part(chunk) for chunk in schedule.chunks]
         chunks = []
@@ -343,6 +343,8 @@ class Instance:
     def _drop(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id, sequence.attempt]
+        if not self._sequences and not self._flights:
+            self._since = None
 
 
 def _is_behind(pending: Pending) -> bool:

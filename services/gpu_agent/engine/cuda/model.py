@@ -62,7 +62,7 @@ class CudaModel:
         self.rewritten = dict(rewritten.parts)
         self.gates = with_norms_behind(model.gates)
         """What may be computed when (see arrival.Behind), as the rewritten layers compute."""
-        self._rope = rewritten.rope
+        self._rewritten = rewritten
         spec = model.kv_spec
         pages = arena.kv_view(spec.dtype)
         self._kv = PagedKv(pages, spec, arena.page_bytes // spec.dtype.itemsize, spec.slots_per_page(arena.page_bytes))
@@ -157,10 +157,14 @@ class CudaModel:
         ids = fused.resolve_ids(facts[at["ids"]], self.last_tokens)
         # Without prefills each token is a sequence's last, and all logits are wanted.
         rows: Any = facts[at["rows"]] if shape.tiles else 0
-        with attending(_Attention(self._kv, step, self.workspace.partials, self._rope)):
-            output = self.model.module(
-                input_ids=ids[None], position_ids=facts[at["positions"]][None], use_cache=False, logits_to_keep=rows
-            )
+        try:
+            with attending(_Attention(self._kv, step, self.workspace.partials, self._rewritten.rope)):
+                output = self.model.module(
+                    input_ids=ids[None], position_ids=facts[at["positions"]][None], use_cache=False, logits_to_keep=rows
+                )
+        except BaseException:  # also where the pass is dropped for the whole step (see arrival.Behind)
+            self._rewritten.unfinished()
+            raise
         self.workspace.logits(shape.rows, self.model.vocab_size).copy_(output.logits[0])
 
 

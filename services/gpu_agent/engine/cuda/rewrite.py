@@ -34,6 +34,12 @@ class Rewritten:
 
     rope: PendingRope = field(default_factory=PendingRope)
     parts: Counter[str] = field(default_factory=Counter)
+    norms: list[_NormForward] = field(default_factory=list)
+
+    def unfinished(self) -> None:
+        """A pass has ended between two layers: what one had computed for the next is let go of."""
+        for norm in self.norms:
+            norm.drop()
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ def rewrite(module: nn.Module, layout: ImageLayout, weights: WeightRange) -> Rew
     norms = {part: style for part in names if (style := norm_style(part)) is not None}
     for norm, style in norms.items():
         norm.forward = _NormForward(norm, style)
+        done.norms.append(norm.forward)
         done.parts["normalisation"] += 1
     done.parts["residual sum with the normalisation behind it"] += _chain(module, norms)
     return done
@@ -92,6 +99,10 @@ class _NormForward:
         self._normed = self._compute(hidden_states, residual)
         self._sum = residual
         return residual
+
+    def drop(self) -> None:
+        """Nobody calls with what was kept."""
+        self._sum = self._normed = None
 
     def _compute(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         style = self._style

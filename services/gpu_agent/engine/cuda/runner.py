@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from services.gpu_agent.engine.arrival import Behind
+from services.gpu_agent.engine.arrival import AllThere, Behind
 from services.gpu_agent.engine.cuda.attention import TILE
 from services.gpu_agent.engine.cuda.fused import store_tokens
 from services.gpu_agent.engine.cuda.model import CudaModel
@@ -61,6 +61,8 @@ class CudaRunner:
     def _begin(self, shape: StepShape, parts: Many[Part], rows: Many[Row], behind: bool) -> _Launched:
         try:
             return self._launch(shape, parts, rows, behind)
+        except AllThere:  # the stream goes on with the whole step
+            raise
         except BaseException:  # whatever it is, it is only delayed here
             self._model.workspace.stream.synchronize()
             raise
