@@ -396,7 +396,7 @@ class Agent:
 def _collect_garbage() -> bool:
     """Lets go of a model's program, in which much refers to each other; with it go its graphs and its addresses.
 
-    Nothing else runs meanwhile, with torch and transformers for some 0.2 s.
+    Nothing else runs meanwhile, with torch and transformers for some 0.2 s. False: a job of the engine that is done.
     """
     gc.unfreeze()
     gc.collect()
