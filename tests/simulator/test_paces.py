@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -100,8 +101,8 @@ def paces(requests: list[Request], policy: Muxserve) -> dict[str, list[float]]:
     engines: list[Engine] = []
     init = Engine.__init__
 
-    def noted(self: Engine, *arguments: object, **options: object) -> None:
-        init(self, *arguments, **options)  # type: ignore[arg-type]
+    def noted(self: Engine, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
         engines.append(self)
 
     models = [replace(model, tpot_s=1.0) for model in (ONE, TWO)]
