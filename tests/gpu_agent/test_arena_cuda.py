@@ -162,7 +162,8 @@ def test_more_memory_than_the_gpu_has_is_refused_before_it_is_taken() -> None:
 
 
 def test_a_gpu_that_is_not_there_is_named_by_cuda() -> None:
-    from services.gpu_agent.arena.cuda import CudaError, CudaMemory
+    from services.gpu_agent.arena.cuda import CudaMemory
+    from services.gpu_agent.cuda_driver import CudaError
 
     with pytest.raises(CudaError, match="CUDA_ERROR_INVALID_DEVICE"):
         CudaMemory(PAGE, 1, torch.cuda.device_count())

@@ -53,9 +53,9 @@ def settings_of(*rows: tuple[float, float, float, float, float]) -> torch.Tensor
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def draw(logits: torch.Tensor, settings: torch.Tensor, filtered: bool) -> tuple[list[int], list[bool]]:
+def draw(logits: torch.Tensor, settings: torch.Tensor) -> tuple[list[int], list[bool]]:
     """What the kernels draw, and whether the logits are finite."""
-    return told(kernel.draw(logits.to(DEVICE), settings.to(DEVICE), filtered))
+    return told(kernel.draw(logits.to(DEVICE), settings.to(DEVICE)))
 
 
 def told(outcome: torch.Tensor) -> tuple[list[int], list[bool]]:
@@ -87,7 +87,7 @@ def test_draws_are_those_of_the_cpu(vocabulary: int, repeats: int, temperature: 
     rows = [(temperature, *filters) for filters in FILTERS] * repeats
     settings = settings_of(*((*row, unit) for row, unit in zip(rows, random_units(len(rows)), strict=True)))
     logits = random_logits(len(rows), vocabulary)
-    tokens, finite = draw(logits, settings, True)
+    tokens, finite = draw(logits, settings)
     expected, _ = told(draw_on_cpu(logits, settings, True))
     assert all(finite)
     differing = sum(a != b for a, b in zip(tokens, expected, strict=True))
@@ -101,7 +101,7 @@ def test_tokens_come_as_often_as_they_are_likely(filters: tuple[float, float, fl
     steps = 400 if DEVICE == "cuda" else 40
     probabilities = torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1])
     settings = settings_of(*((1.0, *filters, (i + 0.5) / steps) for i in range(steps)))
-    tokens, _ = draw(probabilities.log().expand(steps, -1).contiguous(), settings, True)
+    tokens, _ = draw(probabilities.log().expand(steps, -1).contiguous(), settings)
     kept = {(0.0, 1.0, 0.0): 0.0, (3.0, 1.0, 0.0): 0.15, (0.0, 0.8, 0.0): 0.15, (4.0, 0.9, 0.2): 0.1}[filters]
     expected = torch.where(probabilities >= kept, probabilities, 0.0)
     got = torch.bincount(torch.tensor(tokens), minlength=5) / steps
@@ -114,12 +114,32 @@ def test_a_row_is_drawn_alike_alone_and_in_a_batch() -> None:
     rows = [(0.8, *filters) for filters in FILTERS]
     settings = settings_of(*((*row, unit) for row, unit in zip(rows, random_units(len(rows), 3), strict=True)))
     logits = random_logits(len(rows), vocabulary, 5)
-    together, _ = draw(logits, settings, True)
-    assert together == [draw(logits[i : i + 1], settings[i : i + 1], True)[0][0] for i in range(len(rows))]
-    # Without top_k and top_p the kernel is another where nobody in the batch has one.
-    plain = [i for i, (_, top_k, top_p, _) in enumerate(rows) if top_k == 0 and top_p == 1]
-    assert len(plain) == 3
-    assert draw(logits[plain], settings[plain], False)[0] == [together[i] for i in plain]
+    together, _ = draw(logits, settings)
+    assert together == [draw(logits[i : i + 1], settings[i : i + 1])[0][0] for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_in_half_precision_are_those_in_float32(dtype: torch.dtype) -> None:
+    settings = settings_of(*((0.8, *filters, unit) for filters, unit in zip(FILTERS, random_units(11), strict=True)))
+    logits = random_logits(11, 300, 7).to(dtype)
+    logits[3, 17] = math.nan
+    assert draw(logits, settings) == draw(logits.float(), settings)
+
+
+def test_tokens_are_kept_for_their_slots() -> None:
+    """And of those that are not to be drawn, whose logits may be anything, nothing is."""
+    logits = random_logits(4, 200, 9)
+    logits[1] = math.nan
+    settings = settings_of((0.0, 0, 1.0, 0.0, 0.0), *[(1.0, 20, 0.9, 0.0, 0.4)] * 3)
+    alone, _ = draw(logits, settings)
+    settings[[1, 3], 0] = -1
+    out = torch.full((2, 4), -7, dtype=torch.int64, device=DEVICE)
+    last = torch.arange(100, 106, dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([5, 2, 0, 2], dtype=torch.int32, device=DEVICE)
+    found = kernel.draw(logits.to(DEVICE), settings.to(DEVICE), out, slots, last)
+    assert found is out
+    assert out.tolist() == [[alone[0], -7, alone[2], -7], [1, -7, 1, -7]]
+    assert last.tolist() == [alone[2], 101, 102, 103, 104, alone[0]]
 
 
 @given(st.data())
@@ -139,10 +159,9 @@ def test_any_row_gets_a_possible_token_and_the_same_in_any_batch(data: st.DataOb
         unit = data.draw(st.sampled_from([0.0, 0.3, 0.9, 1 - 2.0**-53]))
         numbers.append((temperature, *data.draw(st.sampled_from(FILTERS)), unit))
     settings = settings_of(*numbers)
-    filtered = any(temperature > 0 and (top_k > 0 or top_p < 1) for temperature, top_k, top_p, _, _ in numbers)
-    tokens, finite = draw(logits, settings, filtered)
-    for i, (temperature, top_k, top_p, _, _) in enumerate(numbers):
-        alone = draw(logits[i : i + 1], settings[i : i + 1], temperature > 0 and (top_k > 0 or top_p < 1))
+    tokens, finite = draw(logits, settings)
+    for i, (temperature, *_) in enumerate(numbers):
+        alone = draw(logits[i : i + 1], settings[i : i + 1])
         assert alone == ([tokens[i]], [finite[i]])
         assert finite[i] == bool((logits[i] < INF).all())
         if not finite[i]:
@@ -157,14 +176,14 @@ def test_the_first_of_equal_tokens_is_the_likeliest() -> None:
     logits = torch.full((2, 300), -1.0)
     logits[0, [70, 71, 250]] = 5.0
     logits[1] = 0.0
-    assert draw(logits, settings_of(*[(0.0, 0, 1.0, 0.0, 0.0)] * 2), False)[0] == [70, 0]
+    assert draw(logits, settings_of(*[(0.0, 0, 1.0, 0.0, 0.0)] * 2))[0] == [70, 0]
 
 
 def test_filters_keep_all_of_equal_tokens() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, 1.0, 1.0]).expand(12, -1).contiguous()
     units = [(i + 0.5) / 12 for i in range(12)]
     for filters in [(2, 1.0, 0.0), (0, 0.5, 0.0), (0, 1.0, 0.36)]:
-        tokens, _ = draw(logits, settings_of(*((1.0, *filters, unit) for unit in units)), True)
+        tokens, _ = draw(logits, settings_of(*((1.0, *filters, unit) for unit in units)))
         assert set(tokens) == {0, 1, 3, 4}
 
 
@@ -179,7 +198,7 @@ def test_impossible_tokens_are_never_drawn(unit: float, filtered: bool) -> None:
     logits[3] = -200.0
     logits[3, 150] = 30.0
     filters = (250, 0.999, 0.0) if filtered else (0, 1.0, 0.0)
-    tokens, finite = draw(logits, settings_of(*[(1.0, *filters, unit)] * 4), filtered)
+    tokens, finite = draw(logits, settings_of(*[(1.0, *filters, unit)] * 4))
     assert all(finite)
     assert tokens[0] in range(100, 120)
     assert tokens[1:] == [299, 63 if unit < 0.5 else 64, 150]
@@ -191,7 +210,7 @@ def test_logits_that_are_not_finite_are_told() -> None:
     logits[2, 3] = INF
     logits[3] = -INF
     logits[4, 3] = -INF
-    tokens, finite = draw(logits, settings_of(*[(1.0, 5, 0.9, 0.0, 0.3)] * 6), True)
+    tokens, finite = draw(logits, settings_of(*[(1.0, 5, 0.9, 0.0, 0.3)] * 6))
     assert finite == [True, False, False, False, True, True]
     assert [tokens[i] for i in (1, 2, 3)] == [0, 0, 0]
     _, on_cpu = told(draw_on_cpu(logits, settings_of(*[(1.0, 5, 0.9, 0.0, 0.3)] * 6), True))
@@ -208,7 +227,7 @@ def test_one_bad_logit_is_found_wherever_it_is(damage: float, temperature: float
     settings = settings_of(*[(temperature, 0, 1.0, 0.0, 0.5)] * len(logits))
     for row, place in enumerate(places):
         logits[row, place] = damage
-    assert draw(logits, settings, False) == ([0] * len(places) + [100], [False] * len(places) + [True])
+    assert draw(logits, settings) == ([0] * len(places) + [100], [False] * len(places) + [True])
 
 
 @pytest.mark.parametrize("likely", [63, 64, 150, 199])
@@ -217,7 +236,7 @@ def test_where_whole_blocks_are_impossible(likely: int) -> None:
     logits = torch.full((5, 200), -INF)
     logits[:, likely] = -1e30
     settings = settings_of(*((temperature, 0, 1.0, 0.0, unit) for temperature, unit in ((0, 0), *UNITS)))
-    assert draw(logits, settings, False) == ([likely] * 5, [True] * 5)
+    assert draw(logits, settings) == ([likely] * 5, [True] * 5)
 
 
 def test_the_border_between_blocks_is_where_their_probabilities_say() -> None:
@@ -227,7 +246,7 @@ def test_the_border_between_blocks_is_where_their_probabilities_say() -> None:
     for token, probability in ((10, 0.15), (63, 0.1), (64, 0.05), (70, 0.35), (190, 0.05), (199, 0.3)):
         logits[token] = math.log(probability) + 3.0
     settings = settings_of(*((1.0, 0, 1.0, 0.0, (i + 0.5) / steps) for i in range(steps)))
-    tokens, _ = draw(logits.expand(steps, -1).contiguous(), settings, False)
+    tokens, _ = draw(logits.expand(steps, -1).contiguous(), settings)
     expected = [10] * 30 + [63] * 20 + [64] * 10 + [70] * 70 + [190] * 10 + [199] * 60
     assert tokens == expected
 
@@ -239,12 +258,12 @@ def test_a_hot_row_keeps_its_unlikely_blocks() -> None:
     units = [0.0, 8e-27, 1e-26, 0.5]  # exp(-60) is 8.76e-27
     settings = settings_of(*((1.0, 0, 1.0, 0.0, unit) for unit in units))
     many = logits.expand(4, -1).contiguous()
-    tokens, _ = draw(many, settings, False)
+    tokens, _ = draw(many, settings)
     assert tokens == [5, 5, 150, 150] == told(draw_on_cpu(many, settings, False))[0]
 
 
 def test_no_rows_are_no_work() -> None:
-    assert draw(torch.empty(0, 50), torch.empty(0, 5, dtype=torch.float64), False) == ([], [])
+    assert draw(torch.empty(0, 50), torch.empty(0, 5, dtype=torch.float64)) == ([], [])
 
 
 class EvenTokens:
@@ -306,10 +325,10 @@ def test_whole_steps_are_those_of_the_cpu(vocabulary: int) -> None:
 def test_the_kernel_can_be_captured_in_a_graph() -> None:
     logits = random_logits(8, 128_256, 2).cuda()
     settings = settings_of(*((1.0, 40, 0.9, 0.0, unit) for unit in random_units(8))).cuda()
-    kernel.draw(logits, settings, True)
+    kernel.draw(logits, settings)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outcome = kernel.draw(logits, settings, True)
+        outcome = kernel.draw(logits, settings)
     logits.copy_(random_logits(8, 128_256, 3))
     graph.replay()
-    assert outcome.tolist() == kernel.draw(logits, settings, True).tolist()
+    assert outcome.tolist() == kernel.draw(logits, settings).tolist()

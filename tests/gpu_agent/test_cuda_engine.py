@@ -14,6 +14,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.weight_range import WeightRange
+from services.gpu_agent.engine.arrival import Behind
 from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.kv import KvCache
 from services.gpu_agent.engine.loop import EngineLoop
@@ -181,28 +182,23 @@ def test_eviction_and_reload_capture_nothing_anew(world: World) -> None:
     again.close("")
 
 
-def test_a_prompt_is_computed_behind_the_copy_with_others_steps_between_its_layers(world: World) -> None:
-    """A layer that began too early would touch pages that are not mapped, which no later test would survive."""
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-    )
-    late = world.of("late", lambda folder, dtype: save(config, folder, dtype=dtype), torch.float32)
-    other = world.model("mistral")
+LATE = LlamaConfig(
+    vocab_size=512,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    max_position_embeddings=512,
+)
+
+
+def arriving(world: World) -> tuple[Model, Callable[[], None]]:
+    """A model of which nothing is resident, and what has its next page arrive."""
+    late = world.of("late", lambda folder, dtype: save(LATE, folder, dtype=dtype), torch.float32)
     torch.cuda.synchronize()
     late.weights.shrink(0)
     assert late.weights.num_pages > 8
-    waiting, going = late.instance(), other.instance()
-    waiting.add(greedy("late", prompt(90), 12))
-    going.add(greedy("other", prompt(50), 60))
-    assert waiting.launch()
-    assert waiting.is_behind
-    outputs = going.step()
     staging = torch.empty(PAGE_BYTES, dtype=torch.uint8)
 
     def fill(index: int, page: torch.Tensor) -> None:
@@ -210,14 +206,27 @@ def test_a_prompt_is_computed_behind_the_copy_with_others_steps_between_its_laye
         page.copy_(staging)
         torch.cuda.synchronize()
 
+    return late, lambda: append(late.weights, fill)
+
+
+def test_a_prompt_is_computed_behind_the_copy_with_others_steps_between_its_layers(world: World) -> None:
+    """A layer that began too early would touch pages that are not mapped, which no later test would survive."""
+    late, arrive = arriving(world)
+    other = world.model("mistral")
+    waiting, going = late.instance(), other.instance()
+    waiting.add(greedy("late", prompt(90), 12))
+    going.add(greedy("other", prompt(50), 60))
+    assert waiting.launch()
+    assert waiting.is_behind
+    outputs = going.step()
     behind = 0
     while not waiting.advance():
         behind += 1
-        append(late.weights, fill)
+        arrive()
         outputs += going.step()
     assert behind > 8
     while not late.weights.complete:
-        append(late.weights, fill)
+        arrive()
     waiting.collect()
     assert tokens_of(waiting.news() + run(waiting), "late") == late.generate(prompt(90), 12)
     assert tokens_of(outputs + run(going), "other") == other.generate(prompt(50), 60)
@@ -230,6 +239,29 @@ def test_a_prompt_is_computed_behind_the_copy_with_others_steps_between_its_laye
     late.weights.shrink(0)
     going.close("")
     late.load()
+
+
+def test_a_pass_behind_the_copy_that_the_copy_overtakes_is_computed_at_once(world: World) -> None:
+    """And what it has left in its layers is in nobody's way: not of that step, nor of one behind a later copy."""
+    late, arrive = arriving(world)
+    instance = late.instance()
+    for seed, overtaken in ((1, True), (2, False), (3, True)):
+        late.weights.shrink(0)
+        instance.add(greedy(f"r{seed}", prompt(90, seed), 12))
+        assert instance.launch()
+        while not instance.advance():
+            arrive()
+            while overtaken and late.weights.resident_pages > late.weights.num_pages // 3 and not late.weights.complete:
+                arrive()
+        pending = instance._flights[-1].pending
+        assert isinstance(pending, Behind)
+        assert pending._dropped == overtaken
+        while not late.weights.complete:
+            arrive()
+        instance.collect()
+        assert tokens_of(instance.news() + run(instance), f"r{seed}") == late.generate(prompt(90, seed), 12)
+        torch.cuda.synchronize()
+    instance.close("")
 
 
 def test_a_common_prefix_is_computed_once(world: World) -> None:

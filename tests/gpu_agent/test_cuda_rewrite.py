@@ -32,6 +32,8 @@ from services.gpu_agent.engine.cuda.rotary import (
 )
 from services.gpu_agent.engine.cuda.workspace import Workspace
 from services.gpu_agent.engine.model import _fix_frequencies, build_model
+from services.gpu_agent.engine.sampling_batch import Row
+from services.gpu_agent.engine.sampling_params import SamplingParams
 from services.gpu_agent.engine.step import Part
 from services.gpu_agent.weights.loader import load
 from tests.gpu_agent.checkpoints import CONFIGS, FAMILIES
@@ -491,9 +493,14 @@ class Buffers:
         self.facts = torch.zeros(1 << 13, dtype=torch.int32)
         self.partials = Partials(Partials.lanes_for(4, 8, 1), 64, "cpu")
         self._logits = torch.empty(4 * 512)
+        self._outcome = torch.zeros(2 * 4, dtype=torch.int64)
 
-    def logits(self, rows: int, vocabulary: int) -> torch.Tensor:
+    def logits(self, rows: int, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
+        assert dtype == torch.float32
         return self._logits[: rows * vocabulary].view(rows, vocabulary)
+
+    def outcome(self, rows: int) -> torch.Tensor:
+        return self._outcome[: 2 * rows].view(2, rows)
 
 
 # What is replaced in the tiny checkpoints: projections in one, rotary embeddings, feed-forwards, norms, residual sums;
@@ -554,9 +561,21 @@ def test_logits_are_those_of_transformers(
 
     def compute(*parts: Part) -> list[torch.Tensor]:
         shape = model.ladder.fitting(parts)
-        pack(parts, shape, 16, TILE, buffers.facts.numpy())
-        with torch.inference_mode():
-            return list(model.run(shape)[: sum(part.samples for part in parts)].clone())
+        sampling = [part for part in parts if part.samples]
+        pack(
+            parts,
+            [Row(SamplingParams(9, temperature=0.0), 0) for _ in sampling],
+            shape,
+            16,
+            TILE,
+            buffers.facts.numpy(),
+        )
+        model.run(shape, buffers.facts)
+        logits = model.logits(shape)[: len(sampling)].clone()
+        likeliest = logits.argmax(dim=-1).tolist()
+        assert buffers.outcome(shape.rows)[:, : len(sampling)].tolist() == [likeliest, [1] * len(sampling)]
+        assert model.last_tokens[[part.slot for part in sampling]].tolist() == likeliest
+        return list(logits)
 
     def of(token_ids: list[int]) -> torch.Tensor:
         with torch.inference_mode():

@@ -14,20 +14,11 @@ import torch
 from cuda.bindings import driver as cu
 
 from services.gpu_agent.arena.memory import AddressRange, Memory, runs
+from services.gpu_agent.cuda_driver import CudaError, check
 
 # While it unmaps, the driver begins no other work: 16 GB take it 13 ms, for which other models' steps would wait. A
 # step is some twenty calls, each of which would wait for a piece; so a step is launched between two pieces.
 _UNMAPPED_AT_ONCE = 512 << 20
-
-
-class CudaError(RuntimeError):
-    """A call of CUDA's driver failed; `code` is CUDA's."""
-
-    def __init__(self, call: str, code: cu.CUresult) -> None:
-        _, text = cu.cuGetErrorString(code)
-        said = text.decode() if text else "unknown error"
-        super().__init__(f"CUDA error: {said} ({call} failed with {cu.CUresult(code).name})")
-        self.code = code
 
 
 class CudaMemory(Memory):
@@ -40,10 +31,10 @@ class CudaMemory(Memory):
         2 MiB on those of today. Raises ValueError where it is not, MemoryError, with nothing taken, where so much is
         not free, and CudaError where there is no such GPU.
         """
-        _check("cuInit", cu.cuInit(0))
-        device = _check("cuDeviceGet", cu.cuDeviceGet(device_index))
+        check("cuInit", cu.cuInit(0))
+        device = check("cuDeviceGet", cu.cuDeviceGet(device_index))
         # The context that torch uses too. It is never let go of: tensors over the arena may outlive this object.
-        self._context = _check("cuDevicePrimaryCtxRetain", cu.cuDevicePrimaryCtxRetain(device))
+        self._context = check("cuDevicePrimaryCtxRetain", cu.cuDevicePrimaryCtxRetain(device))
         self._enter()
         self._properties, self._access = _on_device(device_index)
         step = _granularity(self._properties)
@@ -63,17 +54,17 @@ class CudaMemory(Memory):
         """Registers host memory, so that copies from it run at the speed of the bus; what it returns takes it back."""
         self._enter()
         flags = cu.CU_MEMHOSTREGISTER_PORTABLE
-        _check("cuMemHostRegister", cu.cuMemHostRegister(address, nbytes, flags))
+        check("cuMemHostRegister", cu.cuMemHostRegister(address, nbytes, flags))
 
         def unpin() -> None:
             self._enter()
-            _check("cuMemHostUnregister", cu.cuMemHostUnregister(address))
+            check("cuMemHostUnregister", cu.cuMemHostUnregister(address))
 
         return unpin
 
     def _create_pages(self) -> list[Any]:
         nbytes = self.page_bytes * self.num_pages
-        free, total = _check("cuMemGetInfo", cu.cuMemGetInfo())
+        free, total = check("cuMemGetInfo", cu.cuMemGetInfo())
         if nbytes > free:
             raise MemoryError(
                 f"an arena of {nbytes / 2**20:.0f} MiB was asked for, but the GPU has {free / 2**20:.0f} of "
@@ -82,7 +73,7 @@ class CudaMemory(Memory):
         handles: list[Any] = []
         try:
             for _ in range(self.num_pages):
-                handles.append(_check("cuMemCreate", cu.cuMemCreate(self.page_bytes, self._properties, 0)))
+                handles.append(check("cuMemCreate", cu.cuMemCreate(self.page_bytes, self._properties, 0)))
         except CudaError as error:
             created = len(handles)
             _release_pages(self._context, handles)
@@ -96,7 +87,7 @@ class CudaMemory(Memory):
 
     def _reserve(self, nbytes: int) -> AddressRange:
         self._enter()
-        address = int(_check("cuMemAddressReserve", cu.cuMemAddressReserve(nbytes, self.page_bytes, 0, 0)))
+        address = int(check("cuMemAddressReserve", cu.cuMemAddressReserve(nbytes, self.page_bytes, 0, 0)))
         owner = _Addresses(address, nbytes)
         # torch asks CUDA whose the pointer is, which it knows only of mapped addresses. So any page lies there for this
         # moment, untouched; later tensors are views of this one, over which nobody asks again.
@@ -124,10 +115,10 @@ class CudaMemory(Memory):
             with self.turns:
                 for page in pages:
                     place = address + done * self.page_bytes
-                    _check("cuMemMap", cu.cuMemMap(place, self.page_bytes, 0, self._handles[page], 0))
+                    check("cuMemMap", cu.cuMemMap(place, self.page_bytes, 0, self._handles[page], 0))
                     done += 1
                 # Once for all of them: per page it would cost more than the mapping itself.
-                _check("cuMemSetAccess", cu.cuMemSetAccess(address, done * self.page_bytes, [self._access], 1))
+                check("cuMemSetAccess", cu.cuMemSetAccess(address, done * self.page_bytes, [self._access], 1))
         except CudaError as error:
             if done:
                 self._unmap(address, done * self.page_bytes)
@@ -140,13 +131,13 @@ class CudaMemory(Memory):
         piece = max(1, _UNMAPPED_AT_ONCE // self.page_bytes) * self.page_bytes
         for begin in range(0, nbytes, piece):
             with self.turns:
-                _check("cuMemUnmap", cu.cuMemUnmap(address + begin, min(piece, nbytes - begin)))
+                check("cuMemUnmap", cu.cuMemUnmap(address + begin, min(piece, nbytes - begin)))
 
     def _close(self) -> None:
         self._give_back()
 
     def _enter(self) -> None:
-        _check("cuCtxSetCurrent", cu.cuCtxSetCurrent(self._context))
+        check("cuCtxSetCurrent", cu.cuCtxSetCurrent(self._context))
 
 
 class _Addresses:
@@ -160,14 +151,6 @@ class _Addresses:
             "strides": None,
             "version": 3,
         }
-
-
-def _check(call: str, result: tuple[Any, ...]) -> Any:
-    """What a driver call returned: nothing, one value or a tuple. Raises CudaError."""
-    code, *values = result
-    if code != cu.CUresult.CUDA_SUCCESS:
-        raise CudaError(call, code)
-    return values[0] if len(values) == 1 else tuple(values)
 
 
 def _on_device(index: int) -> tuple[cu.CUmemAllocationProp, cu.CUmemAccessDesc]:
@@ -184,25 +167,25 @@ def _on_device(index: int) -> tuple[cu.CUmemAllocationProp, cu.CUmemAccessDesc]:
 
 def granularity(device_index: int) -> int:
     """What page_bytes must be a multiple of on a GPU, in bytes."""
-    _check("cuInit", cu.cuInit(0))
+    check("cuInit", cu.cuInit(0))
     return _granularity(_on_device(device_index)[0])
 
 
 def _granularity(properties: cu.CUmemAllocationProp) -> int:
     kind = cu.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
-    return int(_check("cuMemGetAllocationGranularity", cu.cuMemGetAllocationGranularity(properties, kind)))
+    return int(check("cuMemGetAllocationGranularity", cu.cuMemGetAllocationGranularity(properties, kind)))
 
 
 def _release_pages(context: Any, handles: list[Any]) -> None:
     """The pages' memory goes when nothing is mapped to them any more."""
-    _check("cuCtxSetCurrent", cu.cuCtxSetCurrent(context))
+    check("cuCtxSetCurrent", cu.cuCtxSetCurrent(context))
     while handles:
-        _check("cuMemRelease", cu.cuMemRelease(handles.pop()))
+        check("cuMemRelease", cu.cuMemRelease(handles.pop()))
 
 
 def _free(context: Any, address: int, nbytes: int, page_bytes: int, mapped: set[int]) -> None:
     """Unmaps what is mapped, which is only in the KV range or if a range was forgotten, and frees the addresses."""
-    _check("cuCtxSetCurrent", cu.cuCtxSetCurrent(context))
+    check("cuCtxSetCurrent", cu.cuCtxSetCurrent(context))
     for index, length in runs(mapped):
-        _check("cuMemUnmap", cu.cuMemUnmap(address + index * page_bytes, length * page_bytes))
-    _check("cuMemAddressFree", cu.cuMemAddressFree(address, nbytes))
+        check("cuMemUnmap", cu.cuMemUnmap(address + index * page_bytes, length * page_bytes))
+    check("cuMemAddressFree", cu.cuMemAddressFree(address, nbytes))

@@ -89,6 +89,22 @@ class Row:
     """Where the token before it is chosen in a step whose result is not known yet, so that `history` is without it: the
     slot for which the device chooses it."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its settings are all that choosing its token needs: logits as they are, and no report of them."""
+        params = self.params
+        edited = params.has_penalties or params.logit_bias or params.grammar is not None
+        return not edited and params.logprobs is None and self.offset >= params.min_tokens
+
+    @property
+    def settings(self) -> tuple[float, ...]:
+        """See SamplingBatch.settings."""
+        params = self.params
+        if params.temperature == 0:
+            return (0.0, 0.0, 1.0, 0.0, 0.0)
+        temperature = max(params.temperature, _MIN_TEMPERATURE)
+        return (temperature, params.top_k, params.top_p, params.min_p, random_unit(params.seed, self.offset))
+
 
 @dataclass(frozen=True)
 class Penalties:
@@ -135,7 +151,7 @@ class SamplingBatch:
     settings: torch.Tensor
     """(rows, 5) float64: temperature, top_k (0: off), top_p (1: off), min_p (0: off), the unit to draw with."""
     filtered: bool
-    """Whether any row that is drawn has a top_k or a top_p."""
+    """Whether any row that is drawn has a top_k or a top_p: the CPU sorts only then."""
     penalties: Penalties | None
     additions: Additions | None
     masks: Masks | None
@@ -164,7 +180,7 @@ def prepare(
     All token ids must be below `vocabulary`: see SamplingParams.check_vocabulary.
     """
     arrays: dict[str, npt.NDArray[np.generic]] = {
-        "settings": np.array([_settings(row) for row in rows], np.float64).reshape(-1, 5)
+        "settings": np.array([row.settings for row in rows], np.float64).reshape(-1, 5)
     }
     _add_penalties(arrays, rows)
     _add_additions(arrays, rows, vocabulary, eos_ids)
@@ -182,14 +198,6 @@ def prepare(
         logprob_rows=there.get("logprob_rows"),
         logprobs=logprobs,
     )
-
-
-def _settings(row: Row) -> tuple[float, ...]:
-    params = row.params
-    if params.temperature == 0:
-        return (0.0, 0.0, 1.0, 0.0, 0.0)
-    temperature = max(params.temperature, _MIN_TEMPERATURE)
-    return (temperature, params.top_k, params.top_p, params.min_p, random_unit(params.seed, row.offset))
 
 
 def _add_penalties(arrays: dict[str, npt.NDArray[np.generic]], rows: Many[Row]) -> None:

@@ -108,7 +108,7 @@ class StepTensors:
 
 
 def decode_splits(spans: int, kv_heads: int) -> tuple[int, int]:
-    """Into how many parts a context may be cut when `spans` are decoded at once; the fewest keys of a part.
+    """Into how many parts a context may be cut when `spans` are decoded at once; the fewest keys of all but the last.
 
     Few spans are cut until they fill the GPU. Many fill it uncut, but one much longer than the others would be
     left running alone, so long contexts are cut even then.

@@ -121,8 +121,9 @@ def decode_kernel(
 ):
     """Grid (KV_HEADS, one-token spans, splits): the GROUP query heads of a KV head over one part of the context.
 
-    A context is cut into at most `splits` parts of at least `least_keys` keys. The program that is last to finish of a
-    span and head adds the parts up, in their order, so that the result does not depend on which it was.
+    A context is cut into at most `splits` parts of at least `least_keys` keys, of which the last may have half: a part
+    costs more than its keys. The program that is last to finish of a span and head adds the parts up, in
+    their order, so that the result does not depend on which it was.
     """
     kv_head = tl.program_id(0)
     span = tl.program_id(1)
@@ -146,11 +147,11 @@ def decode_kernel(
         first = tl.maximum(end - window, 0)
     start = first // BLOCK_TOKENS * BLOCK_TOKENS
     part = tl.maximum(tl.cdiv(tl.cdiv(end - start, splits), BLOCK_N) * BLOCK_N, least_keys)
-    parts = tl.cdiv(end - start, part)
+    parts = tl.maximum((end - start + part // 2) // part, 1)  # what is left over goes with the last of them
     if split >= parts:
         return
     low = start + split * part
-    high = tl.minimum(low + part, end)
+    high = tl.where(split == parts - 1, end, low + part)
 
     q = tl.load(query + row * query_token + heads[:, None] * query_head + dim[None, :], mask=cells, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)

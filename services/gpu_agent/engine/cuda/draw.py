@@ -23,15 +23,22 @@ FILTER_BLOCK = 4096
 WARPS = 16
 
 
-def draw(logits: torch.Tensor, settings: torch.Tensor, filtered: bool) -> torch.Tensor:
-    """The chosen token of each row, and 1 where its logits are finite, else 0: (2, rows) int64.
+def draw(
+    logits: torch.Tensor,
+    settings: torch.Tensor,
+    out: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    last_tokens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The chosen token of each row, and 1 where its logits are finite, else 0: (2, rows) int64, in `out` if given.
 
-    `logits` (rows, vocabulary) is contiguous float32, `settings` (rows, 5) float64 as in SamplingBatch, `filtered`
-    whether any drawn row has a top_k or a top_p. Where every logit is minus infinity, or any is not finite, the token
-    is 0. Two kernels on the current stream; nothing is waited for, and they may be captured in a graph.
+    `logits` (rows, vocabulary) is contiguous, `settings` (rows, 5) float64 as in SamplingBatch. Where every logit is
+    minus infinity, or any is not finite, the token is 0. Of a row with a temperature below 0 nothing is written. Where
+    `slots` (rows) is given, last_tokens[slots[row]] becomes the row's token too (both int32). Two kernels on the
+    current stream; nothing is waited for, and they may be captured in a graph.
     """
     rows, vocabulary = logits.shape
-    outcome = torch.empty((2, rows), dtype=torch.int64, device=logits.device)
+    outcome = torch.empty((2, rows), dtype=torch.int64, device=logits.device) if out is None else out
     if not rows:
         return outcome
     blocks = triton.cdiv(vocabulary, BLOCK)
@@ -41,12 +48,13 @@ def draw(logits: torch.Tensor, settings: torch.Tensor, filtered: bool) -> torch.
     _choose[(rows,)](
         logits,
         settings,
+        slots,
         peaks,
         masses,
         firsts,
         outcome,
+        last_tokens,
         vocabulary,
-        FILTERED=filtered,
         BLOCK=BLOCK,
         BLOCKS=triton.next_power_of_2(blocks),
         FILTER_BLOCK=FILTER_BLOCK,
@@ -60,16 +68,19 @@ def _survey(logits, settings, peaks, masses, firsts, VOCABULARY: tl.constexpr, B
     """Of one block of one row: its largest logit, or NaN where the logits are not sound; the first token that has it;
     and, where the row is drawn, the sum of the probabilities relative to that token's."""
     row = tl.program_id(0)
+    temperature = tl.load(settings + row * 5).to(tl.float32)
+    if temperature < 0:
+        return
     block = tl.program_id(1)
     token = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row.to(tl.int64) * VOCABULARY + token, mask=token < VOCABULARY, other=-float("inf"))
+    x = x.to(tl.float32)
     sound = x < float("inf")  # which a NaN is not either
     x = tl.where(sound, x, -float("inf"))
     peak = tl.max(x, axis=0)
     at = row * tl.num_programs(1) + block
     tl.store(firsts + at, tl.min(tl.where(x == peak, token, 0x7FFFFFFF), axis=0))
     tl.store(peaks + at, tl.where(tl.min(sound.to(tl.int32), axis=0) == 1, peak, float("nan")))
-    temperature = tl.load(settings + row * 5).to(tl.float32)
     if temperature > 0:
         tl.store(masses + at, tl.sum(_weights(x, peak, _scale(temperature)), axis=0))
 
@@ -78,18 +89,22 @@ def _survey(logits, settings, peaks, masses, firsts, VOCABULARY: tl.constexpr, B
 def _choose(
     logits,
     settings,
+    slots,
     peaks,
     masses,
     firsts,
     outcome,
+    last_tokens,
     VOCABULARY: tl.constexpr,
-    FILTERED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     FILTER_BLOCK: tl.constexpr,
 ):
     """The token of one row, from what _survey found of its blocks."""
     row = tl.program_id(0)
+    temperature = tl.load(settings + row * 5).to(tl.float32)
+    if temperature < 0:
+        return
     logits += row.to(tl.int64) * VOCABULARY
     settings += row * 5
     number = tl.arange(0, BLOCKS)
@@ -103,13 +118,12 @@ def _choose(
     first = tl.load(firsts + at, mask=present, other=0x7FFFFFFF)
     token = tl.where(sound, tl.min(tl.where(block_peaks == peak, first, 0x7FFFFFFF), axis=0), 0)
     tl.store(outcome + tl.num_programs(0) + row, sound.to(tl.int64))
-    temperature = tl.load(settings).to(tl.float32)
     if sound & (temperature > 0):
         scale = _scale(temperature)
         lowest = tl.full((), -float("inf"), tl.float32)
-        if FILTERED:
-            top_k = tl.load(settings + 1).to(tl.int32)
-            top_p = tl.load(settings + 2).to(tl.float32)
+        top_k = tl.load(settings + 1).to(tl.int32)
+        top_p = tl.load(settings + 2).to(tl.float32)
+        if (top_k > 0) | (top_p < 1):
             lowest = _filter(logits, VOCABULARY, peak, scale, top_k, top_p, FILTER_BLOCK)
         min_p = tl.load(settings + 3).to(tl.float32)
         if min_p > 0:
@@ -120,6 +134,8 @@ def _choose(
         unit = tl.load(settings + 4)
         token = _invert(logits, block_peaks, block_masses, VOCABULARY, peak, scale, lowest, unit, token, BLOCK, BLOCKS)
     tl.store(outcome + row, token.to(tl.int64))
+    if slots is not None:
+        tl.store(last_tokens + tl.load(slots + row), token.to(tl.int32))
 
 
 @triton.jit
@@ -139,9 +155,9 @@ def _weights(x, peak, scale):
 
 @triton.jit
 def _load(logits, start, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of logits."""
+    """A block of logits, as float32."""
     token = start + tl.arange(0, BLOCK)
-    return tl.load(logits + token, mask=token < VOCABULARY, other=-float("inf"))
+    return tl.load(logits + token, mask=token < VOCABULARY, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit

@@ -18,8 +18,8 @@ from services.gpu_agent.engine.cuda import fused
 from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, attend
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 from services.gpu_agent.engine.cuda.draw import draw
-from services.gpu_agent.engine.cuda.pack import Ladder, StepShape
-from services.gpu_agent.engine.cuda.rewrite import rewrite
+from services.gpu_agent.engine.cuda.pack import Ladder, StepShape, pack
+from services.gpu_agent.engine.cuda.rewrite import LogitsInPlace, rewrite
 from services.gpu_agent.engine.cuda.rotary import PendingRope
 from services.gpu_agent.engine.cuda.workspace import Workspace
 from services.gpu_agent.engine.model import BoundModel
@@ -63,87 +63,23 @@ class CudaModel:
         self.gates = with_norms_behind(model.gates)
         """What may be computed when (see arrival.Behind), as the rewritten layers compute."""
         self._rewritten = rewritten
+        self._head = LogitsInPlace(model.module.get_output_embeddings())
         spec = model.kv_spec
         pages = arena.kv_view(spec.dtype)
         self._kv = PagedKv(pages, spec, arena.page_bytes // spec.dtype.itemsize, spec.slots_per_page(arena.page_bytes))
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
 
-    def is_captured(self, shape: StepShape) -> bool:
-        """Whether a step of this shape is one launch."""
-        return shape in self._graphs
-
-    def run(self, shape: StepShape) -> torch.Tensor:
-        """Begins a step whose facts are in the workspace's buffer; returns its logits (shape.rows, vocabulary).
-
-        To be called on the workspace's stream, in inference mode.
-        """
-        graph = self._graphs.get(shape)
-        if graph is None:
-            self._forward(shape, self.workspace.facts)
-        else:
-            graph.replay()
-        return self.workspace.logits(shape.rows, self.model.vocab_size)
-
-    def run_behind(self, shape: StepShape, facts: torch.Tensor) -> torch.Tensor:
-        """Like run, but eagerly: other models' steps may run between two layers of it (see arrival.Behind).
-
-        facts: the step's facts in a buffer of its own, for those steps overwrite the workspace's.
-        """
-        self._forward(shape, facts)
-        return self.workspace.logits(shape.rows, self.model.vocab_size)
+    def captured(self, shape: StepShape) -> torch.cuda.CUDAGraph | None:
+        """The step as one launch, if it was captured: like `run` with the workspace's facts."""
+        return self._graphs.get(shape)
 
     @torch.inference_mode()
-    def capture_next(self) -> bool:
-        """Captures one more shape; False where none was left."""
-        shape = next((shape for shape in self.ladder.shapes if shape not in self._graphs), None)
-        if shape is None:
-            return False
-        began = time.monotonic()
-        with self.workspace.growing(), torch.cuda.stream(self.workspace.stream):
-            if not self._graphs:
-                self.compile_choice()
-            # A step of padding: whatever is compiled or set up on first use must be before the capture.
-            facts = self.workspace.facts[: shape.sections["blocks"].start]
-            facts.zero_()
-            facts[shape.sections["slots"]] = -1
-            facts[shape.sections["decode_rows"]] = -1
-            self._forward(shape, self.workspace.facts)
-            self.workspace.stream.synchronize()
-            graph = self._captured(shape)
-        self._graphs[shape] = graph
-        self.captures += 1
-        _log.debug("captured %s in %.0f ms", shape, (time.monotonic() - began) * 1e3)
-        return True
+    def run(self, shape: StepShape, facts: torch.Tensor) -> None:
+        """Computes a step on the current stream, the workspace's, kernel by kernel, from facts packed for `shape`.
 
-    def compile_choice(self) -> None:
-        """Has Triton compile what chooses tokens, which is in no graph: a first request would wait for it.
-
-        Changes nothing. To be called on the workspace's stream.
+        It leaves its logits, and what plain rows choose from them: see `logits` and Workspace.outcome. Steps of other
+        models may run between two layers of it (see arrival.Behind), unless `facts` are the workspace's.
         """
-        logits = self.workspace.logits(1, self.model.vocab_size)
-        settings = torch.zeros(1, 5, dtype=torch.float64, device=self.workspace.device)
-        for filtered in (False, True):
-            outcome = draw(logits, settings, filtered)
-        slots, nowhere = torch.zeros_like(settings, dtype=torch.int32), torch.empty_like(self.last_tokens)
-        fused.store_tokens(outcome[0], slots, nowhere)
-
-    def _captured(self, shape: StepShape) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        gc.disable()  # what a collection frees might wait on this stream, which would become a part of the graph
-        try:
-            graph.capture_begin(pool=self.workspace.pool, capture_error_mode="thread_local")
-            try:
-                self._forward(shape, self.workspace.facts)
-            except BaseException:
-                with suppress(RuntimeError):  # it says that the capture has failed, but not why
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        finally:
-            gc.enable()
-        return graph
-
-    def _forward(self, shape: StepShape, facts: torch.Tensor) -> None:
         torch.backends.cuda.preferred_blas_library("cublaslt" if shape.tokens in _CUBLASLT_TOKENS else "cublas")
         at = shape.sections
         step = StepTensors(
@@ -157,6 +93,7 @@ class CudaModel:
         ids = fused.resolve_ids(facts[at["ids"]], self.last_tokens)
         # Without prefills each token is a sequence's last, and all logits are wanted.
         rows: Any = facts[at["rows"]] if shape.tiles else 0
+        into = self._head.into = self.logits(shape)
         try:
             with attending(_Attention(self._kv, step, self.workspace.partials, self._rewritten.rope)):
                 output = self.model.module(
@@ -165,7 +102,63 @@ class CudaModel:
         except BaseException:  # also where the pass is dropped for the whole step (see arrival.Behind)
             self._rewritten.unfinished()
             raise
-        self.workspace.logits(shape.rows, self.model.vocab_size).copy_(output.logits[0])
+        if output.logits.data_ptr() != into.data_ptr():
+            into.copy_(output.logits[0])
+        settings = facts[at["settings"]].view(torch.float64).view(-1, 5)
+        draw(into, settings, self.workspace.outcome(shape.rows), facts[at["row_slots"]], self.last_tokens)
+
+    def logits(self, shape: StepShape) -> torch.Tensor:
+        """(shape.rows, vocabulary): what the last step left."""
+        return self.workspace.logits(shape.rows, self.model.vocab_size, self.model.kv_spec.dtype)
+
+    @torch.inference_mode()
+    def capture_next(self) -> bool:
+        """Captures one more shape; False where none was left."""
+        shape = next((shape for shape in self.ladder.shapes if shape not in self._graphs), None)
+        if shape is None:
+            return False
+        began = time.monotonic()
+        with self.workspace.growing(), torch.cuda.stream(self.workspace.stream):
+            if not self._graphs:
+                self.compile_choice()
+            # A step of padding: whatever is compiled or set up on first use must be before the capture.
+            padding = torch.zeros(shape.sections["blocks"].start, dtype=torch.int32)
+            pack((), (), shape, self.model.kv_spec.block_tokens, TILE, padding.numpy())
+            self.workspace.facts[: len(padding)].copy_(padding)
+            self.run(shape, self.workspace.facts)
+            self.workspace.stream.synchronize()
+            graph = self._captured(shape)
+        self._graphs[shape] = graph
+        self.captures += 1
+        _log.debug("captured %s in %.0f ms", shape, (time.monotonic() - began) * 1e3)
+        return True
+
+    def compile_choice(self) -> None:
+        """Has Triton compile what chooses tokens from edited logits, which is in no graph: a request would wait for it.
+
+        Changes nothing. To be called on the workspace's stream.
+        """
+        logits = self.workspace.logits(1, self.model.vocab_size, torch.float32)
+        settings = torch.zeros(1, 5, dtype=torch.float64, device=self.workspace.device)
+        outcome = draw(logits, settings)
+        slots, nowhere = torch.zeros_like(settings, dtype=torch.int32), torch.empty_like(self.last_tokens)
+        fused.store_tokens(outcome[0], slots, nowhere)
+
+    def _captured(self, shape: StepShape) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        gc.disable()  # what a collection frees might wait on this stream, which would become a part of the graph
+        try:
+            graph.capture_begin(pool=self.workspace.pool, capture_error_mode="thread_local")
+            try:
+                self.run(shape, self.workspace.facts)
+            except BaseException:
+                with suppress(RuntimeError):  # it says that the capture has failed, but not why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        finally:
+            gc.enable()
+        return graph
 
 
 class _Attention:

@@ -10,9 +10,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from services.gpu_agent.engine.sampling_batch import Row
 from services.gpu_agent.engine.step import Part
 
 MAX_PREFILLS = 16  # sequences with more than one token in a step
+_MOST_PROMPTS_ALONE = 4  # of them in one without decodes: each may leave a tile that the attention visits for nothing
 _DECODE_LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
 _MIXED_LADDER = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096)
 _MOST_ALONE = 1024  # tokens of prompts alone; beyond, what decodes that are not there cost is nothing
@@ -43,6 +45,7 @@ class StepShape:
             "tiles": 4 * self.tiles,
             "rows": self.rows,
             "row_slots": self.rows,
+            "settings": 2 * 5 * self.rows,
         }
         sections = {}
         begin = 0
@@ -59,8 +62,9 @@ class Ladder:
     def __init__(self, max_batch: int, max_tokens: int, tile: int) -> None:
         """`tile` is the number of queries in a tile of the attention; max_tokens bounds the tokens of one step."""
         self.decode = [StepShape(tokens=n, decodes=n, tiles=0, rows=n) for n in _rungs(_DECODE_LADDER, max_batch)]
+        few = _MOST_PROMPTS_ALONE
         self.alone = [
-            StepShape(tokens=n, decodes=0, tiles=-(-n // tile) + MAX_PREFILLS, rows=min(max_batch, MAX_PREFILLS))
+            StepShape(tokens=n, decodes=0, tiles=-(-n // tile) + few - 1, rows=min(max_batch, few))
             for n in _rungs(_MIXED_LADDER, max_tokens)
             if n <= _MOST_ALONE
         ]
@@ -81,23 +85,30 @@ class Ladder:
         # budget left for a prompt may be one by itself and not the prompt's last.
         if tokens == len(parts) and all(part.samples for part in parts):
             rungs = self.decode
-        elif self.alone and tokens <= self.alone[-1].tokens and all(part.length > 1 for part in parts):
+        elif self._fits_alone(tokens, parts):
             rungs = self.alone
         else:
             rungs = self.mixed
         return rungs[bisect_left(rungs, tokens, key=lambda shape: shape.tokens)]
+
+    def _fits_alone(self, tokens: int, parts: Many[Part]) -> bool:
+        fits = bool(self.alone) and tokens <= self.alone[-1].tokens and len(parts) <= _MOST_PROMPTS_ALONE
+        return fits and all(part.length > 1 for part in parts)
 
 
 def _rungs(ladder: Many[int], last: int) -> list[int]:
     return [n for n in ladder if n < last] + [last]
 
 
-def pack(parts: Many[Part], shape: StepShape, block_tokens: int, tile: int, into: NDArray[np.int32]) -> int:
+def pack(
+    parts: Many[Part], rows: Many[Row], shape: StepShape, block_tokens: int, tile: int, into: NDArray[np.int32]
+) -> int:
     """Writes a step into a buffer laid out for `shape`; returns how many of its integers count.
 
     Facts that a graph reads (see StepTensors): ids (-1 - slot: what that slot chose last), slots of the new keys and
-    values (-1: none, padding), decode_keys 0 and tiles without queries for padding; rows of the logits wanted, and the
-    slots of those they are for.
+    values (-1: none, padding), decode_keys 0 and tiles without queries for padding; rows of the logits wanted, the
+    slots of those they are for, and how `rows`, one for each of them, choose (SamplingBatch.settings; the temperature
+    is -1 in padding, and of all where one of them is not plain, for then none is chosen within the graph).
     """
     at = shape.sections
     used = at["blocks"].start
@@ -105,7 +116,7 @@ def pack(parts: Many[Part], shape: StepShape, block_tokens: int, tile: int, into
     into[at["slots"]] = into[at["decode_rows"]] = -1
     ids, slots, positions = into[at["ids"]], into[at["slots"]], into[at["positions"]]
     decode_rows, decode_keys = into[at["decode_rows"]], into[at["decode_keys"]]
-    decode_blocks, rows, row_slots = into[at["decode_blocks"]], into[at["rows"]], into[at["row_slots"]]
+    decode_blocks, wanted, row_slots = into[at["decode_blocks"]], into[at["rows"]], into[at["row_slots"]]
     tiles = into[at["tiles"]].reshape(-1, 4)
     row = num_decodes = num_tiles = num_rows = listed = 0
     for part in parts:
@@ -132,8 +143,12 @@ def pack(parts: Many[Part], shape: StepShape, block_tokens: int, tile: int, into
             num_tiles += len(first)
         row += length
         if part.samples:
-            rows[num_rows] = row - 1
+            wanted[num_rows] = row - 1
             row_slots[num_rows] = part.slot
             num_rows += 1
         listed += len(blocks)
+    settings = into[at["settings"]].view(np.float64).reshape(-1, 5)
+    settings[:, 0] = -1
+    if rows and all(row.is_plain for row in rows):
+        settings[: len(rows)] = [row.settings for row in rows]
     return int(used + listed)

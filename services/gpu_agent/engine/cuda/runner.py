@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from services.gpu_agent.engine.arrival import AllThere, Behind
 from services.gpu_agent.engine.cuda.attention import TILE
 from services.gpu_agent.engine.cuda.fused import store_tokens
+from services.gpu_agent.engine.cuda.launches import Launches
 from services.gpu_agent.engine.cuda.model import CudaModel
 from services.gpu_agent.engine.cuda.pack import StepShape, pack
 from services.gpu_agent.engine.sampling import Sampled, sample
@@ -33,6 +34,12 @@ class _Launched:
         return StepResult(choices, self.began.elapsed_time(self.ended) / 1e3)
 
 
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
 class CudaRunner:
     """A Runner (see step.py) on a GPU. Used by the engine's thread alone."""
 
@@ -41,6 +48,7 @@ class CudaRunner:
     def __init__(self, model: CudaModel, eos_ids: frozenset[int]) -> None:
         self._model = model
         self._eos_ids = eos_ids
+        self._launches = Launches(model.workspace)
 
     def launch(self, parts: Many[Part], rows: Many[Row]) -> Pending:
         """See Runner. Where it raises, the device has ended what was begun: no page is touched any more."""
@@ -50,11 +58,11 @@ class CudaRunner:
         if model.model.weights.complete:
             return at_once()
         behind = partial(self._begin, shape, parts, rows, behind=True)
-        return Behind(behind, model.gates, model.model.weights, at_once if model.is_captured(shape) else None)
+        return Behind(behind, model.gates, model.model.weights, at_once if model.captured(shape) else None)
 
     def _begin_at_once(self, shape: StepShape, parts: Many[Part], rows: Many[Row]) -> _Launched:
         model = self._model
-        with model.turns if model.is_captured(shape) else nullcontext():
+        with model.turns if model.captured(shape) else nullcontext():
             return self._begin(shape, parts, rows, behind=False)
 
     @torch.inference_mode()
@@ -70,25 +78,42 @@ class CudaRunner:
     def _launch(self, shape: StepShape, parts: Many[Part], rows: Many[Row], behind: bool) -> _Launched:
         model, workspace = self._model, self._model.workspace
         facts = workspace.buffer()
-        used = pack(parts, shape, model.model.kv_spec.block_tokens, TILE, facts.array)
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        used = pack(parts, rows, shape, model.model.kv_spec.block_tokens, TILE, facts.array)
+        graph = None if behind else model.captured(shape)
+        if graph is not None:
+            began = self._launches.begin(graph, facts, used)
         with torch.cuda.device(workspace.device), torch.cuda.stream(workspace.stream):
-            began.record()
             on_device = torch.empty_like(workspace.facts[:used]) if behind else workspace.facts
-            on_device[:used].copy_(facts.tensor[:used], non_blocking=True)
-            facts.copied.record()
-            # Prepared while others are waited for anyway: the last weights, or the device.
-            prepared = self._prepare(rows) if behind and rows else None
-            logits = model.run_behind(shape, on_device) if behind else model.run(shape)
-            sampled = None
-            if rows:
-                chosen = sample(logits[: len(rows)], prepared or self._prepare(rows))
-                store_tokens(chosen.tokens, on_device[shape.sections["row_slots"]], model.last_tokens)
-                sampled = chosen.to_host()
-            ended.record()
+            if graph is None:
+                began = _event()
+                on_device[:used].copy_(facts.tensor[:used], non_blocking=True)
+                facts.copied.record()
+            # While others are waited for anyway: the device, or the last weights.
+            prepared = self._prepare(rows)
+            if graph is None:
+                model.run(shape, on_device)
+            sampled = self._chosen(shape, rows, on_device, prepared)
+            ended = _event()
         return _Launched(sampled, began, ended)
 
-    def _prepare(self, rows: Many[Row]) -> SamplingBatch:
+    def _chosen(
+        self, shape: StepShape, rows: Many[Row], facts: torch.Tensor, prepared: SamplingBatch | None
+    ) -> Sampled | None:
+        """What the step behind which the stream is has chosen, on its way to the CPU."""
+        model, count = self._model, len(rows)
+        if not rows:
+            return None
+        if prepared is None:
+            sampled = Sampled(model.workspace.outcome(shape.rows), None, {}).to_host()
+            return replace(sampled, outcome=sampled.outcome[:, :count])
+        sampled = sample(model.logits(shape)[:count], prepared)
+        store_tokens(sampled.tokens, facts[shape.sections["row_slots"]], model.last_tokens)
+        return sampled.to_host()
+
+    def _prepare(self, rows: Many[Row]) -> SamplingBatch | None:
+        """What choosing needs where the step itself does not choose; None where it does."""
+        if all(row.is_plain for row in rows):
+            return None
         model = self._model
         vocabulary, device = model.model.vocab_size, model.workspace.device
         return prepare(rows, vocabulary, self._eos_ids, device, model.last_tokens)

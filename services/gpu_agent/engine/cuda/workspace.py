@@ -49,6 +49,7 @@ class Workspace:
         self.facts = torch.zeros(_FACTS, dtype=torch.int32, device=device)
         self.partials = Partials(Partials.lanes_for(max_rows, _MAX_HEADS, _MAX_HEADS // 8), MAX_HEAD_DIM, device)
         self._logits = torch.empty(max_rows * _MAX_VOCABULARY, dtype=torch.float32, device=device)
+        self._outcome = torch.zeros(2 * max_rows, dtype=torch.int64, device=device)
         self._buffers = [_host_buffer() for _ in range(_BUFFERS)]
         self._next = 0
         with torch.cuda.stream(self.stream):
@@ -75,9 +76,13 @@ class Workspace:
                 f"max_batch of {_FACTS // 2 // blocks} or less, or with a shorter context"
             )
 
-    def logits(self, rows: int, vocabulary: int) -> torch.Tensor:
-        """Where a step leaves its logits: (rows, vocabulary), float32."""
-        return self._logits[: rows * vocabulary].view(rows, vocabulary)
+    def logits(self, rows: int, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
+        """Where a step leaves its logits: (rows, vocabulary), as the model computes them."""
+        return self._logits.view(dtype)[: rows * vocabulary].view(rows, vocabulary)
+
+    def outcome(self, rows: int) -> torch.Tensor:
+        """Where a step leaves the tokens that it chose: see sampling.Sampled."""
+        return self._outcome[: 2 * rows].view(2, rows)
 
     def buffer(self) -> HostBuffer:
         """A host buffer that no copy reads any more."""
