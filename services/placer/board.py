@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
-from services.placer.groups import groups
-from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, Snapshot, State
+from services.placer.groups import groups, groups_by_node
+from services.placer.shelves import shelves
+from services.placer.snapshot import Agent, GroupIds, Model, Replica, Snapshot, State
 
 _ROUNDED = 1 - 1e-9  # a sum is another one in another order, and must not be more
 
@@ -54,25 +57,12 @@ class Board:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        self._replicas: dict[Key, Replica] = {}
-        self._by_agent: defaultdict[str, dict[Key, Replica]] = defaultdict(dict)
-        self._by_model: defaultdict[str, dict[Key, Replica]] = defaultdict(dict)
-        self._on: dict[str, list[Replica]] = {}  # as it was asked for
+        self.shelves = shelves(snapshot.replicas)
         self._promised: defaultdict[str, int] = defaultdict(int)
-        self._groups: dict[int, list[GroupIds]] = {}
-        for replica in snapshot.replicas:
-            key = replica.key
-            self._replicas[key] = self._by_model[replica.model][key] = replica
-            for agent_id in replica.group:
-                self._by_agent[agent_id][key] = replica
 
     def put(self, replica: Replica) -> None:
         """Adds a replica, or what it has become."""
-        key = replica.key
-        self._replicas[key] = self._by_model[replica.model][key] = replica
-        for agent_id in replica.group:
-            self._by_agent[agent_id][key] = replica
-            self._on.pop(agent_id, None)
+        self.shelves.put(replica)
 
     def settled(self) -> Board:
         """A board of its own on which the loads in progress have ended, a while ago."""
@@ -86,10 +76,7 @@ class Board:
 
     def remove(self, replica: Replica) -> None:
         """A replica is cold now."""
-        del self._replicas[replica.key], self._by_model[replica.model][replica.key]
-        for agent_id in replica.group:
-            del self._by_agent[agent_id][replica.key]
-            self._on.pop(agent_id, None)
+        self.shelves.remove(replica.key)
 
     def evict(self, replica: Replica, keep: int) -> None:
         """A replica has only its first `keep` pages left."""
@@ -106,40 +93,41 @@ class Board:
 
     def get(self, model: str, group: GroupIds) -> Replica | None:
         """The model's replica on exactly that group."""
-        return self._replicas.get((model, group))
-
-    @property
-    def replicas(self) -> Iterable[Replica]:
-        """All replicas, in no order."""
-        return self._replicas.values()
+        return self.shelves.by_key.get((model, group))
 
     def all(self) -> list[Replica]:
         """All replicas, in order of model and group."""
-        return _in_order(self._replicas)
+        return sorted(self.shelves.by_key.values(), key=attrgetter("key"))
 
-    def of(self, model: str) -> list[Replica]:
+    def of(self, model: str) -> Sequence[Replica]:
         """A model's replicas, in order of group."""
-        return _in_order(self._by_model.get(model, {}))
+        return self.shelves.by_model.get(model, ())
 
     def on(self, group: GroupIds) -> Sequence[Replica]:
-        """The replicas that use any of the group's agents, in order of model and group; not to be changed."""
+        """The replicas that use any of the group's agents, in order of model and group."""
         if len(group) == 1:
-            found = self._on.get(group[0])
-            if found is None:
-                found = self._on[group[0]] = _in_order(self._by_agent.get(group[0], {}))
-            return found
-        return _in_order({key: r for agent_id in group for key, r in self._by_agent[agent_id].items()})
+            return self.shelves.on(group[0]).replicas
+        there = {r.key: r for agent_id in group for r in self.shelves.on(agent_id).replicas}
+        return [there[key] for key in sorted(there)]
 
-    @property
+    def calm(self, group: GroupIds) -> bool:
+        """Whether on no agent of the group anything serves, drains or runs."""
+        if len(group) == 1:
+            return self.shelves.on(group[0]).calm
+        return all(self.shelves.on(agent_id).calm for agent_id in group)
+
+    @functools.cached_property
     def open_agents(self) -> list[Agent]:
         """The agents on which something new may be placed."""
         return [agent for agent in self.snapshot.agents.values() if not agent.cordoned and not agent.drained]
 
-    def groups(self, size: int) -> list[GroupIds]:
-        """All groups of so many agents on which something new may be placed."""
-        if size not in self._groups:
-            self._groups[size] = groups(self.open_agents, size)
-        return self._groups[size]
+    def groups(self, size: int) -> Sequence[GroupIds]:
+        """All groups of so many agents on which something new may be placed, in order of node and device."""
+        return groups(self.open_agents, size)
+
+    def groups_by_node(self, size: int) -> Mapping[str, Sequence[GroupIds]]:
+        """The same by node."""
+        return groups_by_node(self.open_agents, size)
 
     def usable(self, replica: Replica) -> bool:
         """Whether a replica's agents are there and may serve more."""
@@ -168,24 +156,19 @@ class Board:
         `kept`: the KV pages to leave on each agent, at least. `first`: of a replica that is to serve at once, the KV
         pages it begins with, beside those that other instances hold.
         """
-        own = self.get(model.name, group)
-        keeps = {replica.key: (replica, keep) for replica, keep in given}
+        own, given = self.get(model.name, group), list(given)
+        has_kv = own is not None and own.kv_pages > 0
         lacking = {}
         for agent_id in group:
             agent = self.snapshot.agents[agent_id]
-            need = self.snapshot.shard_pages(model, agent_id)
-            held, kv = self._promised[agent_id], agent.pages_kv
-            for key, replica in self._by_agent[agent_id].items():
-                if replica is own:
-                    continue
-                if key in keeps:
-                    held += keeps[key][1]
+            need = self.snapshot.shard_pages(model, agent_id) - (own.pages if own is not None else 0)
+            held, kv = self._promised[agent_id] + self.shelves.on(agent_id).pages, agent.pages_kv
+            for replica, keep in given:
+                if agent_id in replica.group:
+                    held += keep - replica.pages
                     kv -= replica.kv_pages
-                else:
-                    held += replica.pages
             reserve = kept[agent_id]
             if first is not None:
-                has_kv = own is not None and own.kv_pages > 0
                 reserve = max(reserve, kv + (0 if has_kv else first[agent_id]))
             lacking[agent_id] = held + need + reserve - agent.pages_total
         return lacking
@@ -200,10 +183,10 @@ class Board:
         first: Mapping[str, int] | None = None,
     ) -> float:
         """What `make_room` costs at least; infinite where it finds none. Told much faster."""
-        least = 0.0
+        least, one = 0.0, len(group) == 1
         for agent_id, pages in self.deficits(model, group, kept=kept, first=first).items():
             if pages > 0:
-                near = sources if len(group) == 1 else [s for s in sources if agent_id in s.replica.group]
+                near = sources if one else [s for s in sources if agent_id in s.replica.group]
                 least = max(least, _least_cost(pages, near))
         return least
 
@@ -234,10 +217,6 @@ class Board:
                 if _suffices(lacking):
                     return _trim(taken, lacking, lack)
         return None
-
-
-def _in_order(replicas: Mapping[Key, Replica]) -> list[Replica]:
-    return [replicas[key] for key in sorted(replicas)]
 
 
 def _trim(

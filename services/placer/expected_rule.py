@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from services.placer import lending
 from services.placer.board import Board
@@ -17,54 +14,16 @@ from services.placer.rival import better
 from services.placer.rule import Prewarming
 from services.placer.scores import Kind, Worth
 from services.placer.sharing import FULL_SLOWDOWN, Part, beside, spared
-from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, Rules
+from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica
 from services.placer.spread import ENOUGH, Load, assign
 from services.placer.target import target
 from services.placer.value import CERTAIN, Stakes, precedence, serves, share, stakes_of, usable
+from services.placer.worths import Setting, kept
 
 _RESTS_AFTER_S = 60.0  # idle for so long, an instance gives its pages to models of which nothing is resident
 _LEAST_S = 0.02  # what sharing a GPU has to cost for an instance to go
 _ASSUMED_SERVICE_S = 1.0  # of a request, where nothing is known yet
 _NOTHING = Worth(Kind.SPARE, 0.0)
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What each worth depends on."""
-
-    nodes: list[str]
-    open_agents: set[str]
-    rules: Rules
-
-
-class _Assessed(NamedTuple):
-    """A model's only replica, and what it was worth."""
-
-    only: Replica
-    stakes: Stakes
-    setting: _Setting
-    worth: Worth
-
-
-# From one rule to the next, by identity: a wake asks for what all is worth that may give way, and little has changed.
-_MOST_KEPT = 4096
-_kept: dict[Key, _Assessed] = {}
-_last_setting = _Setting([], set(), Rules())
-
-
-def _same_setting(nodes: list[str], open_agents: set[str], rules: Rules) -> _Setting:
-    """The setting, which is the same object as long as it is the same."""
-    global _last_setting
-    setting = _Setting(nodes, open_agents, rules)
-    if setting != _last_setting:
-        _last_setting = setting
-    return _last_setting
-
-
-def _keep(assessed: _Assessed) -> None:
-    if len(_kept) >= _MOST_KEPT:
-        _kept.clear()
-    _kept[assessed.only.key] = assessed
 
 
 class ExpectedRule:
@@ -77,17 +36,16 @@ class ExpectedRule:
         self._parts: dict[tuple[str, int, int], Part] = {}
         self._open = {agent.id for agent in board.open_agents}
         self._nodes = sorted({agent.node for agent in board.open_agents})
-        self._setting = _same_setting(self._nodes, self._open, board.snapshot.rules)
         # As it was when the rule was made: what is decided meanwhile does not change what anything is worth.
-        self._there: defaultdict[str, list[Replica]] = defaultdict(list)
-        for replica in board.replicas:
-            self._there[replica.model].append(replica)
+        self._there = dict(board.shelves.by_model)
+        setting = Setting(self._nodes, self._open, board.snapshot.rules)
+        self._kept = kept(setting, board.snapshot.models, self._there, board.snapshot.now_s)
 
     def stakes(self, model: Model) -> Stakes:
         """What is at stake for a model."""
         known = self._stakes.get(model.name)
         if known is None:
-            serving = sum(map(serves, self._there[model.name]))
+            serving = sum(map(serves, self._there.get(model.name, ())))
             known = self._stakes[model.name] = stakes_of(self._board.snapshot, model, serving, self._nodes)
         return known
 
@@ -97,43 +55,25 @@ class ExpectedRule:
 
     def worth(self, replica: Replica) -> Worth:
         """See `Rule`."""
-        key = replica.key
-        known = self._worths.get(key)
+        known = self._kept.worths.get(replica.key) or self._worths.get(replica.key)
         if known is None:
-            known = self._worths[key] = self._kept(replica) or self._assessed(replica)
+            model = self._board.snapshot.models.get(replica.model)
+            if model is not None:
+                self._assess(model)
+            known = self._worths.setdefault(replica.key, _NOTHING)
         return known
 
-    def _kept(self, replica: Replica) -> Worth | None:
-        """What it was worth to the rule before, where nothing of it has changed."""
-        kept, there, snapshot = _kept.get(replica.key), self._there[replica.model], self._board.snapshot
-        if (
-            kept is not None
-            and kept.only is replica
-            and kept.stakes.model is snapshot.models.get(replica.model)
-            and kept.setting is self._setting
-            and len(there) == 1
-            and there[0] is replica
-            and kept.stakes.demand.expected.holds(snapshot.now_s)
-        ):
-            return kept.worth
-        return None
-
-    def _assessed(self, replica: Replica) -> Worth:
-        model = self._board.snapshot.models.get(replica.model)
-        if model is not None:
-            self._assess(model)
-        return self._worths.get(replica.key, _NOTHING)
-
     def _assess(self, model: Model) -> None:
-        stakes, agents = self.stakes(model), self._board.snapshot.agents
-        there = [r for r in self._there[model.name] if self._open.issuperset(r.group)]
+        stakes, snapshot = self.stakes(model), self._board.snapshot
+        every = self._there.get(model.name, ())
+        there = [r for r in every if self._open.issuperset(r.group)]
         if len(there) > 1:
             there.sort(key=lambda r: precedence(r, self._crowd(r)))
         for rank, r in enumerate(there):
-            self._worths[r.key] = stakes.keeping(rank, agents[r.group[0]].node, share(r))
-        if len(self._there[model.name]) == 1:
-            [only] = self._there[model.name]
-            _keep(_Assessed(only, stakes, self._setting, self._worths.get(only.key, _NOTHING)))
+            self._worths[r.key] = stakes.keeping(rank, snapshot.agents[r.group[0]].node, share(r))
+        if len(every) == 1:
+            worth = self._worths.get(every[0].key, _NOTHING)
+            self._kept.keep(every[0], worth, stakes.demand.expected, snapshot.now_s)
 
     def _crowd(self, replica: Replica) -> int:
         models = self._board.snapshot.models
@@ -153,6 +93,8 @@ class ExpectedRule:
 
     def sharing(self, model: Model, group: GroupIds) -> float:
         """See `Rule`. The same of an instance that is there."""
+        if self._board.calm(group):
+            return 0.0
         models = self._board.snapshot.models
         busy = [r for r in self._board.on(group) if r.running or serves(r)]
         if not busy:
@@ -207,7 +149,7 @@ class ExpectedRule:
         for model in snapshot.models.values():
             expected = self.demand(model).expected
             need = max(expected.peak.p99, expected.later.p99) / model.capacity
-            there = self._there[model.name]
+            there = self._there.get(model.name, ())
             serving = frozenset(r.group for r in there if serves(r))
             if need < ENOUGH and not serving:
                 continue
@@ -226,7 +168,7 @@ class ExpectedRule:
         snapshot = self._board.snapshot
         return any(
             self.stakes(model).chance(0) >= snapshot.rules.least_chance
-            and not any(usable(snapshot, r) and share(r) == 1 for r in self._there[name])
+            and not any(usable(snapshot, r) and share(r) == 1 for r in self._there.get(name, ()))
             for name, model in snapshot.models.items()
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from services.placer.board import Board
@@ -37,7 +38,7 @@ def outlook(board: Board, rule: Rule, model: Model, wake: Wake | None, prewarmin
     )
 
 
-def _cause(board: Board, needed: Demand, replicas: list[Replica], obstacle: str) -> common_pb2.Cause.ValueType:
+def _cause(board: Board, needed: Demand, replicas: Sequence[Replica], obstacle: str) -> common_pb2.Cause.ValueType:
     if not replicas and not board.snapshot.agents:
         return common_pb2.CAUSE_NO_AGENT
     if not replicas and obstacle:
@@ -49,7 +50,7 @@ def _cause(board: Board, needed: Demand, replicas: list[Replica], obstacle: str)
     return common_pb2.CAUSE_BURST if needed.burst else common_pb2.CAUSE_NOT_NEEDED
 
 
-def _sentence(model: Model, needed: Demand, replicas: list[Replica], obstacle: str) -> str:
+def _sentence(model: Model, needed: Demand, replicas: Sequence[Replica], obstacle: str) -> str:
     if not needed.expected.known:
         need = needed.expected.problem or "there is no forecast yet"
     elif not needed.replicas:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 from services.placer.board import Board, Room
@@ -90,6 +90,8 @@ class _Planner:
     def _clear_away(self) -> None:
         stays = {agent.id for agent in self._snapshot.agents.values() if not agent.drained}
         models = self._snapshot.models
+        if self._board.shelves.by_model.keys() <= models.keys() and self._board.shelves.by_agent.keys() <= stays:
+            return
         gone = [r for r in self._snapshot.replicas if r.model not in models or not stays.issuperset(r.group)]
         for replica in sorted(gone, key=lambda r: r.key):
             reason = self._has_to_go(replica)
@@ -263,5 +265,5 @@ class _Planner:
         return Reason(common_pb2.CAUSE_LOW_LOAD, text)
 
 
-def _serving(replicas: list[Replica]) -> list[Replica]:
+def _serving(replicas: Iterable[Replica]) -> list[Replica]:
     return [replica for replica in replicas if serves(replica)]

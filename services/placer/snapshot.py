@@ -178,7 +178,8 @@ class Snapshot:
 
     def idle_s(self, replica: Replica) -> float:
         """How long ago a replica was last loaded, woken or busy."""
-        return 0.0 if replica.running else max(0.0, self.now_s - replica.used_s)
+        idle_s = self.now_s - replica.used_s
+        return idle_s if idle_s > 0 and not replica.running else 0.0
 
     def shard_pages(self, model: Model, agent_id: str) -> int:
         """Pages of one of the model's shards on an agent."""

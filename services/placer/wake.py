@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from services.placer.board import Board, Room, Source, Step
 from services.placer.decisions import Outcome, Reason, Wake
 from services.placer.loading import load_s
 from services.placer.rule import Rule
-from services.placer.snapshot import GroupIds, Model, Replica, State
+from services.placer.snapshot import Agent, GroupIds, Model, Replica, State
 from services.placer.value import serves
 from services.placer.words import count, names, share
 from warmserve.v1 import common_pb2
@@ -39,7 +40,14 @@ class Wish:
 
 
 _Rank = tuple[int, float, int, str, int, GroupIds]
-_Kv = tuple[dict[str, int], dict[str, int]]  # pages by agent: to leave in all, and of them to the model's instance
+
+
+class _Unseen(NamedTuple):
+    """Groups of a node that have not been looked at, on each of which loading costs the same."""
+
+    rank: _Rank  # before that of each of them
+    loading: float
+    groups: Sequence[GroupIds]
 
 
 class _Offer(NamedTuple):
@@ -47,10 +55,9 @@ class _Offer(NamedTuple):
 
     rank: _Rank  # at least; exactly once `room` is known
     loading: float
-    sharing: float = 0.0
-    sources: list[Source] | None = None  # not looked at yet
-    kv: _Kv = ({}, {})
-    room: Room | None = None  # likewise
+    sharing: float
+    sources: list[Source]
+    room: Room | None = None
 
     @property
     def group(self) -> GroupIds:
@@ -77,12 +84,12 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     all_groups = board.groups(model.tp)
     if not all_groups:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _no_group(board, model))
-    offer = _best(board, rule, model, wish)
+    offer = _Search(board, rule, model, wish).best()
     if offer is not None:
         return _decide(board, model, wish, offer)
     if wish.places is not None:
         return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, "it would cost others more")
-    tried = [group for group in all_groups if _possible(board, model, group, board.on(group))]
+    tried = [group for group in all_groups if _possible(board, model, group)]
     usable = [group for group in tried if (model.name, group) not in snapshot.refused]
     if tried and not usable:
         text = "; ".join(f"{names(group)}: {snapshot.refused[model.name, group]}" for group in tried)
@@ -92,127 +99,142 @@ def choose(board: Board, rule: Rule, model: Model, wish: Wish) -> Decision:
     return _impossible(wish, common_pb2.CAUSE_NO_CAPACITY, _in_the_way(board, rule, model, usable))
 
 
-def _best(board: Board, rule: Rule, model: Model, wish: Wish) -> _Offer | None:
-    """The offer of the least rank: only what could still be the best one is looked at more closely."""
-    kv_pages, offers = _KvPages(board, rule, model), _loadings(board, rule, model, wish)
-    heapq.heapify(offers)
-    while offers:
-        offer = offers[0]
-        if offer.room is not None:
-            return offer
-        if offer.sources is None:
-            closer = _look_at(board, rule, model, wish, kv_pages, offer)
-        else:
-            closer = _make_room(board, model, wish, offer)
-        if closer is None:
-            heapq.heappop(offers)
-        else:
-            heapq.heapreplace(offers, closer)
-    return None
+class _Search:
+    """The search for the group on which waking a model costs the least."""
 
-
-def _loadings(board: Board, rule: Rule, model: Model, wish: Wish) -> list[_Offer]:
-    """Each group that may be tried, with what loading costs there; that is the same all over a node, mostly."""
-    snapshot, nodes = board.snapshot, dict[str, float]()
-    own = {replica.group: replica for replica in board.of(model.name)}
-    offers = []
-    for group in board.groups(model.tp):
-        if (snapshot.refused and (model.name, group) in snapshot.refused) or (
-            wish.places is not None and group not in wish.places
-        ):
-            continue
-        first = snapshot.agents[group[0]]
-        if group in own:
-            missing = 1 - own[group].residency
-            loading = rule.loading(model, group, missing) if missing else 0.0
-        elif first.node in nodes:
-            loading = nodes[first.node]
-        else:
-            loading = nodes[first.node] = rule.loading(model, group, 1)
-        offers.append(_Offer((0, loading, 0, first.node, first.device_index, group), loading))
-    return offers
-
-
-def _look_at(board: Board, rule: Rule, model: Model, wish: Wish, kv_pages: _KvPages, offer: _Offer) -> _Offer | None:
-    """The offer with what may give way there; None where it cannot be."""
-    there = board.on(offer.group)
-    if not _possible(board, model, offer.group, there):
-        return None
-    sharing = rule.sharing(model, offer.group)
-    if sharing > wish.worth:
-        return None
-    sources = _sources(board, rule, model, there, wish)
-    kv = kv_pages.on(offer.group)
-    least = board.least_cost(model, offer.group, sources, kept=kv[0], first=kv[1])
-    if least == math.inf:
-        return None
-    cost, neighbours = least + sharing + offer.loading, sum(map(serves, there))
-    return _Offer((0, cost, neighbours, *offer.rank[3:]), offer.loading, sharing, sources, kv)
-
-
-def _make_room(board: Board, model: Model, wish: Wish, offer: _Offer) -> _Offer | None:
-    """The offer with the room that is made there; None where there is none, or it is too dear."""
-    assert offer.sources is not None
-    room = board.make_room(model, offer.group, offer.sources, kept=offer.kv[0], first=offer.kv[1])
-    if room is None or room.cost + offer.sharing > wish.worth or (wish.places is not None and room != Room()):
-        return None
-    cost = room.cost + offer.sharing + offer.loading
-    return offer._replace(rank=(room.last_resorts, cost, *offer.rank[2:]), room=room)
-
-
-class _KvPages:
-    """The KV pages that a model's instance needs, by the size of agents: most are of one."""
-
-    def __init__(self, board: Board, rule: Rule, model: Model) -> None:
-        self._agents = board.snapshot.agents
+    def __init__(self, board: Board, rule: Rule, model: Model, wish: Wish) -> None:
+        self._board = board
         self._rule = rule
         self._model = model
-        self._by_size: dict[tuple[int, int], tuple[int, int]] = {}
+        self._wish = wish
+        self._own = board.of(model.name)
+        self._kept, self._first = _kv_pages(board, rule, model)
 
-    def on(self, group: GroupIds) -> _Kv:
-        """Pages to leave on each agent of a group in all, and of them to the instance."""
-        kept, first = {}, {}
-        for agent_id in group:
-            agent = self._agents[agent_id]
-            size = agent.page_bytes, agent.pages_total
-            if size not in self._by_size:
-                rule, model = self._rule, self._model
-                self._by_size[size] = rule.reserve(model, agent), rule.first_pages(model, agent)
-            kept[agent_id], first[agent_id] = self._by_size[size]
-        return kept, first
+    def best(self) -> _Offer | None:
+        """The offer of the least rank: only what could still be the best one is looked at more closely."""
+        offers: list[_Unseen | _Offer] = list(self._unseen())
+        heapq.heapify(offers)
+        while offers:
+            offer = heapq.heappop(offers)
+            if isinstance(offer, _Unseen):
+                for group in offer.groups:
+                    if (seen := self._look_at(group, offer.loading)) is not None:
+                        heapq.heappush(offers, seen)
+            elif offer.room is not None:
+                return offer
+            elif (closer := self._make_room(offer)) is not None:
+                heapq.heappush(offers, closer)
+        return None
+
+    def _unseen(self) -> Iterable[_Unseen]:
+        """All groups that may be tried. What loading costs is the same all over a node, where nothing is resident."""
+        agents, model = self._board.snapshot.agents, self._model
+        own = {replica.group: replica for replica in self._own}
+        for node, there in self._board.groups_by_node(model.tp).items():
+            groups = [group for group in there if self._may_try(group)] if self._restricted else there
+            if own:
+                for group in own.keys() & groups:
+                    missing = 1 - own[group].residency
+                    loading = self._rule.loading(model, group, missing) if missing else 0.0
+                    yield _Unseen((0, loading, 0, node, agents[group[0]].device_index, group), loading, (group,))
+                groups = [group for group in groups if group not in own]
+            if groups:
+                loading = self._rule.loading(model, groups[0], 1)
+                yield _Unseen((0, loading, 0, node, -1, ()), loading, groups)
+
+    @property
+    def _restricted(self) -> bool:
+        return bool(self._board.snapshot.refused) or self._wish.places is not None
+
+    def _may_try(self, group: GroupIds) -> bool:
+        places = self._wish.places
+        return (self._model.name, group) not in self._board.snapshot.refused and (places is None or group in places)
+
+    def _look_at(self, group: GroupIds, loading: float) -> _Offer | None:
+        """The offer of a group with what may give way there; None where it cannot be."""
+        board, model = self._board, self._model
+        if self._own and not _possible(board, model, group):
+            return None
+        sharing, neighbours, there = 0.0, 0, board.on(group)
+        if not board.calm(group):
+            sharing, neighbours = self._rule.sharing(model, group), sum(map(serves, there))
+            if sharing > self._wish.worth:
+                return None
+        sources = self._sources(there)
+        least = board.least_cost(model, group, sources, kept=self._kept, first=self._first)
+        if least == math.inf:
+            return None
+        first = board.snapshot.agents[group[0]]
+        rank = (0, least + sharing + loading, neighbours, first.node, first.device_index, group)
+        return _Offer(rank, loading, sharing, sources)
+
+    def _make_room(self, offer: _Offer) -> _Offer | None:
+        """The offer with the room that is made there; None where there is none, or it is too dear."""
+        wish = self._wish
+        room = self._board.make_room(self._model, offer.group, offer.sources, kept=self._kept, first=self._first)
+        if room is None or room.cost + offer.sharing > wish.worth or (wish.places is not None and room != Room()):
+            return None
+        cost = room.cost + offer.sharing + offer.loading
+        return offer._replace(rank=(room.last_resorts, cost, *offer.rank[2:]), room=room)
+
+    def _sources(self, there: Iterable[Replica]) -> list[Source]:
+        board, model, wish, snapshot = self._board, self._model, self._wish, self._board.snapshot
+        worth, sources = self._rule.worth, []
+        for replica in there:
+            if replica.model == model.name:
+                continue
+            score, state = worth(replica).score, replica.state
+            if state is State.WARM or state is State.WARMING:
+                if wish.limit is None or score < wish.limit:
+                    sources.append(Source(replica, Step.EVICT, score + _RECENT / (1 + snapshot.idle_s(replica))))
+            elif state is State.DRAINING:
+                sources.append(Source(replica, Step.AWAIT, score + (_AWAIT_BUSY_S if replica.running else 0.0)))
+            elif state is State.ACTIVE and wish.places is None and _may_go(board, replica):
+                idle = not replica.running and not snapshot.models[replica.model].waiting
+                if idle and (wish.limit is None or snapshot.idle_s(replica) >= snapshot.rules.max_wait_s):
+                    cost = score + _DRAIN_IDLE_S / (1 + snapshot.idle_s(replica))
+                    sources.append(Source(replica, Step.DRAIN, cost))
+                elif wish.limit is None and model.waited_s >= snapshot.rules.max_wait_s:
+                    sources.append(Source(replica, Step.DRAIN, float(replica.running), last=True))
+        return sources
 
 
-def _possible(board: Board, model: Model, group: GroupIds, there: Iterable[Replica]) -> bool:
+class _PerAgent(dict[str, int]):
+    """Pages by agent, told once for all agents of a size: most are of one."""
+
+    def __init__(self, agents: Mapping[str, Agent], pages: Callable[[Agent], int]) -> None:
+        super().__init__()
+        self._agents = agents
+        self._pages = pages
+        self._by_size: dict[tuple[int, int], int] = {}
+
+    def __missing__(self, agent_id: str) -> int:
+        agent = self._agents[agent_id]
+        size = agent.page_bytes, agent.pages_total
+        if size not in self._by_size:
+            self._by_size[size] = self._pages(agent)
+        self[agent_id] = self._by_size[size]
+        return self._by_size[size]
+
+
+def _kv_pages(board: Board, rule: Rule, model: Model) -> tuple[_PerAgent, _PerAgent]:
+    """KV pages to leave on each agent in all, and of them to the model's instance."""
+    agents = board.snapshot.agents
+    return (
+        _PerAgent(agents, functools.partial(rule.reserve, model)),
+        _PerAgent(agents, functools.partial(rule.first_pages, model)),
+    )
+
+
+def _possible(board: Board, model: Model, group: GroupIds) -> bool:
     """Whether no agent of the group has another replica of the model, or this one as an instance."""
-    for replica in there:
-        if replica.model == model.name and (
-            replica.group != group or replica.state in (State.ACTIVE, State.WAKING) or not board.whole(replica)
-        ):
+    for replica in board.of(model.name):
+        if replica.group == group:
+            if replica.state in (State.ACTIVE, State.WAKING) or not board.whole(replica):
+                return False
+        elif not set(replica.group).isdisjoint(group):
             return False
     return True
-
-
-def _sources(board: Board, rule: Rule, model: Model, there: Iterable[Replica], wish: Wish) -> list[Source]:
-    snapshot, sources = board.snapshot, []
-    for replica in there:
-        if replica.model == model.name:
-            continue
-        worth = rule.worth(replica)
-        if replica.state in (State.WARM, State.WARMING):
-            if wish.limit is None or worth.score < wish.limit:
-                cost = worth.score + _RECENT / (1 + snapshot.idle_s(replica))
-                sources.append(Source(replica, Step.EVICT, cost))
-        elif replica.state is State.DRAINING:
-            wait = _AWAIT_BUSY_S if replica.running else 0.0
-            sources.append(Source(replica, Step.AWAIT, worth.score + wait))
-        elif replica.state is State.ACTIVE and wish.places is None and _may_go(board, replica):
-            idle = not replica.running and not snapshot.models[replica.model].waiting
-            if idle and (wish.limit is None or snapshot.idle_s(replica) >= snapshot.rules.max_wait_s):
-                cost = worth.score + _DRAIN_IDLE_S / (1 + snapshot.idle_s(replica))
-                sources.append(Source(replica, Step.DRAIN, cost))
-            elif wish.limit is None and model.waited_s >= snapshot.rules.max_wait_s:
-                sources.append(Source(replica, Step.DRAIN, float(replica.running), last=True))
-    return sources
 
 
 def _may_go(board: Board, replica: Replica) -> bool:
@@ -258,10 +280,8 @@ def _no_group(board: Board, model: Model) -> str:
 
 def _in_the_way(board: Board, rule: Rule, model: Model, usable: list[GroupIds]) -> str:
     """What holds the pages of the group where the fewest are lacking."""
-    kv_pages, lacking = _KvPages(board, rule, model), {}
-    for group in usable:
-        kept, first = kv_pages.on(group)
-        lacking[group] = board.deficits(model, group, kept=kept, first=first)
+    kept, first = _kv_pages(board, rule, model)
+    lacking = {group: board.deficits(model, group, kept=kept, first=first) for group in usable}
     group = min(usable, key=lambda g: (max(lacking[g].values()), g))
     deficits = lacking[group]
     agent_id = max(deficits, key=lambda a: deficits[a])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.placer import expected_rule, value
-from services.placer.board import Board
+from services.placer import shelves, value, worths
+from services.placer.board import Board, Room, Source
+from services.placer.decisions import Plan
 from services.placer.expected_rule import ExpectedRule
-from services.placer.planner import plan
+from services.placer.planner import plan, wake
 from services.placer.scores import Worth
-from services.placer.snapshot import Agent, Key, Model, Replica, Rules, Snapshot, State
+from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, Rules, Snapshot, State
 from tests.placer.cluster import agent, model, replica, snapshot
 from tests.placer.test_planner_properties import many, snapshots
 
@@ -24,7 +26,7 @@ def test_making_room_never_costs_less_than_was_told_before(before: Snapshot) -> 
     """Else the best group might not be looked at."""
     make_room = Board.make_room
 
-    def checked(self, model, group, sources, **kv):
+    def checked(self: Board, model: Model, group: GroupIds, sources: list[Source], **kv: Any) -> Room | None:
         room = make_room(self, model, group, sources, **kv)
         least = self.least_cost(model, group, sources, **kv)
         assert room is None or least <= room.cost
@@ -42,14 +44,14 @@ def test_the_plan_is_the_one_for_which_every_group_is_looked_at(before: Snapshot
         assert plan(before) == quick
 
 
-def worths(now: Snapshot) -> dict[Key, Worth]:
-    """What each replica is worth."""
+def outcome(now: Snapshot) -> tuple[dict[Key, Worth], Plan]:
+    """What each replica is worth, and what is woken."""
     rule = ExpectedRule(Board(now))
-    return {replica.key: rule.worth(replica) for replica in now.replicas}
+    return {replica.key: rule.worth(replica) for replica in now.replicas}, wake(now, *now.models)
 
 
-names = st.sampled_from(["a", "b"])
-places = st.sampled_from(["g0", "g1"])
+names = st.sampled_from(["a", "b", "c"])
+places = st.sampled_from(["g0", "g1", "g2"])
 changes = st.one_of(
     st.builds(
         lambda name, place, state, resident: replica(name, place, state, resident=resident),
@@ -59,33 +61,65 @@ changes = st.one_of(
         st.integers(8, 16),
     ),
     st.tuples(names, places),  # a replica has gone
-    st.builds(lambda name, mean: model(name, mean=mean, peak=3 * mean), names, st.integers(1, 20)),
+    st.builds(
+        lambda name, mean, waiting: model(name, mean=mean, peak=3 * mean, waiting=waiting),
+        names,
+        st.integers(1, 20),
+        st.sampled_from([0, 0, 1]),
+    ),
     st.builds(lambda place, cordoned: agent(place, cordoned=cordoned), places, st.booleans()),
     st.builds(Rules, lookahead_s=st.sampled_from([30.0, 400.0])),
     st.just(301.0),  # seconds
 )
 
 
+def changed(now: Snapshot, change: object) -> Snapshot:
+    """The snapshot after a change; all else is the same objects."""
+    there = {r.key: r for r in now.replicas}
+    match change:
+        case Replica():
+            return replace(now, replicas=tuple((there | {change.key: change}).values()))
+        case (str(name), str(place)):
+            there.pop((name, (place,)), None)
+            return replace(now, replicas=tuple(there.values()))
+        case Model():
+            return replace(now, models={**now.models, change.name: change})
+        case Agent():
+            return replace(now, agents={**now.agents, change.id: change})
+        case Rules():
+            return replace(now, rules=change)
+        case float():
+            return replace(now, now_s=now.now_s + change)
+    raise TypeError(change)
+
+
 @given(st.lists(changes, min_size=10, max_size=30))
-def test_what_replicas_are_worth_does_not_depend_on_what_is_kept(changes: list[object]) -> None:
-    now = snapshot([agent("g0"), agent("g1")], [model("a", mean=1), model("b", mean=2)], [replica("a", "g0")])
-    for change in changes:
-        there = {r.key: r for r in now.replicas}
-        match change:
-            case Replica():
-                now = replace(now, replicas=tuple((there | {change.key: change}).values()))
-            case (str(name), str(place)):
-                there.pop((name, (place,)), None)
-                now = replace(now, replicas=tuple(there.values()))
-            case Model():
-                now = replace(now, models={**now.models, change.name: change})
-            case Agent():
-                now = replace(now, agents={**now.agents, change.id: change})
-            case Rules():
-                now = replace(now, rules=change)
-            case float():
-                now = replace(now, now_s=now.now_s + change)
-        kept = worths(now)
-        expected_rule._kept.clear()
-        value._known.clear()
-        assert worths(now) == kept
+def test_nothing_depends_on_what_is_kept_from_one_wake_to_the_next(changes: list[object]) -> None:
+    now = snapshot(
+        [agent("g0"), agent("g1"), agent("g2", node="n1")],
+        [model("a", mean=1), model("b", mean=2), model("c", mean=3)],
+        [replica("a", "g0"), replica("b", "g1"), replica("c", "g2")],
+    )
+    with mock.patch.object(shelves, "_MOST_CHANGED", 0):  # however few there are, they are gone on from
+        for change in changes:
+            now = changed(now, change)
+            kept = outcome(now)
+            with (
+                mock.patch.object(worths, "_last", None),
+                mock.patch.object(shelves, "_last", ((), shelves.Shelves({}, {}, {}))),
+                mock.patch.dict(value._known, clear=True),
+            ):
+                assert outcome(now) == kept
+
+
+@given(st.lists(st.lists(changes, max_size=3), min_size=2, max_size=10))
+def test_shelves_are_the_same_whether_made_anew_or_gone_on_from(steps: list[list[object]]) -> None:
+    now = snapshot([], [], [])
+    with mock.patch.object(shelves, "_MOST_CHANGED", 0):
+        for step in steps:
+            for change in step:
+                now = changed(now, change)
+            found, made = shelves.shelves(now.replicas), shelves._from_scratch(now.replicas)
+            assert (found.by_key, found.by_agent, found.by_model) == (made.by_key, made.by_agent, made.by_model)
+            for replica in now.replicas[:1]:  # whoever has asked may change what was given
+                found.remove(replica.key)
