@@ -26,7 +26,7 @@ _EMPTY = Shelf()
 
 
 class Shelves:
-    """All agents' shelves, and each model's replicas. What is in them is replaced and never changed: copies are cheap."""
+    """All agents' shelves, and each model's replicas. What is in them is replaced, never changed: copies are cheap."""
 
     def __init__(
         self, by_key: dict[Key, Replica], by_agent: dict[str, Shelf], by_model: dict[str, tuple[Replica, ...]]
