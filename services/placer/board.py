@@ -16,7 +16,7 @@ from services.placer.groups import groups, groups_by_node
 from services.placer.shelves import shelves
 from services.placer.snapshot import Agent, GroupIds, Model, Replica, Snapshot, State
 
-_ROUNDED = 1 - 1e-9  # a sum is another one in another order, and must not be more
+ROUNDED = 1 - 1e-9  # a sum is another one in another order, and must not be more
 
 
 class Step(Enum):
@@ -111,9 +111,7 @@ class Board:
         return [there[key] for key in sorted(there)]
 
     def calm(self, group: GroupIds) -> bool:
-        """Whether on no agent of the group anything serves, drains or runs."""
-        if len(group) == 1:
-            return self.shelves.on(group[0]).calm
+        """Whether on no agent of the group anything serves, drains, runs or holds KV."""
         return all(self.shelves.on(agent_id).calm for agent_id in group)
 
     @functools.cached_property
@@ -160,18 +158,24 @@ class Board:
         has_kv = own is not None and own.kv_pages > 0
         lacking = {}
         for agent_id in group:
-            agent = self.snapshot.agents[agent_id]
-            need = self.snapshot.shard_pages(model, agent_id) - (own.pages if own is not None else 0)
-            held, kv = self._promised[agent_id] + self.shelves.on(agent_id).pages, agent.pages_kv
+            need, kv = self.snapshot.shard_pages(model, agent_id) - (own.pages if own is not None else 0), 0
             for replica, keep in given:
                 if agent_id in replica.group:
-                    held += keep - replica.pages
+                    need += keep - replica.pages
                     kv -= replica.kv_pages
-            reserve = kept[agent_id]
-            if first is not None:
-                reserve = max(reserve, kv + (0 if has_kv else first[agent_id]))
-            lacking[agent_id] = held + need + reserve - agent.pages_total
+            if first is not None and not has_kv:
+                kv += first[agent_id]
+            agent = self.snapshot.agents[agent_id]
+            lacking[agent_id] = self.lacking(agent, need, kept[agent_id], None if first is None else kv)
         return lacking
+
+    def lacking(self, agent: Agent, need: int, kept: int, first: int | None) -> int:
+        """Pages that lack on an agent for so many more of weights.
+
+        `kept`: KV pages to leave there in all, and at least `first` more than there are now, if any.
+        """
+        reserve = kept if first is None else max(kept, agent.pages_kv + first)
+        return self._promised[agent.id] + self.shelves.on(agent.id).pages + need + reserve - agent.pages_total
 
     def least_cost(
         self,
@@ -253,10 +257,10 @@ def _least_cost(pages: int, sources: Iterable[Source]) -> float:
     for index, (_, most, cost) in enumerate(sorted(offers)):
         if pages <= most:
             part = cost * (1 - (most - pages) / most) if pages > 0 else 0.0
-            return (total + part) * _ROUNDED if index else part
+            return (total + part) * ROUNDED if index else part
         total += cost
         pages -= most
-    return math.inf if pages > 0 else total * _ROUNDED
+    return math.inf if pages > 0 else total * ROUNDED
 
 
 def _suffices(lacking: Mapping[str, int]) -> bool:

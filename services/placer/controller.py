@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 from prometheus_client import Gauge, Histogram
@@ -22,9 +23,10 @@ from services.placer.orders import Orders
 from services.placer.planning import Planning, PlanningError
 from services.placer.planning_frames import Publish
 from services.placer.settings import PlacerSettings
-from services.placer.snapshot import Snapshot, State
+from services.placer.snapshot import Node, Snapshot, State
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store, StoreUnavailableError
+from warmserve.v1 import cluster_pb2
 
 _log = logger(__name__)
 _COALESCE_S = 0.02  # changes that come together are answered together
@@ -72,6 +74,8 @@ class Controller:
         self._mirrors = mirrors
         self._planning = planning
         self._fence = fence
+        self._agents: Mapping[str, cluster_pb2.AgentRecord] = {}  # that are connected to
+        self._nodes: Mapping[str, Node] = {}  # that they are on
         self._view = convert.View()
         self._memory = Memory()
         self._mending = Mending()
@@ -216,12 +220,16 @@ class Controller:
     def _look(self) -> tuple[convert.Records, Snapshot]:
         """The cluster as it is now, with the orders on their way."""
         records = self._mirrors.records()
-        self._orders.calls.connect(records.agents.values())
+        if records.agents is not self._agents:
+            self._agents = records.agents
+            self._orders.calls.connect(records.agents.values())
+            self._nodes = convert.nodes(records, self._settings.node_copy_bytes_per_s)
         seen = self._view.see(records)
         shown = seen.replicas
         self._orders.settle(shown, seen.failures, records.agents)
-        for model in {model for (model, _), replica in shown.items() if replica.state is State.ACTIVE}:
-            self._told.pop(model, None)  # its requests are in Redis, and taken from there
+        if told := self._told:
+            for model in {r.model for r in shown.values() if r.model in told and r.state is State.ACTIVE}:
+                del told[model]  # its requests are in Redis, and taken from there
         snapshot = self._memory.snapshot(
             records,
             seen.agents,
@@ -231,7 +239,7 @@ class Controller:
             time.monotonic(),
             time.time(),
         )
-        return records, replace(snapshot, nodes=convert.nodes(records, self._settings.node_copy_bytes_per_s))
+        return records, replace(snapshot, nodes=self._nodes)
 
     async def _publish(self, proposed: list[Action]) -> None:
         """Writes the last plan where it says anything new; `proposed`: actions that are not carried out."""

@@ -61,28 +61,32 @@ class Measured:
     # The records that were learnt from, and of which models: they are many, and few change at a time.
     _instances: dict[str, cluster_pb2.InstanceRecord] = field(default_factory=dict)
     _residencies: dict[str, cluster_pb2.AgentResidency] = field(default_factory=dict)
-    _deployed: set[str] = field(default_factory=set)
+    _agents: Mapping[str, cluster_pb2.AgentRecord] = field(default_factory=dict)
+    _models: Mapping[str, cluster_pb2.ModelSpec] = field(default_factory=dict)
 
     def learn(self, records: Records) -> None:
-        """Takes note of what the records say. A record that has changed is another object."""
-        if records.models.keys() != self._deployed:
+        """Takes note of what the records say. What has changed is another object, and so is the mapping it is in."""
+        redeployed = records.models is not self._models and records.models.keys() != self._models.keys()
+        if redeployed:
             for by_model in (self._slots, self._loads, self._last_load_s, self._images, self._traffic):
                 for name in by_model.keys() - records.models.keys():
                     del by_model[name]
-            for name in self._deployed - records.models.keys():
+            for name in self._models.keys() - records.models.keys():
                 self._paces.forget(name)
-        devices = {record.device_name for record in records.agents.values()}
-        if devices != self._devices:
-            self._devices = devices
-            self.changes += 1
+        if records.agents is not self._agents:
+            self._agents = records.agents
+            devices = {record.device_name for record in records.agents.values()}
+            if devices != self._devices:
+                self._devices = devices
+                self.changes += 1
         for name in self._instances.keys() - records.instances.keys():
             instance = self._instances.pop(name)
             if self._paces.gone(name, instance):
                 self._changed_pace(records, instance.model)
         for name in self._residencies.keys() - records.residency.keys():
             del self._residencies[name]
-        if records.models.keys() != self._deployed:
-            self._deployed = set(records.models)
+        self._models = records.models
+        if redeployed:
             self._instances.clear()
             self._residencies.clear()
         for name, instance in records.instances.items():
@@ -96,7 +100,7 @@ class Measured:
                     if self._paces.learn(name, instance, agent.device_name, records.instances):
                         self._changed_pace(records, instance.model)
         for name, residency in records.residency.items():
-            if name in records.agents and self._residencies.get(name) is not residency:
+            if self._residencies.get(name) is not residency and name in records.agents:
                 self._residencies[name] = residency
                 for shard in residency.shards:
                     if shard.model in records.models:

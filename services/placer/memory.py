@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -40,12 +39,11 @@ class _Timed(NamedTuple):
     used: float
 
 
-@dataclass(frozen=True)
-class _QuietModels:
+class _QuietModels(NamedTuple):
     """All models without requests, and what they were made from."""
 
-    specs: list[cluster_pb2.ModelSpec]
-    forecasts: list[cluster_pb2.Forecast | None]
+    specs: Mapping[str, cluster_pb2.ModelSpec]
+    forecasts: Mapping[str, cluster_pb2.Forecast]
     changes: int
     models: dict[str, Model]
 
@@ -58,14 +56,15 @@ class Memory:
     """
 
     measured: Measured = field(default_factory=Measured)
-    _replicas: dict[Key, _Timed] = field(default_factory=dict)
+    _replicas: dict[str, dict[Key, _Timed]] = field(default_factory=dict)  # by model
     _by_id: dict[int, _Timed] = field(default_factory=dict)  # the same by what was given, which is mostly as it was
+    _told: dict[int, Replica] = field(default_factory=dict)  # likewise
     _looked_at: float = 0.0  # at the replicas
     _unix_s: float = -math.inf  # Unix time less monotonic
     _waiting_since: dict[str, float] = field(default_factory=dict)
     _failures: Backoff[Key] = field(default_factory=Backoff)
     _quiet: dict[str, _Quiet] = field(default_factory=dict)
-    _quiet_models: _QuietModels = field(default_factory=lambda: _QuietModels([], [], -1, {}))
+    _quiet_models: _QuietModels = field(default_factory=lambda: _QuietModels({}, {}, -1, {}))
 
     def snapshot(
         self,
@@ -81,13 +80,13 @@ class Memory:
 
         `agents` and `replicas` are those in `records`, the latter with orders on their way applied.
         """
-        self._forget_undeployed(records)
+        self._failures.forget(lambda key: key[0] not in records.models)
         timed = self._timed(replicas, now, unix_s)
         self.measured.learn(records)
         return Snapshot(
             now_s=unix_s,
             agents=agents,
-            models=self._models(records, timed, counts, now),
+            models=self._models(records, counts, now),
             replicas=timed,
             refused=self._failures.refused(now),
             rules=rules,
@@ -104,54 +103,59 @@ class Memory:
     def _timed(self, replicas: Iterable[Replica], now: float, unix_s: float) -> tuple[Replica, ...]:
         if abs(unix_s - now - self._unix_s) > _CLOCK_S:
             self._unix_s = unix_s - now
-            for key, known in self._replicas.items():
-                again = self._told(known.given, known.since, known.used)
-                self._replicas[key] = self._by_id[id(known.given)] = again
-        given, told = list(replicas), []
-        for replica in given:
-            found = self._by_id.get(id(replica))
-            if found is None:
-                found = self._by_id[id(replica)] = self._replicas[replica.key] = self._renewed(replica, now)
-            told.append(found.told)
-        for gone in self._by_id.keys() - set(map(id, given)):
-            last = self._by_id.pop(gone)
-            if self._replicas[last.given.key] is last:
-                del self._replicas[last.given.key]
+            for known in list(self._by_id.values()):
+                self._put(self._with_times(known.given, known.since, known.used))
+        given = {id(replica): replica for replica in replicas}
+        news, gone = given.keys() - self._told.keys(), self._told.keys() - given.keys()
+        for new in news:
+            self._put(self._renewed(given[new], now))
+        for old in gone:
+            self._drop(old)
         self._looked_at = now
-        return tuple(told)
+        return tuple(map(self._told.__getitem__, given))
+
+    def _put(self, timed: _Timed) -> None:
+        given = timed.given
+        self._by_id[id(given)], self._told[id(given)] = timed, timed.told
+        self._replicas.setdefault(given.model, {})[given.key] = timed
+
+    def _drop(self, old: int) -> None:
+        """What was given is given no more, or something else in its place."""
+        del self._told[old]
+        last = self._by_id.pop(old)
+        of_model = self._replicas[last.given.model]
+        if of_model[last.given.key] is last:
+            del of_model[last.given.key]
+        if not of_model:
+            del self._replicas[last.given.model]
 
     def _renewed(self, replica: Replica, now: float) -> _Timed:
-        before = self._replicas.get(replica.key)
+        before = self._replicas.get(replica.model, {}).get(replica.key)
         if before is None:
-            return self._told(replica, now, now)
+            return self._with_times(replica, now, now)
         if before.given == replica:
             return before._replace(given=replica)
         used = self._looked_at if before.given.running else before.used  # until then it was busy
         if before.given.state is replica.state:
-            return self._told(replica, before.since, used)
+            return self._with_times(replica, before.since, used)
         drained = before.given.state in (State.ACTIVE, State.DRAINING) and replica.state in (State.DRAINING, State.WARM)
-        return self._told(replica, now, used if drained else now)
+        return self._with_times(replica, now, used if drained else now)
 
-    def _told(self, given: Replica, since: float, used: float) -> _Timed:
+    def _with_times(self, given: Replica, since: float, used: float) -> _Timed:
         told = replace(given, since_s=since + self._unix_s, used_s=used + self._unix_s)
         return _Timed(given, told, since, used)
 
-    def _models(
-        self, records: Records, replicas: Iterable[Replica], counts: Mapping[str, QueueCounts], now: float
-    ) -> Mapping[str, Model]:
+    def _models(self, records: Records, counts: Mapping[str, QueueCounts], now: float) -> Mapping[str, Model]:
         quiet = self._all_quiet(records)
         busy = {name for name, count in counts.items() if count.waiting or count.taken} & quiet.keys()
         for name in self._waiting_since.keys() - busy:
             del self._waiting_since[name]
         if not busy:
             return quiet
-        own: dict[str, list[Replica]] = {name: [] for name in busy}
-        for replica in replicas:
-            if replica.model in own:
-                own[replica.model].append(replica)
-        return quiet | {name: self._busy(quiet[name], there, counts[name], now) for name, there in own.items()}
+        return quiet | {name: self._busy(quiet[name], counts[name], now) for name in busy}
 
-    def _busy(self, quiet: Model, own: Collection[Replica], counts: QueueCounts, now: float) -> Model:
+    def _busy(self, quiet: Model, counts: QueueCounts, now: float) -> Model:
+        own = [timed.told for timed in self._replicas.get(quiet.name, {}).values()]
         draining = sum(replica.running for replica in own if replica.state is State.DRAINING)
         if counts.waiting and not any(replica.state is State.ACTIVE for replica in own):
             waited_s = now - self._waiting_since.setdefault(quiet.name, now)
@@ -163,18 +167,14 @@ class Memory:
 
     def _all_quiet(self, records: Records) -> dict[str, Model]:
         """The models without requests, by name; not to be changed."""
-        known, specs = self._quiet_models, list(records.models.values())
-        forecasts = list(map(records.forecasts.get, records.models))
-        if (
-            known.changes != self.measured.changes
-            or len(known.specs) != len(specs)
-            or not all(map(operator.is_, known.specs, specs))
-            or not all(map(operator.is_, known.forecasts, forecasts))
-        ):
+        known, changes = self._quiet_models, self.measured.changes
+        if known.specs is not records.models or known.forecasts is not records.forecasts or known.changes != changes:
+            for name in self._quiet.keys() - records.models.keys():
+                del self._quiet[name]
             models = {
                 name: self._quiet_model(spec, records.forecasts.get(name)) for name, spec in records.models.items()
             }
-            known = self._quiet_models = _QuietModels(specs, forecasts, self.measured.changes, models)
+            known = self._quiet_models = _QuietModels(records.models, records.forecasts, changes, models)
         return known.models
 
     def _quiet_model(self, spec: cluster_pb2.ModelSpec, forecast: cluster_pb2.Forecast | None) -> Model:
@@ -216,9 +216,3 @@ class Memory:
             kv_bytes_per_context=spec.facts.kv_bytes_per_token * spec.facts.context_tokens,
             windows=traffic.windows,
         )
-
-    def _forget_undeployed(self, records: Records) -> None:
-        if self._quiet.keys() != records.models.keys():
-            for name in self._quiet.keys() - records.models.keys():
-                del self._quiet[name]
-        self._failures.forget(lambda key: key[0] not in records.models)

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+from google.protobuf.message import Message
 
 from services.placer.records import Records
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.mirror import Mirror
 from warmserve.cluster.store import Store
 from warmserve.v1 import cluster_pb2
+
+M = TypeVar("M", bound=Message)
+
+
+class _Values(Generic[M]):
+    """A mirror's values as they are now: another mapping only where they have changed, and never changed itself."""
+
+    def __init__(self, mirror: Mirror[M]) -> None:
+        self._mirror = mirror
+        self._last: Mapping[str, M] | None = None
+        mirror.on_change(self._changed)
+
+    def __call__(self) -> Mapping[str, M]:
+        if self._last is None:
+            self._last = dict(self._mirror.items)
+        return self._last
+
+    def _changed(self, *_: object) -> None:
+        self._last = None
 
 
 class Mirrors:
@@ -34,6 +55,12 @@ class Mirrors:
             self.forecasts,
             self.mode,
         ]
+        self._agents = _Values(self.agents)
+        self._residency = _Values(self.residency)
+        self._instances = _Values(self.instances)
+        self._models = _Values(self.models)
+        self._controls = _Values(self.controls)
+        self._forecasts = _Values(self.forecasts)
         self._listeners: list[Callable[[], None]] = []
         for mirror in self._planned:
             mirror.on_change(self._changed)
@@ -64,14 +91,14 @@ class Mirrors:
         return record.address if record is not None else ""
 
     def records(self) -> Records:
-        """Everything as it is now; later changes do not show in it."""
+        """Everything as it is now; later changes do not show in it. What has not changed is the same mapping again."""
         return Records(
-            agents=dict(self.agents.items),
-            residency=dict(self.residency.items),
-            instances=dict(self.instances.items),
-            models=dict(self.models.items),
-            controls=dict(self.controls.items),
-            forecasts=dict(self.forecasts.items),
+            agents=self._agents(),
+            residency=self._residency(),
+            instances=self._instances(),
+            models=self._models(),
+            controls=self._controls(),
+            forecasts=self._forecasts(),
         )
 
     def on_any_change(self, listener: Callable[[], None]) -> Callable[[], None]:

@@ -146,7 +146,7 @@ class Orders:
                     expected[key] = replace(replica or _absent(key, pages), state=State.WARMING)
                 case Do.WAKE if replica is None or replica.state is not State.ACTIVE:
                     expected[key] = replace(replica or _absent(key, pages), state=State.WAKING)
-        return [expected[key] for key in sorted(expected)]
+        return list(expected.values())
 
     async def close(self) -> None:
         """Drops all orders; what agents have taken they carry out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,14 +74,13 @@ class View:
 
     def __init__(self) -> None:
         self._known: dict[str, _OfAgent] = {}
-        self._models: list[cluster_pb2.ModelSpec] = []
+        self._models: Mapping[str, cluster_pb2.ModelSpec] = {}
 
     def see(self, records: Records) -> Seen:
-        """What these records show. A record that has changed is another object."""
-        models = list(records.models.values())
-        if len(models) != len(self._models) or not all(map(operator.is_, models, self._models)):
+        """What these records show. A record that has changed is another object, and so is the mapping it is in."""
+        if records.models is not self._models:
             self._known.clear()
-            self._models = models
+            self._models = records.models
         known = self._known
         self._known = {}
         slots = {record.id: record.slots for record in records.instances.values()}

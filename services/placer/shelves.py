@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from services.placer.snapshot import Key, Replica, State
@@ -19,7 +19,7 @@ class Shelf(NamedTuple):
 
     replicas: tuple[Replica, ...] = ()  # in order of model and group
     pages: int = 0  # that they hold, or have been promised
-    calm: bool = True  # whether none of them serves, drains or runs anything
+    calm: bool = True  # whether none of them serves, drains, runs anything or holds KV
 
 
 _EMPTY = Shelf()
@@ -72,32 +72,37 @@ def _replaced(replicas: Iterable[Replica], key: Key, there: Iterable[Replica]) -
 
 
 def _shelf(replicas: tuple[Replica, ...]) -> Shelf:
-    calm = all(replica.state in _CALM and not replica.running for replica in replicas)
+    calm = all(replica.state in _CALM and not replica.running and not replica.kv_pages for replica in replicas)
     return Shelf(replicas, sum(replica.pages for replica in replicas), calm)
 
 
-_last: tuple[Sequence[Replica], Shelves] = (), Shelves({}, {}, {})
+class _Last(NamedTuple):
+    """What was asked for last."""
+
+    by_id: Mapping[int, Replica]  # by identity: comparing replicas would cost more than all else
+    shelves: Shelves
 
 
-def shelves(replicas: tuple[Replica, ...]) -> Shelves:
+_last = _Last({}, Shelves({}, {}, {}))
+
+
+def shelves(replicas: Iterable[Replica]) -> Shelves:
     """The shelves on which these lie, to be changed.
 
     Those of the last call are gone on from, where few replicas are other objects than then: a wake waits for it.
     """
     global _last
-    before, kept = _last
-    ids, ids_before = set(map(id, replicas)), set(map(id, before))
-    if len(ids ^ ids_before) * _MOST_CHANGED > len(ids):
-        made = _from_scratch(replicas)
+    there = list(replicas)
+    by_id, before, made = dict(zip(map(id, there), there, strict=True)), _last.by_id, _last.shelves
+    gone, news = before.keys() - by_id.keys(), by_id.keys() - before.keys()
+    if (len(gone) + len(news)) * _MOST_CHANGED > len(there):
+        made = _from_scratch(there)
     else:
-        made = kept.copy()
-        for replica in before:
-            if id(replica) not in ids:
-                made.remove(replica.key)
-        for replica in replicas:
-            if id(replica) not in ids_before:
-                made.put(replica)
-    _last = replicas, made
+        for was in gone:
+            made.remove(before[was].key)
+        for new in news:
+            made.put(by_id[new])
+    _last = _Last(by_id, made)
     return made.copy()
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import heapq
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from services.placer.board import Board, Room, Source, Step
+from services.placer.board import ROUNDED, Board, Room, Source, Step
 from services.placer.decisions import Outcome, Reason, Wake
 from services.placer.loading import load_s
 from services.placer.rule import Rule
+from services.placer.shelves import Shelf
 from services.placer.snapshot import Agent, GroupIds, Model, Replica, State
 from services.placer.value import serves
 from services.placer.words import count, names, share
@@ -108,7 +108,7 @@ class _Search:
         self._model = model
         self._wish = wish
         self._own = board.of(model.name)
-        self._kept, self._first = _kv_pages(board, rule, model)
+        self._needs = _Needs(board, rule, model)
 
     def best(self) -> _Offer | None:
         """The offer of the least rank: only what could still be the best one is looked at more closely."""
@@ -117,9 +117,11 @@ class _Search:
         while offers:
             offer = heapq.heappop(offers)
             if isinstance(offer, _Unseen):
-                for group in offer.groups:
-                    if (seen := self._look_at(group, offer.loading)) is not None:
-                        heapq.heappush(offers, seen)
+                if len(offer.groups) > 1:
+                    for group in offer.groups:
+                        heapq.heappush(offers, self._priced(group, offer.loading))
+                elif (seen := self._look_at(offer.groups[0], offer.loading)) is not None:
+                    heapq.heappush(offers, seen)
             elif offer.room is not None:
                 return offer
             elif (closer := self._make_room(offer)) is not None:
@@ -150,6 +152,30 @@ class _Search:
         places = self._wish.places
         return (self._model.name, group) not in self._board.snapshot.refused and (places is None or group in places)
 
+    def _priced(self, group: GroupIds, loading: float) -> _Unseen:
+        """A group of which nothing is known but what making room costs there at least."""
+        board, agents, least = self._board, self._board.snapshot.agents, 0.0
+        for agent_id in group:
+            agent, shelf = agents[agent_id], board.shelves.on(agent_id)
+            if not shelf.calm:
+                least = 0.0
+                break
+            lacking = board.lacking(agent, *self._needs.of(agent))
+            if lacking > 0:
+                least = max(least, self._least(shelf, lacking))
+        first = agents[group[0]]
+        return _Unseen((0, least + loading, 0, first.node, first.device_index, group), loading, (group,))
+
+    def _least(self, shelf: Shelf, pages: int) -> float:
+        """At most what freeing so many pages costs where all is calm, and just that where one eviction is enough."""
+        worth, idle_s, least = self._rule.worth, self._board.snapshot.idle_s, math.inf
+        for replica in shelf.replicas:
+            cost, most = worth(replica).score + _RECENT / (1 + idle_s(replica)), replica.pages
+            cost *= 1 - (most - pages) / most if most >= pages else ROUNDED
+            if cost < least:
+                least = cost
+        return least
+
     def _look_at(self, group: GroupIds, loading: float) -> _Offer | None:
         """The offer of a group with what may give way there; None where it cannot be."""
         board, model = self._board, self._model
@@ -161,17 +187,18 @@ class _Search:
             if sharing > self._wish.worth:
                 return None
         sources = self._sources(there)
-        least = board.least_cost(model, group, sources, kept=self._kept, first=self._first)
+        kept, first = self._needs.kv(group)
+        least = board.least_cost(model, group, sources, kept=kept, first=first)
         if least == math.inf:
             return None
-        first = board.snapshot.agents[group[0]]
-        rank = (0, least + sharing + loading, neighbours, first.node, first.device_index, group)
+        agent = board.snapshot.agents[group[0]]
+        rank = (0, least + sharing + loading, neighbours, agent.node, agent.device_index, group)
         return _Offer(rank, loading, sharing, sources)
 
     def _make_room(self, offer: _Offer) -> _Offer | None:
         """The offer with the room that is made there; None where there is none, or it is too dear."""
-        wish = self._wish
-        room = self._board.make_room(self._model, offer.group, offer.sources, kept=self._kept, first=self._first)
+        wish, (kept, first) = self._wish, self._needs.kv(offer.group)
+        room = self._board.make_room(self._model, offer.group, offer.sources, kept=kept, first=first)
         if room is None or room.cost + offer.sharing > wish.worth or (wish.places is not None and room != Room()):
             return None
         cost = room.cost + offer.sharing + offer.loading
@@ -199,31 +226,30 @@ class _Search:
         return sources
 
 
-class _PerAgent(dict[str, int]):
-    """Pages by agent, told once for all agents of a size: most are of one."""
+class _Needs:
+    """Pages that a model's instance needs on agents, told once for all agents of a size: most are of one."""
 
-    def __init__(self, agents: Mapping[str, Agent], pages: Callable[[Agent], int]) -> None:
-        super().__init__()
-        self._agents = agents
-        self._pages = pages
-        self._by_size: dict[tuple[int, int], int] = {}
+    def __init__(self, board: Board, rule: Rule, model: Model) -> None:
+        self._snapshot = board.snapshot
+        self._rule = rule
+        self._model = model
+        self._by_size: dict[tuple[int, int], tuple[int, int, int]] = {}
 
-    def __missing__(self, agent_id: str) -> int:
-        agent = self._agents[agent_id]
-        size = agent.page_bytes, agent.pages_total
-        if size not in self._by_size:
-            self._by_size[size] = self._pages(agent)
-        self[agent_id] = self._by_size[size]
-        return self._by_size[size]
+    def of(self, agent: Agent) -> tuple[int, int, int]:
+        """Of weights; of KV to leave on the agent in all; and of these for the instance."""
+        size, rule, model = (agent.page_bytes, agent.pages_total), self._rule, self._model
+        found = self._by_size.get(size)
+        if found is None:
+            pages = self._snapshot.shard_pages(model, agent.id)
+            found = self._by_size[size] = pages, rule.reserve(model, agent), rule.first_pages(model, agent)
+        return found
 
-
-def _kv_pages(board: Board, rule: Rule, model: Model) -> tuple[_PerAgent, _PerAgent]:
-    """KV pages to leave on each agent in all, and of them to the model's instance."""
-    agents = board.snapshot.agents
-    return (
-        _PerAgent(agents, functools.partial(rule.reserve, model)),
-        _PerAgent(agents, functools.partial(rule.first_pages, model)),
-    )
+    def kv(self, group: GroupIds) -> tuple[dict[str, int], dict[str, int]]:
+        """Those of KV by agent: in all, and for the instance."""
+        kept, first = {}, {}
+        for agent_id in group:
+            _, kept[agent_id], first[agent_id] = self.of(self._snapshot.agents[agent_id])
+        return kept, first
 
 
 def _possible(board: Board, model: Model, group: GroupIds) -> bool:
@@ -280,8 +306,10 @@ def _no_group(board: Board, model: Model) -> str:
 
 def _in_the_way(board: Board, rule: Rule, model: Model, usable: list[GroupIds]) -> str:
     """What holds the pages of the group where the fewest are lacking."""
-    kept, first = _kv_pages(board, rule, model)
-    lacking = {group: board.deficits(model, group, kept=kept, first=first) for group in usable}
+    needs, lacking = _Needs(board, rule, model), {}
+    for group in usable:
+        kept, first = needs.kv(group)
+        lacking[group] = board.deficits(model, group, kept=kept, first=first)
     group = min(usable, key=lambda g: (max(lacking[g].values()), g))
     deficits = lacking[group]
     agent_id = max(deficits, key=lambda a: deficits[a])

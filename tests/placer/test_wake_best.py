@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 from typing import Any
 from unittest import mock
 
@@ -106,7 +107,7 @@ def test_nothing_depends_on_what_is_kept_from_one_wake_to_the_next(changes: list
             kept = outcome(now)
             with (
                 mock.patch.object(worths, "_last", None),
-                mock.patch.object(shelves, "_last", ((), shelves.Shelves({}, {}, {}))),
+                mock.patch.object(shelves, "_last", shelves._Last({}, shelves.Shelves({}, {}, {}))),
                 mock.patch.dict(value._known, clear=True),
             ):
                 assert outcome(now) == kept
@@ -123,3 +124,12 @@ def test_shelves_are_the_same_whether_made_anew_or_gone_on_from(steps: list[list
             assert (found.by_key, found.by_agent, found.by_model) == (made.by_key, made.by_agent, made.by_model)
             for replica in now.replicas[:1]:  # whoever has asked may change what was given
                 found.remove(replica.key)
+
+
+@many
+@given(snapshots(), st.randoms(use_true_random=False))
+def test_plans_do_not_depend_on_the_order_in_which_replicas_are_told(before: Snapshot, random: Random) -> None:
+    mixed = random.sample(before.replicas, len(before.replicas))
+    again = replace(before, replicas=tuple(mixed))
+    assert plan(again) == plan(before)
+    assert wake(again, *again.models) == wake(before, *before.models)
