@@ -61,11 +61,12 @@ def gpu_time(work: Callable[[], object], repeats: int = 15) -> float:
 def floor_rows(placed: ArenaModel, name: str, decodes: Many[tuple[int, int]], prefills: Many[int]) -> list[Row]:
     """What a step takes at least with matrix products that somebody else made, as graphs with no kernel of ours.
 
-    Beside the products there is one pass over what lies between two of them (as many bytes as a norm with its residual
-    sum, the rotation and the gate must read and write), one over the logits for the choice of tokens, and attention:
-    in each layer of a decode step (sequences, tokens of context) one pass over as many bytes as its keys and values
-    have; for prefills torch's fused attention, which reads no pages. A pass over so many bytes is a copy of half as
-    many, which reads the one half and writes the other. Rows in the order of `decodes` and then `prefills`.
+    Beside the products there is one pass over what lies between two of them and before the logits (as many bytes as a
+    norm with its residual sum, the rotation and the gate must read and write); one over the logits for the choice of
+    tokens; what no step is without (its tokens come from the CPU and are looked up, those chosen go back); and
+    attention: in each layer of a decode step (sequences, tokens of context) one pass over as many bytes as its keys and
+    values have; for prefills torch's fused attention, which reads no pages. A pass over so many bytes is a copy of half
+    as many, which reads the one half and writes the other. Rows in the order of `decodes` and then `prefills`.
     """
     config, weights, layout = placed.config, placed.weights, placed.layout
     kv_heads = config.num_key_value_heads
@@ -90,6 +91,10 @@ def floor_rows(placed: ArenaModel, name: str, decodes: Many[tuple[int, int]], pr
     norm, rotation = 4 * config.hidden_size, 2 * layers[0][0].shape[0]
     between = [norm, rotation, norm, 3 * config.intermediate_size]
     kv = 2 * kv_heads * config.head_dim
+    place = layout.place("model.embed_tokens.weight")
+    table = weights.tensor(place.dtype, place.shape, place.offset)
+    asked, chosen = (torch.zeros(most, dtype=torch.int64, pin_memory=DEVICE.type == "cuda") for _ in range(2))
+    ids = torch.zeros(most, dtype=torch.int64, device=DEVICE)
     largest = max(most * max(between), *(n * max(c * kv, len(head)) for n, c in decodes))
     source, target = (torch.empty(largest // 2, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
 
@@ -107,6 +112,8 @@ def floor_rows(placed: ArenaModel, name: str, decodes: Many[tuple[int, int]], pr
 
     def step(tokens: int, rows: int, context: int) -> None:
         query, key, value = (states[:, :, :tokens] for states in heads)
+        ids[:tokens].copy_(asked[:tokens], non_blocking=True)
+        functional.embedding(ids[:tokens], table)
         for layer, matrices in enumerate(layers):
             for matrix, numbers in zip(matrices, between, strict=True):
                 pass_over(tokens * numbers)
@@ -115,8 +122,10 @@ def floor_rows(placed: ArenaModel, name: str, decodes: Many[tuple[int, int]], pr
                 pass_over(tokens * context * kv, layer)
             else:
                 functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        pass_over(rows * norm)
         functional.linear(inputs[head.shape[1]][:rows], head)
         pass_over(rows * len(head))
+        chosen[:rows].copy_(ids[:rows], non_blocking=True)
 
     def row(what: str, tokens: int, rows: int, context: int = 0) -> Row:
         alone = fastest_time(lambda: products(tokens, rows))

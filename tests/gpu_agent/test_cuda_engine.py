@@ -373,3 +373,29 @@ def test_half_precision_agrees_with_itself_in_and_out_of_a_batch(world: World, f
     common = alone.keys() & beside.keys()
     assert len(common) >= 3
     assert all(alone[token] == pytest.approx(beside[token], abs=0.15) for token in common)
+
+
+def test_a_long_prompt_by_itself_is_answered_as_in_chunks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's attention over all of it, and ours over pages, within what bfloat16 can tell; what follows is alike."""
+    from services.gpu_agent.engine.cuda import pack
+
+    monkeypatch.setattr(pack, "_MOST_ALONE", 64)
+    model = world.of("long", lambda folder, dtype: save(LATE, folder, dtype=dtype), torch.bfloat16)
+    assert model.program.cuda.ladder.whole
+    ids = prompt(230)
+
+    def top(**options: int) -> list[dict[int, float]]:
+        instance = model.instance(**options)
+        instance.add(Sequence("whole", 0, ids, SamplingParams(2, temperature=0.0, logprobs=8)))
+        outputs = run(instance)
+        instance.close("")
+        return [dict(said.top) for output in outputs for said in output.logprobs]
+
+    with torch.inference_mode():
+        reference = model.reference(torch.tensor([ids], device="cuda")).logits[0, -1].float().log_softmax(-1)
+    whole, chunks = top(), top(token_budget=32, prefill_budget=48)
+    assert all(value == pytest.approx(float(reference[token]), abs=0.15) for token, value in whole[0].items())
+    for one, other in zip(whole, chunks, strict=True):
+        common = one.keys() & other.keys()
+        assert len(common) >= 5
+        assert all(one[token] == pytest.approx(other[token], abs=0.15) for token in common)

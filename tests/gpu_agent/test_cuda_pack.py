@@ -214,7 +214,7 @@ def test_more_tokens_than_the_ladder_has_are_an_error() -> None:
     ("max_batch", "max_tokens"), [(1, 1), (1, 2048), (3, 50), (64, 512), (256, 4096), (2000, 5000)]
 )
 def test_a_ladder_ends_with_the_most_and_has_each_shape_once(max_batch: int, max_tokens: int) -> None:
-    ladder = Ladder(max_batch, max_tokens, 128)
+    ladder = Ladder(max_batch, max_tokens, 128, whole=True)
     assert ladder.decode[0].tokens == 1
     assert ladder.decode[-1].tokens == max_batch
     assert ladder.mixed[-1].tokens == max_tokens
@@ -222,7 +222,25 @@ def test_a_ladder_ends_with_the_most_and_has_each_shape_once(max_batch: int, max
         sizes = [shape.tokens for shape in rungs]
         assert sizes == sorted(set(sizes))
     assert len(set(ladder.shapes)) == len(ladder.shapes)
-    assert set(ladder.shapes) == {*ladder.decode, *ladder.alone, *ladder.mixed}
+    assert set(ladder.shapes) == {*ladder.decode, *ladder.alone, *ladder.mixed, *ladder.whole}
+    assert bool(ladder.whole) == (max_tokens > 1024)
+    assert not ladder.whole or ladder.whole[-1].tokens == max_tokens
+
+
+def test_a_long_prompt_by_itself_has_shapes_of_its_own() -> None:
+    """From its first token on, whether all of it or a first chunk; not behind what is there, nor beside others."""
+    ladder = Ladder(4, 4096, 128, whole=True)
+    for length, rung in ((1025, 1280), (4096, 4096)):
+        for chunk in (part(length, 0), part(length, 0, samples=False)):
+            assert ladder.fitting([chunk]) == StepShape(tokens=rung, decodes=0, tiles=0, rows=1)
+    behind = Part(0, range(400), 16, [7] * 1200, True)
+    for parts in ([part(1024, 0)], [behind], [part(1200, 0), part(1, 1)], [part(1200, 0), part(900, 1)]):
+        assert ladder.fitting(parts) not in ladder.whole
+    assert ladder.fitting([behind]) == Ladder(4, 4096, 128).fitting([part(1200, 0)])
+    whole = packed([part(1100, 0)], ladder.fitting([part(1100, 0)]))
+    assert whole["rows"] == [1099]
+    assert whole["slots"] == [*range(1100), *[-1] * 180]
+    assert whole.tiles == whole["decode_keys"] == []
 
 
 def test_sections_begin_where_vectors_are_loaded() -> None:

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from services.gpu_agent.engine.cuda import attention
+from services.gpu_agent.engine.cuda import model as model_module
+from services.gpu_agent.engine.cuda import pack as pack_module
 from services.gpu_agent.engine.cuda.attention import TILE
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 from services.gpu_agent.engine.cuda.model import CudaModel
@@ -528,6 +530,10 @@ KINDS = [
 ]
 
 
+# Those whose layers all attend to everything before a token, and to nothing else.
+WHOLE = ["llama", "qwen2", "qwen3", "phi3", "olmo2", "qwen3_moe", "mixtral"]
+
+
 @interpreted
 @pytest.mark.parametrize(("family", "wide"), [*((family, False) for family in CONFIGS), ("qwen2", True)])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of padding that is not used
@@ -536,6 +542,12 @@ def test_logits_are_those_of_transformers(
 ) -> None:
     """A prompt in chunks, mixed with decoding, and decoding alone, of the rewritten model over paged KV."""
     monkeypatch.setattr(attention, "_RESIDENT", 1)  # the interpreter's programs run one after another
+    monkeypatch.setattr(model_module, "_CUBLASLT_TOKENS", ())  # torch's CPU build has none
+    # A prompt of 40 tokens is long, and float32 as good as half precision for torch's attention on a CPU.
+    monkeypatch.setattr(pack_module, "_MOST_ALONE", 32)
+    monkeypatch.setattr(
+        model_module, "takes_whole", lambda layers, _, tokens: attention.takes_whole(layers, torch.bfloat16, tokens)
+    )
     make: Callable[..., PreTrainedModel] = FAMILIES[family]
     if wide:  # biases of 64 numbers, which lie one behind the other
         from tests.gpu_agent.checkpoints import save
@@ -547,12 +559,13 @@ def test_logits_are_those_of_transformers(
     assert load(files.image, weights, cancel=threading.Event(), progress=lambda _: None).complete
     bound = build_model(files.checkpoint.model_config, files.layout, weights)
     buffers = Buffers()
-    model = CudaModel(bound, files.layout, weights, memory, cast(Workspace, buffers), max_batch=4, max_tokens=32)
+    model = CudaModel(bound, files.layout, weights, memory, cast(Workspace, buffers), max_batch=4, max_tokens=64)
+    assert bool(model.ladder.whole) == (family in WHOLE)
     expected = (2, *REPLACED[family][1:]) if wide else REPLACED[family]
     assert tuple(model.rewritten.get(kind, 0) for kind in KINDS) == expected
     assert model.rewritten["cosines and sines"] == 1
     slots = bound.kv_spec.slots_per_page(memory.page_bytes)
-    memory.kv_view(torch.float32)[memory.take_kv("x", 1)[0]] = torch.nan
+    memory.kv_view(torch.float32).view(60, -1)[memory.take_kv("x", 1)[0]] = torch.nan
     model.last_tokens[:] = torch.arange(4)
     model.compile_choice()  # in the middle of serving, where a graph could not be captured before
     assert model.last_tokens.tolist() == [0, 1, 2, 3]
@@ -588,7 +601,12 @@ def test_logits_are_those_of_transformers(
     found += compute(Part(0, one, 13, [], True), Part(2, two, 10, second[10:], True), Part(1, three, 0, third, True))
     model.last_tokens[2] = 11
     found += compute(Part(2, two, 24, [], True), Part(0, one, 14, [5], True))
+    whole, four = prompt(40), blocks[3:6]
+    found += compute(Part(3, four, 0, whole, True))
+    model.last_tokens[3] = 7
+    found += compute(Part(3, four, 40, [], True))
     wanted = [of(first), of([*first, 9]), of(second), of(third), of([*second, 11]), of([*first, 9, 5])]
+    wanted += [of(whole), of([*whole, 7])]
     for logits, reference_logits in zip(found, wanted, strict=True):
         torch.testing.assert_close(logits, reference_logits, rtol=1e-4, atol=1e-4)
     memory.close()

@@ -38,7 +38,7 @@ class Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def test_a_floor_holds_what_every_step_must_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products; bytes between them, of keys and values, and of logits."""
+    """Products; bytes between them, of keys and values, of logits, and of tokens that come and go."""
     torch.set_num_threads(1)
     seen: list[Written] = []
 
@@ -66,7 +66,8 @@ def test_a_floor_holds_what_every_step_must_do(monkeypatch: pytest.MonkeyPatch) 
         assert alone.products == whole.products == LAYERS * tokens * matrices + logits * HIDDEN * VOCAB
         assert alone.copied == alone.attentions == 0
         kv = 2 * KV_HEADS * HEAD_DIM * context
-        assert whole.copied == 2 * (LAYERS * tokens * (between + kv) + logits * VOCAB)
+        ids = 2 * 8 * (tokens + logits)
+        assert whole.copied == 2 * (LAYERS * tokens * (between + kv) + logits * (4 * HIDDEN + VOCAB)) + ids
         assert bool(whole.attentions) == (context == 0)
     placed.weights.remove()
     memory.close()

@@ -8,10 +8,14 @@ first call for a model compiles; do that before capturing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
+from services.gpu_agent.engine.attention import LayerAttention
 from services.gpu_agent.engine.cuda.attention_kernels import decode_kernel, prefill_kernel
 from services.gpu_agent.engine.kv_spec import KvSpec
 
@@ -243,6 +247,24 @@ def attend(
             num_warps=tuning.warps,
             num_stages=tuning.stages,
         )
+
+
+def takes_whole(layers: Many[LayerAttention], dtype: torch.dtype, tokens: int) -> bool:
+    """Whether attend_whole computes what these layers do for prompts of up to so many tokens."""
+    return dtype.itemsize == 2 and all(
+        layer.softcap is None and not layer.sinks and (layer.window is None or layer.window >= tokens)
+        for layer in layers
+    )
+
+
+def attend_whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Causal attention of a prompt to itself, by torch's fused kernels: (1, heads, tokens, head_dim), like `query`.
+
+    key, value: (1, kv_heads, tokens, head_dim). For prompts of thousands of tokens they are a third faster than ours;
+    what pads the prompt lies behind it, where nothing of it looks.
+    """
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
 
 
 def _power_of_2(number: int) -> int:

@@ -100,8 +100,10 @@ def rotate_and_store(
     key: torch.Tensor,
     value: torch.Tensor,
     rope: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    keys_too: bool = False,
 ) -> None:
-    """Rotates queries in place, and stores rotated keys, and values, in their KV blocks.
+    """Rotates queries in place, with keys_too keys as well, and stores rotated keys, and values, in their KV blocks.
 
     query (tokens, heads, size), key and value (tokens, kv_heads, size), each head contiguous, the other strides free
     (some models' lie head by head); rope is (cos, sin), each (tokens, at least size / 2) with the same strides, the
@@ -137,6 +139,7 @@ def rotate_and_store(
         SIZE=size,
         HALF=block,
         ROPE=rope is not None,
+        KEYS_TOO=keys_too,
         GROUP=_HEADS,
         BLOCK_TOKENS=kv.spec.block_tokens,
         BLOCK_ELEMENTS=kv.block_elements,

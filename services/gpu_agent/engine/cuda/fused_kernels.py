@@ -96,6 +96,7 @@ def rotate_and_store_kernel(
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
     ROPE: tl.constexpr,
+    KEYS_TOO: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_ELEMENTS: tl.constexpr,
@@ -141,6 +142,9 @@ def rotate_and_store_kernel(
             turned = low * c - high * s
             high = high * c + low * s
             low = turned
+            if KEYS_TOO:
+                tl.store(source, low.to(key.dtype.element_ty), mask=mask)
+                tl.store(source + SIZE // 2, high.to(key.dtype.element_ty), mask=mask)
         tl.store(pages + target + at, low.to(pages.dtype.element_ty), mask=mask)
         tl.store(pages + target + at + SIZE // 2, high.to(pages.dtype.element_ty), mask=mask)
 

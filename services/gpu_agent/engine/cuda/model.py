@@ -15,7 +15,7 @@ from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.arrival import with_norms_behind
 from services.gpu_agent.engine.attention import attending
 from services.gpu_agent.engine.cuda import fused
-from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, attend
+from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, attend, attend_whole, takes_whole
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 from services.gpu_agent.engine.cuda.draw import draw
 from services.gpu_agent.engine.cuda.pack import Ladder, StepShape, pack
@@ -54,7 +54,8 @@ class CudaModel:
         self.workspace = workspace
         self.turns = arena.turns
         """Taken to launch a captured step. Others take too long: one behind a copy would keep it from being made."""
-        self.ladder = Ladder(max_batch, max_tokens, TILE)
+        spec = model.kv_spec
+        self.ladder = Ladder(max_batch, max_tokens, TILE, takes_whole(model.attention, spec.dtype, max_tokens))
         self.captures = 0
         """Graphs captured, ever: as many as the ladder has shapes, however often the model is evicted."""
         self.last_tokens = torch.zeros(max_batch, dtype=torch.int32, device=workspace.device)
@@ -64,7 +65,6 @@ class CudaModel:
         """What may be computed when (see arrival.Behind), as the rewritten layers compute."""
         self._rewritten = rewritten
         self._head = LogitsInPlace(model.module.get_output_embeddings())
-        spec = model.kv_spec
         pages = arena.kv_view(spec.dtype)
         self._kv = PagedKv(pages, spec, arena.page_bytes // spec.dtype.itemsize, spec.slots_per_page(arena.page_bytes))
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
@@ -91,8 +91,8 @@ class CudaModel:
             tiles=facts[at["tiles"]].view(-1, 4),
         )
         ids = fused.resolve_ids(facts[at["ids"]], self.last_tokens)
-        # Without prefills each token is a sequence's last, and all logits are wanted.
-        rows: Any = facts[at["rows"]] if shape.tiles else 0
+        # Without prompts each token is a sequence's last, and all logits are wanted.
+        rows: Any = 0 if shape.decodes and not shape.tiles else facts[at["rows"]]
         into = self._head.into = self.logits(shape)
         try:
             with attending(_Attention(self._kv, step, self.workspace.partials, self._rewritten.rope)):
@@ -182,6 +182,8 @@ class _Attention:
     ) -> torch.Tensor:
         kv, step = self._kv, self._step
         layer: int = module.layer_idx  # type: ignore[assignment]  # modules' attributes are untyped
+        whole = not len(step.decode_rows) and not len(step.tiles)
+        scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
         rope = self._rope.take(query, key)
         by_token = query[0].transpose(0, 1)
         fused.rotate_and_store(
@@ -192,7 +194,10 @@ class _Attention:
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
             (rope[0][0], rope[1][0]) if rope is not None else None,
+            keys_too=whole,
         )
+        if whole:
+            return attend_whole(query, key, value, scaling).transpose(1, 2)
         out = torch.empty(by_token.shape, dtype=query.dtype, device=query.device)
         attend(
             kv,
@@ -201,7 +206,7 @@ class _Attention:
             by_token,
             out,
             self._partials,
-            scaling=scaling if scaling is not None else query.shape[-1] ** -0.5,
+            scaling=scaling,
             window=sliding_window,
             softcap=extra.get("softcap"),
             sinks=extra.get("s_aux"),

@@ -17,12 +17,14 @@ MAX_PREFILLS = 16  # sequences with more than one token in a step
 _MOST_PROMPTS_ALONE = 4  # of them in one without decodes: each may leave a tile that the attention visits for nothing
 _DECODE_LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
 _MIXED_LADDER = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096)
-_MOST_ALONE = 1024  # tokens of prompts alone; beyond, what decodes that are not there cost is nothing
+_MOST_ALONE = 1024  # tokens of prompts alone; beyond, what others that are not there cost is nothing
 
 
 @dataclass(frozen=True)
 class StepShape:
     """Capacities of a graph: tokens, one-token parts, query tiles of longer parts, and rows of logits.
+
+    With neither of the two kinds of parts it is for one prompt, from its first token on.
 
     The buffer of a step is its sections one after another, as int32, and behind them the block numbers of all parts.
     """
@@ -57,16 +59,25 @@ class StepShape:
 
 
 class Ladder:
-    """The shapes that a model is captured for: decoding only, by sequences; prompts alone and both, by tokens."""
+    """The shapes that a model is captured for: decoding only, by sequences; prompts alone and both, by tokens; and for
+    one long prompt from its first token on."""
 
-    def __init__(self, max_batch: int, max_tokens: int, tile: int) -> None:
-        """`tile` is the number of queries in a tile of the attention; max_tokens bounds the tokens of one step."""
+    def __init__(self, max_batch: int, max_tokens: int, tile: int, whole: bool = False) -> None:
+        """`tile` is the number of queries in a tile of the attention; max_tokens bounds the tokens of one step.
+
+        whole: whether a long prompt by itself has shapes of its own.
+        """
         self.decode = [StepShape(tokens=n, decodes=n, tiles=0, rows=n) for n in _rungs(_DECODE_LADDER, max_batch)]
         few = _MOST_PROMPTS_ALONE
         self.alone = [
             StepShape(tokens=n, decodes=0, tiles=-(-n // tile) + few - 1, rows=min(max_batch, few))
             for n in _rungs(_MIXED_LADDER, max_tokens)
             if n <= _MOST_ALONE
+        ]
+        self.whole = [
+            StepShape(tokens=n, decodes=0, tiles=0, rows=1)
+            for n in _rungs(_MIXED_LADDER, max_tokens)
+            if whole and n > _MOST_ALONE
         ]
         self.mixed = [
             StepShape(tokens=n, decodes=max_batch, tiles=-(-n // tile) + MAX_PREFILLS, rows=max_batch)
@@ -76,7 +87,7 @@ class Ladder:
     @property
     def shapes(self) -> list[StepShape]:
         """All of them, those first that a first request needs."""
-        return [*self.decode[:1], *self.alone, *self.decode[1:], *self.mixed]
+        return [*self.decode[:1], *self.alone, *self.decode[1:], *self.mixed, *self.whole]
 
     def fitting(self, parts: Many[Part]) -> StepShape:
         """The smallest shape that holds a step."""
@@ -85,6 +96,8 @@ class Ladder:
         # budget left for a prompt may be one by itself and not the prompt's last.
         if tokens == len(parts) and all(part.samples for part in parts):
             rungs = self.decode
+        elif self.whole and tokens > _MOST_ALONE and len(parts) == 1 and parts[0].start == 0:
+            rungs = self.whole
         elif self._fits_alone(tokens, parts):
             rungs = self.alone
         else:
@@ -136,7 +149,7 @@ def pack(
             where = np.arange(start, start + length, dtype=np.int32)
             positions[row : row + length] = where
             slots[row : row + length] = blocks[where // block_tokens] * block_tokens + where % block_tokens
-            first = np.arange(0, length, tile, dtype=np.int32)
+            first = np.arange(0, length if shape.tiles else 0, tile, dtype=np.int32)
             of_part = tiles[num_tiles : num_tiles + len(first)]
             of_part[:, 0], of_part[:, 1] = row + first, np.minimum(tile, length - first)
             of_part[:, 2], of_part[:, 3] = start + first, listed
