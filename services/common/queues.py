@@ -21,8 +21,8 @@ from warmserve.v1 import agent_pb2, common_pb2
 
 _log = logger(__name__)
 GROUP = "instances"
-# Of each stream its entries and those taken. One answer of numbers: reading one per command would hold up the caller's
-# event loop for milliseconds.
+# Of each stream its entries and those taken, as one text: reading numbers one by one would hold up the caller's event
+# loop for milliseconds.
 _COUNT = """
 local counts = {}
 for _, stream in ipairs(KEYS) do
@@ -33,8 +33,9 @@ for _, stream in ipairs(KEYS) do
   end
   counts[#counts + 1] = pending.err and 0 or pending[1]
 end
-return counts
+return table.concat(counts, ' ')
 """
+_COUNTED = 32  # models per call: for the same reason
 _PRIORITIES = {common_pb2.PRIORITY_HIGH: "high", common_pb2.PRIORITY_NORMAL: "normal", common_pb2.PRIORITY_LOW: "low"}
 
 
@@ -184,17 +185,16 @@ class RequestQueue:
         return (await self.counts([model]))[model].waiting
 
     async def counts(self, models: Iterable[str]) -> dict[str, QueueCounts]:
-        """How many entries each model's streams have, in one round trip."""
-        names = list(models)
-        if not names:
-            return {}
-        streams = [stream for name in names for stream in self._streams(name)]
-        answer: list[int] = await self._count(keys=streams, args=[GROUP])
-        counts = {}
-        for position, name in enumerate(names):
-            own = answer[2 * len(_PRIORITIES) * position :][: 2 * len(_PRIORITIES)]
-            length, taken = sum(own[0::2]), sum(own[1::2])
-            counts[name] = QueueCounts(max(length - taken, 0), taken)
+        """How many entries each model's streams have, in one round trip per few models."""
+        names, counts = list(models), dict[str, QueueCounts]()
+        for first in range(0, len(names), _COUNTED):
+            some = names[first : first + _COUNTED]
+            answer: bytes = await self._count(keys=[key for name in some for key in self._streams(name)], args=[GROUP])
+            numbers, size = list(map(int, answer.split())), 2 * len(_PRIORITIES)
+            for position, name in enumerate(some):
+                own = numbers[size * position :][:size]
+                length, taken = sum(own[0::2]), sum(own[1::2])
+                counts[name] = QueueCounts(max(length - taken, 0), taken)
         return counts
 
     async def drop(self, model: str) -> None:

@@ -21,7 +21,7 @@ from services.common.load import (
     start_of,
     window_index,
 )
-from services.common.queues import RequestQueue
+from services.common.queues import QueueCounts, RequestQueue
 from services.common.session import Election, Session
 from warmserve.cluster.events import EventStream
 from warmserve.cluster.keys import Keys, check_model_name
@@ -204,6 +204,22 @@ async def test_urgent_requests_are_taken_first_and_done_ones_are_forgotten(redis
         await queue.done(item.ticket)
     assert not await queue.exists(taken[0].ticket)
     assert await queue.held("m", ["i0"]) == []
+
+
+async def test_all_queues_are_counted_however_many_there_are(redis: Redis, keys: Keys) -> None:
+    queue = RequestQueue(redis, keys)
+    names = [f"m{number}" for number in range(70)]
+    for position, name in enumerate(names[::10]):
+        for _ in range(position + 1):
+            await queue.put(agent_pb2.QueuedRequest(request_id="r", model=name, priority=common_pb2.PRIORITY_LOW))
+        await queue.take(name, "i", 1, block_ms=0)
+    counts = await queue.counts(names)
+    assert [(name, count.waiting, count.taken) for name, count in counts.items() if count.taken] == [
+        (name, position, 1) for position, name in enumerate(names[::10])
+    ]
+    assert list(counts) == names
+    assert all(count == QueueCounts() for name, count in counts.items() if name not in names[::10])
+    assert await queue.counts([]) == {}
 
 
 async def test_what_a_cut_off_reader_took_is_put_back(redis: Redis, keys: Keys) -> None:
