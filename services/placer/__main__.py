@@ -14,9 +14,7 @@ from services.placer.settings import PlacerSettings
 from warmserve.v1 import placement_pb2, placement_pb2_grpc
 
 _log = logger(__name__)
-_GARBAGE = (
-    10_000  # new objects between collections: a wake makes a thousand, and Python's own 700 take it a fifth longer
-)
+_GARBAGE = 2_000  # new objects between collections: a wake waits for each, and 10,000 take 2 ms
 _SWITCH_S = 0.0005  # metrics are read in a thread; Python's own 5 ms would be all the time that a wake has
 
 

@@ -81,6 +81,7 @@ class Controller:
         self._mending = Mending()
         self._orders = Orders(self._memory, AgentCalls(settings.order_timeout_s), self._changed)
         self._counts: dict[str, QueueCounts] = {}
+        self._shown_waiting: dict[str, int] = {}  # by metrics
         self._told: dict[str, int] = {}  # waiting requests that routers told of, until Redis is asked next
         self._asked: dict[str, int] = {}  # waiting requests that routers ask for, by model, until that is decided
         self._decision: asyncio.Task[tuple[Snapshot, Plan]]  # about them
@@ -116,6 +117,7 @@ class Controller:
         for timer in (self._timer, self._publish_again):
             if timer is not None:
                 timer.cancel()
+        _WAITING.clear()  # whoever leads next tells
         await self._orders.close()
 
     async def wake(self, model: str, waiting: int) -> tuple[Snapshot, Plan]:
@@ -213,9 +215,12 @@ class Controller:
         else:  # what was told before is counted now
             self._counts = {name: count for name, count in counts.items() if count.waiting or count.taken}
             self._told = {name: count for name, count in self._told.items() if told.get(name) != count}
-        _WAITING.clear()  # undeployed models'
-        for name in names:
-            _WAITING.labels(name).set(self._counts.get(name, QueueCounts()).waiting)
+        waiting = {name: self._counts.get(name, QueueCounts()).waiting for name in names}
+        for name in self._shown_waiting.keys() - waiting.keys():  # undeployed
+            _WAITING.remove(name)
+        for name, count in waiting.items() - self._shown_waiting.items():
+            _WAITING.labels(name).set(count)
+        self._shown_waiting = waiting
 
     def _look(self) -> tuple[convert.Records, Snapshot]:
         """The cluster as it is now, with the orders on their way."""
