@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from benchmarks.models import ArenaModel
 from benchmarks.report import Row
+from services.gpu_agent.engine.cuda.attention import attend_whole
 from services.gpu_agent.weights.layout import fused
 
 DEVICE = torch.device("cuda", 0)
@@ -121,7 +122,7 @@ def floor_rows(placed: ArenaModel, name: str, decodes: Many[tuple[int, int]], pr
             if context:
                 pass_over(tokens * context * kv, layer)
             else:
-                functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+                attend_whole(query, key, value, config.head_dim**-0.5)
         pass_over(rows * norm)
         functional.linear(inputs[head.shape[1]][:rows], head)
         pass_over(rows * len(head))
