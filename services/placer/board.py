@@ -111,7 +111,7 @@ class Board:
         return [there[key] for key in sorted(there)]
 
     def calm(self, group: GroupIds) -> bool:
-        """Whether on no agent of the group anything serves, drains, runs or holds KV."""
+        """Whether on no agent of the group anything serves, drains or runs."""
         return all(self.shelves.on(agent_id).calm for agent_id in group)
 
     @functools.cached_property

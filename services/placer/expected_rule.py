@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from services.placer import lending
 from services.placer.board import Board
@@ -11,7 +11,7 @@ from services.placer.demand import Demand
 from services.placer.loading import load_s
 from services.placer.prewarm import prewarm
 from services.placer.rival import better
-from services.placer.rule import Prewarming
+from services.placer.rule import Prewarming, Price, prices
 from services.placer.scores import Kind, Worth
 from services.placer.sharing import FULL_SLOWDOWN, Part, beside, spared
 from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica
@@ -62,6 +62,15 @@ class ExpectedRule:
                 self._assess(model)
             known = self._worths.setdefault(replica.key, _NOTHING)
         return known
+
+    def prices(self, agent_id: str) -> Sequence[Price]:
+        """See `Rule`."""
+        shelf = self._board.shelves.on(agent_id)
+        found = self._kept.priced(agent_id, shelf)
+        if found is None:
+            found = prices(shelf.replicas, self.worth)
+            self._kept.keep_prices(agent_id, shelf, found)
+        return found
 
     def _assess(self, model: Model) -> None:
         stakes, snapshot = self.stakes(model), self._board.snapshot

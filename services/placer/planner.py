@@ -10,12 +10,13 @@ from services.placer.board import Board, Room
 from services.placer.decisions import Action, Do, Outcome, Plan, Reason, Wake
 from services.placer.demand import Demand
 from services.placer.expected_rule import ExpectedRule
+from services.placer.offers import Wish
 from services.placer.outlooks import outlook
 from services.placer.published_rule import PublishedRule
 from services.placer.rule import Prewarming, Rule
 from services.placer.snapshot import Model, Replica, Snapshot, State
 from services.placer.value import serves
-from services.placer.wake import Wish, choose
+from services.placer.wake import choose
 from services.placer.words import count, load, names
 from warmserve.v1 import common_pb2
 

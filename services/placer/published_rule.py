@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.placer import lending
@@ -11,7 +11,7 @@ from services.placer.board import Board, Room, Source, Step
 from services.placer.decisions import Action, Do, Reason
 from services.placer.demand import Demand, demand
 from services.placer.groups import groups
-from services.placer.rule import Prewarming
+from services.placer.rule import Prewarming, Price, prices
 from services.placer.scores import Kind, Worth, ranked, worth, worths
 from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, State
 from services.placer.words import count, load, names
@@ -56,6 +56,10 @@ class PublishedRule:
     def worth(self, replica: Replica) -> Worth:
         """See `Rule`."""
         return self._worths.get(replica.key, Worth(Kind.SPARE, 0.0))
+
+    def prices(self, agent_id: str) -> Sequence[Price]:
+        """See `Rule`."""
+        return prices(self._board.on((agent_id,)), self.worth)
 
     def urgency(self, model: Model, serving: int) -> float:
         """See `Rule`."""

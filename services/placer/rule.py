@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from services.placer.decisions import Action, Competitor
 from services.placer.demand import Demand
 from services.placer.scores import Worth
-from services.placer.snapshot import Agent, GroupIds, Model, Replica
+from services.placer.snapshot import Agent, GroupIds, Model, Replica, State
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,24 @@ class Prewarming:
     competitors: Mapping[str, tuple[Competitor, ...]] = field(default_factory=dict)  # per model
 
 
+class Price(NamedTuple):
+    """What a replica's giving way costs at least, but for how long it has been unused."""
+
+    score: float  # what it is worth
+    used_s: float  # Unix time when it was last used; infinite: now
+    pages: int  # that it gives, beside those with its KV
+
+
+def prices(there: Iterable[Replica], worth: Callable[[Replica], Worth]) -> Sequence[Price]:
+    """The prices of replicas, by what they are worth. Nobody waits for who is about to serve."""
+    found = []
+    for replica in there:
+        if replica.state is not State.WAKING:
+            used_s = math.inf if replica.running else -math.inf if replica.state is State.DRAINING else replica.used_s
+            found.append(Price(worth(replica).score, used_s, replica.pages))
+    return found
+
+
 class Rule(Protocol):
     """A rule, for one board. Scores are expected seconds of waiting saved."""
 
@@ -29,6 +48,9 @@ class Rule(Protocol):
 
     def worth(self, replica: Replica) -> Worth:
         """What a replica is worth, of whatever is on the board when the rule is asked first."""
+
+    def prices(self, agent_id: str) -> Sequence[Price]:
+        """Those of all that lies on an agent."""
 
     def urgency(self, model: Model, serving: int) -> float:
         """What one more instance of a model that has some is worth now: what is worth less is evicted for it."""

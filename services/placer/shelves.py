@@ -10,6 +10,7 @@ from typing import NamedTuple
 from services.placer.snapshot import Key, Replica, State
 
 _CALM = State.WARM, State.WARMING
+_SERVING = State.ACTIVE, State.WAKING
 _MOST_CHANGED = 4  # one in so many replicas: with more changed, all is made anew
 _in_order = operator.attrgetter("key")
 
@@ -19,7 +20,9 @@ class Shelf(NamedTuple):
 
     replicas: tuple[Replica, ...] = ()  # in order of model and group
     pages: int = 0  # that they hold, or have been promised
-    calm: bool = True  # whether none of them serves, drains, runs anything or holds KV
+    kv_pages: int = 0  # with KV of theirs
+    serving: int = 0  # how many of them serve, or are about to
+    calm: bool = True  # whether none of them serves, drains or runs anything
 
 
 _EMPTY = Shelf()
@@ -72,8 +75,13 @@ def _replaced(replicas: Iterable[Replica], key: Key, there: Iterable[Replica]) -
 
 
 def _shelf(replicas: tuple[Replica, ...]) -> Shelf:
-    calm = all(replica.state in _CALM and not replica.running and not replica.kv_pages for replica in replicas)
-    return Shelf(replicas, sum(replica.pages for replica in replicas), calm)
+    return Shelf(
+        replicas,
+        sum(replica.pages for replica in replicas),
+        sum(replica.kv_pages for replica in replicas),
+        sum(replica.state in _SERVING for replica in replicas),
+        all(replica.state in _CALM and not replica.running for replica in replicas),
+    )
 
 
 class _Last(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -14,11 +15,14 @@ from services.placer import shelves, value, worths
 from services.placer.board import Board, Room, Source
 from services.placer.decisions import Plan
 from services.placer.expected_rule import ExpectedRule
+from services.placer.offers import Search, Wish
 from services.placer.planner import plan, wake
+from services.placer.rule import Price
 from services.placer.scores import Worth
 from services.placer.snapshot import Agent, GroupIds, Key, Model, Replica, Rules, Snapshot, State
 from tests.placer.cluster import agent, model, replica, snapshot
 from tests.placer.test_planner_properties import many, snapshots
+from warmserve.v1 import common_pb2
 
 
 @many
@@ -37,18 +41,59 @@ def test_making_room_never_costs_less_than_was_told_before(before: Snapshot) -> 
         plan(before)
 
 
+def check_prices(before: Snapshot, limit: float | None) -> int:
+    """Asserts that no group is better than it was priced; how many there are."""
+    board, found = Board(before), 0
+    for named in before.models.values():
+        search = Search(board, ExpectedRule(board), named, Wish(common_pb2.CAUSE_WAITING_REQUESTS, "", limit))
+        for group in board.groups(named.tp):
+            seen = None if board.get(named.name, group) else search._look_at(group, 1.5)
+            room = search._make_room(seen) if seen is not None else None
+            if seen is not None and room is not None:
+                assert search._priced(group, 1.5).rank <= room.rank
+                assert seen.rank <= room.rank
+                found += 1
+    return found
+
+
+@many
+@given(snapshots(), st.sampled_from([None, 0.5]))
+def test_a_group_is_never_better_than_it_was_priced(before: Snapshot, limit: float | None) -> None:
+    """Likewise."""
+    check_prices(before, limit)
+
+
+def test_an_agent_is_never_better_than_it_was_priced_whatever_gives_way() -> None:
+    kinds = list(itertools.product((State.WARM, State.ACTIVE, State.DRAINING), (8, 16), (0, 16)))
+    found = 0
+    for (one, pages, kv), (other, more, more_kv) in itertools.product(kinds, kinds):
+        there = [
+            replica("a", "g0", one, pages, kv_pages=kv, idle_s=0.5),
+            replica("b", "g0", other, more, kv_pages=more_kv),
+        ]
+        known = [model("a", pages, mean=1), model("b", more, mean=1)]
+        for wanted in range(4, 60, 3):
+            with_one = [*known, model("w", wanted, waiting=1)]
+            found += check_prices(snapshot([agent("g0", pages_kv=kv + more_kv)], with_one, there), None)
+    assert found > 1000
+
+
 @many
 @given(snapshots())
 def test_the_plan_is_the_one_for_which_every_group_is_looked_at(before: Snapshot) -> None:
     quick = plan(before)
-    with mock.patch.object(Board, "least_cost", return_value=0.0):
+    with (
+        mock.patch.object(Board, "least_cost", return_value=0.0),
+        mock.patch.object(Search, "_least", return_value=0.0),
+    ):
         assert plan(before) == quick
 
 
-def outcome(now: Snapshot) -> tuple[dict[Key, Worth], Plan]:
-    """What each replica is worth, and what is woken."""
+def outcome(now: Snapshot) -> tuple[dict[Key, Worth], dict[str, list[Price]], Plan]:
+    """What each replica is worth, what costs what on each agent, and what is woken."""
     rule = ExpectedRule(Board(now))
-    return {replica.key: rule.worth(replica) for replica in now.replicas}, wake(now, *now.models)
+    prices = {agent_id: list(rule.prices(agent_id)) for agent_id in now.agents}
+    return {replica.key: rule.worth(replica) for replica in now.replicas}, prices, wake(now, *now.models)
 
 
 names = st.sampled_from(["a", "b", "c"])
