@@ -375,6 +375,49 @@ def test_half_precision_agrees_with_itself_in_and_out_of_a_batch(world: World, f
     assert all(alone[token] == pytest.approx(beside[token], abs=0.15) for token in common)
 
 
+def test_rows_that_the_graph_chooses_for_and_others_in_turn(world: World) -> None:
+    """One with a bias comes and goes beside plain ones, which get before, with and behind it what they get alone."""
+    model = world.model("llama")
+
+    def ask(*requests: tuple[str, dict[str, Any], int]) -> dict[str, list[int]]:
+        instance, outputs = model.instance(), []
+        for name, options, seed in requests:
+            if options.get("logit_bias"):  # while the others are under way
+                for _ in range(4):
+                    outputs += instance.step()
+            params = SamplingParams(6 if options.get("logit_bias") else 24, seed=seed, **options)
+            instance.add(Sequence(name, 0, prompt(20, seed), params))
+        while instance.has_work:  # two steps under way wherever that may be
+            while instance.in_flight < instance.depth and instance.launch():
+                pass
+            if instance.in_flight:
+                instance.collect()
+            outputs += instance.news()
+        instance.close("")
+        return {name: tokens_of(outputs, name) for name, _, _ in requests}
+
+    requests = (
+        ("greedy", {"temperature": 0.0}, 1),
+        ("drawn", {"temperature": 0.9, "top_k": 40}, 2),
+        ("biased", {"temperature": 0.0, "logit_bias": {7: 50.0}}, 3),
+    )
+    together = ask(*requests)
+    assert together["biased"] == [7] * 6
+    assert together == {name: tokens for request in requests for name, tokens in ask(request).items()}
+
+
+def watch_shapes(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The shapes that are launched as graphs from now on."""
+    captured, seen = model.program.cuda.captured, []
+
+    def watching(shape: Any) -> Any:
+        seen.append(shape)
+        return captured(shape)
+
+    monkeypatch.setattr(model.program.cuda, "captured", watching)
+    return seen
+
+
 def test_a_long_prompt_by_itself_is_answered_as_in_chunks(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's attention over all of it, and ours over pages, within what bfloat16 can tell; what follows is alike."""
     from services.gpu_agent.engine.cuda import pack
@@ -393,7 +436,12 @@ def test_a_long_prompt_by_itself_is_answered_as_in_chunks(world: World, monkeypa
 
     with torch.inference_mode():
         reference = model.reference(torch.tensor([ids], device="cuda")).logits[0, -1].float().log_softmax(-1)
-    whole, chunks = top(), top(token_budget=32, prefill_budget=48)
+    seen = watch_shapes(model, monkeypatch)
+    whole = top()
+    assert any(shape in model.program.cuda.ladder.whole for shape in seen)
+    seen.clear()
+    chunks = top(token_budget=32, prefill_budget=48)
+    assert not any(shape in model.program.cuda.ladder.whole for shape in seen)
     assert all(value == pytest.approx(float(reference[token]), abs=0.15) for token, value in whole[0].items())
     for one, other in zip(whole, chunks, strict=True):
         common = one.keys() & other.keys()

@@ -546,7 +546,7 @@ def test_logits_are_those_of_transformers(
     # A prompt of 40 tokens is long, and float32 as good as half precision for torch's attention on a CPU.
     monkeypatch.setattr(pack_module, "_MOST_ALONE", 32)
     monkeypatch.setattr(
-        model_module, "takes_whole", lambda layers, _, tokens: attention.takes_whole(layers, torch.bfloat16, tokens)
+        model_module, "takes_whole", lambda layers, _, *rest: attention.takes_whole(layers, torch.bfloat16, *rest)
     )
     make: Callable[..., PreTrainedModel] = FAMILIES[family]
     if wide:  # biases of 64 numbers, which lie one behind the other
@@ -573,7 +573,7 @@ def test_logits_are_those_of_transformers(
     first, second, third = prompt(13), prompt(24), prompt(3)
 
     def compute(*parts: Part) -> list[torch.Tensor]:
-        shape = model.ladder.fitting(parts)
+        shape = model.ladder.whole_for(parts) or model.ladder.fitting(parts)
         sampling = [part for part in parts if part.samples]
         pack(
             parts,

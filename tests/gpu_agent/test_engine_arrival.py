@@ -109,6 +109,31 @@ def test_a_step_whose_weights_come_while_much_is_left_is_computed_at_once(
     instance.close("done")
 
 
+def test_a_pass_of_the_engines_thread_is_nobodys_to_stop(memory: Arena, tmp_path: Path) -> None:
+    """As when the rest of the graphs is captured while a prompt waits between two layers, and all weights have come."""
+    served, reference = serve(memory, checkpoints.llama, tmp_path, "llama")
+    instance = served.instance()
+    asked = prompt(20)
+    instance.add(greedy("r", asked, 4))
+    instance.launch()
+    behind = instance._flights[-1].pending
+    assert isinstance(behind, Behind)
+    behind._at_once = behind._compute
+    while served.weights.resident_pages < served.model.gates[1].pages:
+        next_page(served)
+        assert not instance.advance()
+    while not served.weights.complete:
+        next_page(served)
+    other = served.instance()
+    other.add(greedy("o", asked, 4))
+    assert tokens_of(run(other), "o") == generate(reference, asked, 4)
+    other.close("done")
+    assert instance.advance()
+    instance.collect()
+    assert tokens_of(instance.news() + run(instance), "r") == generate(reference, asked, 4)
+    instance.close("done")
+
+
 def test_a_step_that_is_not_wanted_any_more_ends_where_it_is(memory: Arena, tmp_path: Path) -> None:
     served, _ = serve(memory, checkpoints.llama, tmp_path, "llama")
     threads = threading.active_count()

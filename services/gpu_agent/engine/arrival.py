@@ -219,6 +219,8 @@ class Behind:
         """Waits until so many pages are there; `left` is the share of the gates that this one and those behind are."""
 
         def wait(_: nn.Module, __: Any) -> None:
+            if threading.current_thread() is not self._thread:
+                return  # a pass of somebody else, such as one that is captured between two layers of this
             while self._weights.resident_pages < pages:
                 self._needed = pages
                 self._stopped.release()

@@ -14,8 +14,6 @@ import torch
 from services.gpu_agent.engine.logits import edit_logits
 from services.gpu_agent.engine.sampling_batch import SamplingBatch
 
-_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class NonFiniteLogits(RuntimeError):
     """The model computed NaN or infinite logits, so its weights or its KV cache are damaged."""
@@ -94,7 +92,7 @@ class Sampled:
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
-    """Chooses a token for each row of `logits` (rows, vocabulary), contiguous, which it may overwrite if float32.
+    """Chooses a token for each row of `logits` (rows, vocabulary), contiguous float32, which it may overwrite.
 
     Queues work on the current stream and waits for nothing; `batch` comes from `prepare` for the same rows,
     vocabulary and device.
@@ -102,12 +100,11 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> Sampled:
     A token is drawn by inverting the cumulative distribution in order of token id (not of probability), so that
     rounding differences between batches move its bounds by as much as themselves, and never swap two tokens.
     """
-    if logits.dtype not in _LOGITS or not logits.is_contiguous() or len(logits) != len(batch.settings):
+    if logits.dtype != torch.float32 or not logits.is_contiguous() or len(logits) != len(batch.settings):
         raise ValueError(
-            f"logits must be contiguous, in float32 or half precision, with {len(batch.settings)} rows, not "
-            f"{logits.dtype} of shape {tuple(logits.shape)} with strides {logits.stride()}"
+            f"logits must be contiguous float32 with {len(batch.settings)} rows, not {logits.dtype} of shape "
+            f"{tuple(logits.shape)} with strides {logits.stride()}"
         )
-    logits = logits.float()
     own = logits if batch.logprob_rows is None else logits[batch.logprob_rows]
     sound = None
     if batch.edits:

@@ -8,6 +8,7 @@ first call for a model compiles; do that before capturing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,8 @@ from services.gpu_agent.engine.kv_spec import KvSpec
 
 TILE = 128
 """The most queries of one tile."""
+
+_log = logging.getLogger(__name__)
 
 _LOG2E = 1.4426950408889634
 _RESIDENT = 264  # programs of the decode kernel that an H100 runs at once: two on each multiprocessor
@@ -249,12 +252,23 @@ def attend(
         )
 
 
-def takes_whole(layers: Many[LayerAttention], dtype: torch.dtype, tokens: int) -> bool:
-    """Whether attend_whole computes what these layers do for prompts of up to so many tokens."""
-    return dtype.itemsize == 2 and all(
-        layer.softcap is None and not layer.sinks and (layer.window is None or layer.window >= tokens)
+def takes_whole(layers: Many[LayerAttention], dtype: torch.dtype, tokens: int, device: torch.device) -> bool:
+    """Whether attend_whole computes what these layers do for prompts of up to so many tokens: a small one is tried."""
+    if dtype.itemsize != 2 or any(
+        layer.softcap is not None or layer.sinks or (layer.window is not None and layer.window < tokens)
         for layer in layers
+    ):
+        return False
+    first = layers[0]
+    query, key = (
+        torch.ones(1, n, 16, first.head_dim, dtype=dtype, device=device) for n in (first.heads, first.kv_heads)
     )
+    try:
+        attend_whole(query, key, key, first.scaling)
+    except RuntimeError as error:  # no kernel for such heads, or for this GPU
+        _log.info("long prompts are attended to over pages, for torch has no fused attention for them: %s", error)
+        return False
+    return True
 
 
 def attend_whole(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:

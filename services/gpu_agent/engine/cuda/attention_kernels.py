@@ -121,9 +121,9 @@ def decode_kernel(
 ):
     """Grid (KV_HEADS, one-token spans, splits): the GROUP query heads of a KV head over one part of the context.
 
-    A context is cut into at most `splits` parts of at least `least_keys` keys, of which the last may have half: a part
-    costs more than its keys. The program that is last to finish of a span and head adds the parts up, in
-    their order, so that the result does not depend on which it was.
+    A context is cut into at most `splits` parts of at least `least_keys` keys, of which the last may have from half to
+    one and a half as many, for a part costs more than its keys. The program that is last to finish of a span and head
+    adds the parts up, in their order, so that the result does not depend on which it was.
     """
     kv_head = tl.program_id(0)
     span = tl.program_id(1)

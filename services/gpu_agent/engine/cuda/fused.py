@@ -105,10 +105,10 @@ def rotate_and_store(
 ) -> None:
     """Rotates queries in place, with keys_too keys as well, and stores rotated keys, and values, in their KV blocks.
 
-    query (tokens, heads, size), key and value (tokens, kv_heads, size), each head contiguous, the other strides free
-    (some models' lie head by head); rope is (cos, sin), each (tokens, at least size / 2) with the same strides, the
-    first half of transformers' "half-split" rotation; None where the queries and keys are rotated already. slots
-    (tokens): block * block_tokens + row; -1 stores nothing. ValueError where the strides of rope differ.
+    query (tokens, heads, size), key and value (tokens, kv_heads, size), none the same memory, each head contiguous, the
+    other strides free (some models' lie head by head); rope is (cos, sin), each (tokens, at least size / 2) with the
+    same strides, the first half of transformers' "half-split" rotation; None where the queries and keys are rotated
+    already. slots (tokens): block * block_tokens + row; -1 stores nothing. ValueError where the strides of rope differ.
     """
     tokens, heads, size = query.shape
     kv_heads = key.shape[1]

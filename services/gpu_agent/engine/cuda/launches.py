@@ -14,7 +14,7 @@ from services.gpu_agent.engine.cuda.workspace import HostBuffer, Workspace
 
 
 class Launches:
-    """Begins steps on a workspace's stream. Used by the engine's thread alone."""
+    """Begins steps on a workspace's stream. Used by the engine's thread, or one that it waits for."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace

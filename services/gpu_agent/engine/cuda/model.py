@@ -19,7 +19,7 @@ from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors,
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 from services.gpu_agent.engine.cuda.draw import draw
 from services.gpu_agent.engine.cuda.pack import Ladder, StepShape, pack
-from services.gpu_agent.engine.cuda.rewrite import LogitsInPlace, rewrite
+from services.gpu_agent.engine.cuda.rewrite import rewrite, write_logits
 from services.gpu_agent.engine.cuda.rotary import PendingRope
 from services.gpu_agent.engine.cuda.workspace import Workspace
 from services.gpu_agent.engine.model import BoundModel
@@ -55,7 +55,8 @@ class CudaModel:
         self.turns = arena.turns
         """Taken to launch a captured step. Others take too long: one behind a copy would keep it from being made."""
         spec = model.kv_spec
-        self.ladder = Ladder(max_batch, max_tokens, TILE, takes_whole(model.attention, spec.dtype, max_tokens))
+        whole = takes_whole(model.attention, spec.dtype, max_tokens, workspace.device)
+        self.ladder = Ladder(max_batch, max_tokens, TILE, whole)
         self.captures = 0
         """Graphs captured, ever: as many as the ladder has shapes, however often the model is evicted."""
         self.last_tokens = torch.zeros(max_batch, dtype=torch.int32, device=workspace.device)
@@ -64,7 +65,7 @@ class CudaModel:
         self.gates = with_norms_behind(model.gates)
         """What may be computed when (see arrival.Behind), as the rewritten layers compute."""
         self._rewritten = rewritten
-        self._head = LogitsInPlace(model.module.get_output_embeddings())
+        write_logits(model.module.get_output_embeddings(), self._logits)
         pages = arena.kv_view(spec.dtype)
         self._kv = PagedKv(pages, spec, arena.page_bytes // spec.dtype.itemsize, spec.slots_per_page(arena.page_bytes))
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
@@ -77,8 +78,9 @@ class CudaModel:
     def run(self, shape: StepShape, facts: torch.Tensor) -> None:
         """Computes a step on the current stream, the workspace's, kernel by kernel, from facts packed for `shape`.
 
-        It leaves its logits, and what plain rows choose from them: see `logits` and Workspace.outcome. Steps of other
-        models may run between two layers of it (see arrival.Behind), unless `facts` are the workspace's.
+        It leaves its logits, and what rows of which it has settings choose from them: see `logits`, Workspace.outcome
+        and pack. Where other steps may run between two layers of it (see arrival.Behind), `facts` must not be the
+        workspace's, which they overwrite.
         """
         torch.backends.cuda.preferred_blas_library("cublaslt" if shape.tokens in _CUBLASLT_TOKENS else "cublas")
         at = shape.sections
@@ -93,7 +95,7 @@ class CudaModel:
         ids = fused.resolve_ids(facts[at["ids"]], self.last_tokens)
         # Without prompts each token is a sequence's last, and all logits are wanted.
         rows: Any = 0 if shape.decodes and not shape.tiles else facts[at["rows"]]
-        into = self._head.into = self.logits(shape)
+        into = self.logits(shape)
         try:
             with attending(_Attention(self._kv, step, self.workspace.partials, self._rewritten.rope)):
                 output = self.model.module(
@@ -109,7 +111,10 @@ class CudaModel:
 
     def logits(self, shape: StepShape) -> torch.Tensor:
         """(shape.rows, vocabulary): what the last step left."""
-        return self.workspace.logits(shape.rows, self.model.vocab_size, self.model.kv_spec.dtype)
+        return self._logits(shape.rows)
+
+    def _logits(self, rows: int) -> torch.Tensor:
+        return self.workspace.logits(rows, self.model.vocab_size, self.model.kv_spec.dtype)
 
     @torch.inference_mode()
     def capture_next(self) -> bool:
@@ -134,7 +139,7 @@ class CudaModel:
         return True
 
     def compile_choice(self) -> None:
-        """Has Triton compile what chooses tokens from edited logits, which is in no graph: a request would wait for it.
+        """Has Triton compile what draws from edited logits, which is in no graph: a first request would wait for it.
 
         Changes nothing. To be called on the workspace's stream.
         """

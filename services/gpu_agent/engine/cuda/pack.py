@@ -89,24 +89,32 @@ class Ladder:
         """All of them, those first that a first request needs."""
         return [*self.decode[:1], *self.alone, *self.decode[1:], *self.mixed, *self.whole]
 
+    def whole_for(self, parts: Many[Part]) -> StepShape | None:
+        """The smallest shape for one long prompt, where a step is that."""
+        if not self.whole or len(parts) > 1 or parts[0].start > 0 or parts[0].length <= _MOST_ALONE:
+            return None
+        return _smallest(self.whole, parts[0].length)
+
     def fitting(self, parts: Many[Part]) -> StepShape:
-        """The smallest shape that holds a step."""
+        """The smallest shape that holds a step, whatever it is."""
         tokens = sum(part.length for part in parts)
         # In a decoding step the logits' rows are the tokens, so all parts must want theirs. The last token that the
         # budget left for a prompt may be one by itself and not the prompt's last.
         if tokens == len(parts) and all(part.samples for part in parts):
             rungs = self.decode
-        elif self.whole and tokens > _MOST_ALONE and len(parts) == 1 and parts[0].start == 0:
-            rungs = self.whole
         elif self._fits_alone(tokens, parts):
             rungs = self.alone
         else:
             rungs = self.mixed
-        return rungs[bisect_left(rungs, tokens, key=lambda shape: shape.tokens)]
+        return _smallest(rungs, tokens)
 
     def _fits_alone(self, tokens: int, parts: Many[Part]) -> bool:
         fits = bool(self.alone) and tokens <= self.alone[-1].tokens and len(parts) <= _MOST_PROMPTS_ALONE
         return fits and all(part.length > 1 for part in parts)
+
+
+def _smallest(rungs: Many[StepShape], tokens: int) -> StepShape:
+    return rungs[bisect_left(rungs, tokens, key=lambda shape: shape.tokens)]
 
 
 def _rungs(ladder: Many[int], last: int) -> list[int]:
@@ -120,8 +128,8 @@ def pack(
 
     Facts that a graph reads (see StepTensors): ids (-1 - slot: what that slot chose last), slots of the new keys and
     values (-1: none, padding), decode_keys 0 and tiles without queries for padding; rows of the logits wanted, the
-    slots of those they are for, and how `rows`, one for each of them, choose (SamplingBatch.settings; the temperature
-    is -1 in padding, and of all where one of them is not plain, for then none is chosen within the graph).
+    slots of those they are for, and how `rows` choose (SamplingBatch.settings). That is one for each of them; or none,
+    where the step is not to choose: then, and in padding, the temperature is -1.
     """
     at = shape.sections
     used = at["blocks"].start
@@ -162,6 +170,6 @@ def pack(
         listed += len(blocks)
     settings = into[at["settings"]].view(np.float64).reshape(-1, 5)
     settings[:, 0] = -1
-    if rows and all(row.is_plain for row in rows):
+    if rows:
         settings[: len(rows)] = [row.settings for row in rows]
     return int(used + listed)

@@ -248,22 +248,21 @@ def gated_activation(part: nn.Module, children: dict[str, nn.Linear]) -> str | N
     return None
 
 
-class LogitsInPlace:
-    """The output projection, computed to where a step's logits are wanted: they are large, and need not be moved."""
+def write_logits(head: nn.Module, place: Callable[[int], torch.Tensor]) -> None:
+    """Has an output projection write its logits, which are large, to where they are wanted.
 
-    def __init__(self, head: nn.Module) -> None:
-        """A head of another kind is left as it is."""
-        self._head = head
-        self.into: torch.Tensor | None = None
-        """(rows, vocabulary) of the model's type: where the next pass is to write."""
-        if type(head) is nn.Linear and head.bias is None:
-            head.forward = self._forward
+    `place` gives that, (rows, vocabulary) of the weight's type, for so many rows. Another kind of head stays as it is.
+    """
+    if type(head) is not nn.Linear or head.bias is not None:
+        return
 
-    def _forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        weight: torch.Tensor = self._head.weight  # type: ignore[assignment]
-        assert self.into is not None
-        torch.mm(hidden_states.flatten(0, -2), weight.t(), out=self.into)
-        return self.into.view(*hidden_states.shape[:-1], -1)
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = hidden_states.flatten(0, -2)
+        into = place(len(rows))
+        torch.mm(rows, head.weight.t(), out=into)
+        return into.view(*hidden_states.shape[:-1], -1)
+
+    head.forward = forward
 
 
 # Layers

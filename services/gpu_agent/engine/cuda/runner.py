@@ -54,11 +54,14 @@ class CudaRunner:
         """See Runner. Where it raises, the device has ended what was begun: no page is touched any more."""
         model = self._model
         shape = model.ladder.fitting(parts)
-        at_once = partial(self._begin_at_once, shape, parts, rows)
+        # By itself only as one launch: what torch sets up for its attention on first use takes longer than that spares.
+        whole = model.ladder.whole_for(parts)
+        captured = whole if whole is not None and model.captured(whole) else shape
+        at_once = partial(self._begin_at_once, captured, parts, rows)
         if model.model.weights.complete:
             return at_once()
         behind = partial(self._begin, shape, parts, rows, behind=True)
-        return Behind(behind, model.gates, model.model.weights, at_once if model.captured(shape) else None)
+        return Behind(behind, model.gates, model.model.weights, at_once if model.captured(captured) else None)
 
     def _begin_at_once(self, shape: StepShape, parts: Many[Part], rows: Many[Row]) -> _Launched:
         model = self._model
@@ -78,7 +81,8 @@ class CudaRunner:
     def _launch(self, shape: StepShape, parts: Many[Part], rows: Many[Row], behind: bool) -> _Launched:
         model, workspace = self._model, self._model.workspace
         facts = workspace.buffer()
-        used = pack(parts, rows, shape, model.model.kv_spec.block_tokens, TILE, facts.array)
+        plain = all(row.is_plain for row in rows)
+        used = pack(parts, rows if plain else (), shape, model.model.kv_spec.block_tokens, TILE, facts.array)
         graph = None if behind else model.captured(shape)
         if graph is not None:
             began = self._launches.begin(graph, facts, used)
@@ -89,31 +93,22 @@ class CudaRunner:
                 on_device[:used].copy_(facts.tensor[:used], non_blocking=True)
                 facts.copied.record()
             # While others are waited for anyway: the device, or the last weights.
-            prepared = self._prepare(rows)
+            prepared = None if plain else self._prepare(rows)
             if graph is None:
                 model.run(shape, on_device)
-            sampled = self._chosen(shape, rows, on_device, prepared)
+            sampled = None
+            if prepared is not None:
+                logits = workspace.in_float32(model.logits(shape)[: len(rows)])
+                chosen = sample(logits, prepared)
+                store_tokens(chosen.tokens, on_device[shape.sections["row_slots"]], model.last_tokens)
+                sampled = chosen.to_host()
+            elif rows:
+                chosen = Sampled(workspace.outcome(shape.rows), None, {}).to_host()
+                sampled = replace(chosen, outcome=chosen.outcome[:, : len(rows)])
             ended = _event()
         return _Launched(sampled, began, ended)
 
-    def _chosen(
-        self, shape: StepShape, rows: Many[Row], facts: torch.Tensor, prepared: SamplingBatch | None
-    ) -> Sampled | None:
-        """What the step behind which the stream is has chosen, on its way to the CPU."""
-        model, count = self._model, len(rows)
-        if not rows:
-            return None
-        if prepared is None:
-            sampled = Sampled(model.workspace.outcome(shape.rows), None, {}).to_host()
-            return replace(sampled, outcome=sampled.outcome[:, :count])
-        sampled = sample(model.logits(shape)[:count], prepared)
-        store_tokens(sampled.tokens, facts[shape.sections["row_slots"]], model.last_tokens)
-        return sampled.to_host()
-
-    def _prepare(self, rows: Many[Row]) -> SamplingBatch | None:
-        """What choosing needs where the step itself does not choose; None where it does."""
-        if all(row.is_plain for row in rows):
-            return None
+    def _prepare(self, rows: Many[Row]) -> SamplingBatch:
         model = self._model
         vocabulary, device = model.model.vocab_size, model.workspace.device
         return prepare(rows, vocabulary, self._eos_ids, device, model.last_tokens)

@@ -48,7 +48,8 @@ class Workspace:
         self.pool = torch.cuda.graph_pool_handle()
         self.facts = torch.zeros(_FACTS, dtype=torch.int32, device=device)
         self.partials = Partials(Partials.lanes_for(max_rows, _MAX_HEADS, _MAX_HEADS // 8), MAX_HEAD_DIM, device)
-        self._logits = torch.empty(max_rows * _MAX_VOCABULARY, dtype=torch.float32, device=device)
+        # Logits in half precision with a copy of them in float32 behind, or in float32.
+        self._logits = torch.empty(6 * max_rows * _MAX_VOCABULARY, dtype=torch.uint8, device=device)
         self._outcome = torch.zeros(2 * max_rows, dtype=torch.int64, device=device)
         self._buffers = [_host_buffer() for _ in range(_BUFFERS)]
         self._next = 0
@@ -65,10 +66,10 @@ class Workspace:
                 f"{sequences} sequences of {heads} heads do not fit the agent's buffers for attention, which hold "
                 f"{self.partials.lanes} parts, not {lanes}; deploy with a smaller max_batch"
             )
-        if sequences * vocabulary > self._logits.numel():
+        if sequences * vocabulary > self._logits.nbytes // 6:
             raise ValueError(
-                f"{sequences} rows of {vocabulary} logits do not fit the agent's buffer of {self._logits.numel()}; "
-                f"deploy with a max_batch of {self._logits.numel() // vocabulary} or less"
+                f"{sequences} rows of {vocabulary} logits do not fit the agent's buffer of {self._logits.nbytes // 6}; "
+                f"deploy with a max_batch of {self._logits.nbytes // 6 // vocabulary} or less"
             )
         if sequences * blocks > _FACTS // 2:
             raise ValueError(
@@ -77,8 +78,15 @@ class Workspace:
             )
 
     def logits(self, rows: int, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
-        """Where a step leaves its logits: (rows, vocabulary), as the model computes them."""
-        return self._logits.view(dtype)[: rows * vocabulary].view(rows, vocabulary)
+        """Where a step leaves its logits: (rows, vocabulary), of the model's type."""
+        return self._logits[: rows * vocabulary * dtype.itemsize].view(dtype).view(rows, vocabulary)
+
+    def in_float32(self, logits: torch.Tensor) -> torch.Tensor:
+        """A copy of `logits`, or themselves where they are that: what may be edited until the next step."""
+        if logits.dtype == torch.float32:
+            return logits
+        begin = self._logits.nbytes // 3
+        return self._logits[begin : begin + 4 * logits.numel()].view(torch.float32).view(logits.shape).copy_(logits)
 
     def outcome(self, rows: int) -> torch.Tensor:
         """Where a step leaves the tokens that it chose: see sampling.Sampled."""
