@@ -8,8 +8,9 @@ that whole plans are made all the while: each wake changes what etcd shows, and 
 before the caller sends, so the hop to the leader is in it, and waits for processors that all of this shares; "in the
 leader" is from the call's arrival there until the orders are on their way, by the placer's own metric. "Room is made
 first": the model is cold and its agents full, so that an eviction is ordered and answered before. The parts' times are
-this process's processor time, of the same records: the cluster as the leader sees it at each wake, and the decision;
-then what the placer's process used for each wake, without the process that makes whole plans.
+this process's processor time, of the same records again and again: the cluster as the leader sees it at each wake, and
+the decision; between wakes the leader's caches have been used by others, and there they take twice as long. "Processor
+of the placer" is all that its process used for each wake, without the process that makes whole plans.
 """
 
 from __future__ import annotations
@@ -357,13 +358,14 @@ def used_s(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def parts(cluster: Cluster, what: str) -> list[Row]:
-    """Processor time of what a wake waits for in the leader, over the records as they are now."""
+async def parts(cluster: Cluster, what: str, kind: Kind) -> list[Row]:
+    """Processor time of what a wake of a kind waits for in the leader, over the records as they are now."""
     mirrors = Mirrors(cluster.store, cluster.keys)
     await mirrors.start()
     try:
         view, memory, rules = convert.View(), Memory(), Rules()
-        models = sorted({name for agent in cluster.agents for name in agent.shards})
+        resident = {name for agent in cluster.agents for name in agent.shards}
+        models = sorted(mirrors.models.items.keys() - resident if kind.cold else resident)
         spent = {"records": 0.0, "replicas": 0.0, "snapshot": 0.0, "decision": 0.0}
         for repeat in range(_REPEATS):
             model = models[repeat % len(models)]
@@ -402,8 +404,8 @@ async def measure(wakes: int) -> list[Row]:
                 used_ms = (used_s(cluster.placer) - before) / len(taken) * 1e3
                 print(f"{what}: {found[-2].value:.2f} ms, p99 {found[-1].value:.2f} ms", file=sys.stderr)
                 found.append(Row(f"{what}, processor of the placer for each", used_ms, "ms"))
-                if kind is KINDS[0]:
-                    found += await parts(cluster, f"{agents} GPUs")
+                if kind.at_once == 1:
+                    found += await parts(cluster, what, kind)
     return found
 
 

@@ -22,7 +22,7 @@ from services.placer.snapshot import Key, Replica, Snapshot, State
 
 _log = logger(__name__)
 _SETTLE_S = 3.0  # after an agent's answer: how long etcd may take to show it
-_LOG_S = 0.001  # after which orders are logged: first they leave, all that were decided together
+_LOG_S = 0.01  # after which orders are logged: first they leave, and others that are asked for at the same time
 _ORDERS = Counter("warmserve_placer_orders", "Orders sent to agents", ["kind", "outcome"])
 
 
