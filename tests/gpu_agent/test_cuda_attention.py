@@ -258,7 +258,7 @@ def test_features_on_a_gpu(kv_heads: int, group: int, features: dict[str, Any]) 
     [({}, torch.bfloat16), (FEATURES[-1], torch.bfloat16), (FEATURES[-1], torch.float16)],
     ids=str,
 )
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 112, 128, 256])
 def test_head_sizes_on_a_gpu(head_dim: int, features: dict[str, Any], dtype: torch.dtype) -> None:
     check(Case(RAGGED, 4, 2, head_dim, dtype, **features))
 

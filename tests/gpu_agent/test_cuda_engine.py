@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -447,3 +448,32 @@ def test_a_long_prompt_by_itself_is_answered_as_in_chunks(world: World, monkeypa
         common = one.keys() & other.keys()
         assert len(common) >= 5
         assert all(one[token] == pytest.approx(other[token], abs=0.15) for token in common)
+
+
+@pytest.mark.parametrize("budget", [20, 48, 100, 400])
+def test_half_precision_is_as_near_to_float32_as_transformers(world: World, budget: int) -> None:
+    """In steps of every kind of product (see model._CUBLASLT_TOKENS), with all of a prompt or a chunk at a time."""
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=512,
+    )
+    model = world.of("wide", lambda folder, dtype: save(config, folder, dtype=dtype), torch.bfloat16)
+    exact = copy.deepcopy(model.reference).float()
+    for seed in range(4):
+        ids = prompt(230, seed)
+        instance = model.instance(token_budget=budget, prefill_budget=budget)
+        instance.add(Sequence("r", 0, ids, SamplingParams(1, temperature=0.0, logprobs=8)))
+        (output,) = [output for output in run(instance) if output.logprobs]
+        instance.close("")
+        with torch.inference_mode():
+            asked = torch.tensor([ids], device="cuda")
+            wanted, theirs = (m(asked).logits[0, -1].float().log_softmax(-1) for m in (exact, model.reference))
+        top = dict(output.logprobs[0].top)
+        allowed = 2 * max(abs(float(theirs[token] - wanted[token])) for token in top) + 0.05
+        assert max(abs(value - float(wanted[token])) for token, value in top.items()) < allowed
