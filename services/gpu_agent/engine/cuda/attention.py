@@ -25,8 +25,8 @@ TILE = 128
 
 _log = logging.getLogger(__name__)
 
-# Narrower heads, which only tests have, are computed as if they were as wide: in tiles of 16 elements an H100 answered a
-# prompt in chunks wrongly in bfloat16; what it makes of 64 and more is held against float64.
+# Narrower heads, which only tests have, are computed as if they were as wide: in tiles of 16 elements an H100 answered
+# a prompt in chunks wrongly in bfloat16; what it makes of 64 and more is held against float64.
 _NARROWEST = 64
 _LOG2E = 1.4426950408889634
 _RESIDENT = 264  # programs of the decode kernel that an H100 runs at once: two on each multiprocessor
