@@ -13,6 +13,7 @@ from torch import nn
 
 from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.engine.arrival import Behind, enters_before_use, with_norms_behind
+from services.gpu_agent.engine.instance import Instance
 from services.gpu_agent.engine.loop import EngineLoop
 from services.gpu_agent.engine.sequence import FinishReason
 from services.gpu_agent.engine.step import Pending, StepResult
@@ -35,6 +36,16 @@ def memory() -> Iterator[Arena]:
 
 def next_page(served: Served) -> None:
     append(served.weights, served.image.read_page)
+
+
+def waiting(served: Served, asked: list[int]) -> tuple[Instance, Behind]:
+    """An instance whose only step waits for weights, and that step: of request "r", for 4 tokens."""
+    instance = served.instance()
+    instance.add(greedy("r", asked, 4))
+    instance.launch()
+    behind = instance._flights[-1].pending
+    assert isinstance(behind, Behind)
+    return instance, behind
 
 
 @pytest.mark.parametrize("family", checkpoints.CONFIGS)
@@ -84,12 +95,8 @@ def test_a_step_whose_weights_come_while_much_is_left_is_computed_at_once(
 ) -> None:
     """left: the gate, counted as in a list, that waits when all the rest of the weights come."""
     served, reference = serve(memory, checkpoints.llama, tmp_path, "llama")
-    instance = served.instance()
     asked = prompt(20)
-    instance.add(greedy("r", asked, 4))
-    instance.launch()
-    behind = instance._flights[-1].pending
-    assert isinstance(behind, Behind)
+    instance, behind = waiting(served, asked)
     called = []
 
     def whole() -> Pending:
@@ -112,12 +119,8 @@ def test_a_step_whose_weights_come_while_much_is_left_is_computed_at_once(
 def test_a_pass_of_the_engines_thread_is_nobodys_to_stop(memory: Arena, tmp_path: Path) -> None:
     """As when the rest of the graphs is captured while a prompt waits between two layers, and all weights have come."""
     served, reference = serve(memory, checkpoints.llama, tmp_path, "llama")
-    instance = served.instance()
     asked = prompt(20)
-    instance.add(greedy("r", asked, 4))
-    instance.launch()
-    behind = instance._flights[-1].pending
-    assert isinstance(behind, Behind)
+    instance, behind = waiting(served, asked)
     behind._at_once = behind._compute
     while served.weights.resident_pages < served.model.gates[1].pages:
         next_page(served)

@@ -13,6 +13,13 @@ from services.gpu_agent.cuda_driver import check
 from services.gpu_agent.engine.cuda.workspace import HostBuffer, Workspace
 
 
+def mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event behind all that the stream has been given, which tells when it comes to that."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's constructor has no types
+    event.record(stream)
+    return event
+
+
 class Launches:
     """Begins steps on a workspace's stream. Used by the engine's thread, or one that it waits for."""
 
@@ -28,8 +35,7 @@ class Launches:
         """
         workspace, stream = self._workspace, self._stream
         torch.cuda.set_device(workspace.device)
-        began = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        began.record(workspace.stream)
+        began = mark(workspace.stream)
         nbytes = used * facts.tensor.itemsize
         check("cuMemcpyHtoDAsync", cu.cuMemcpyHtoDAsync(self._facts, facts.tensor.data_ptr(), nbytes, stream))
         facts.copied.record(workspace.stream)

@@ -12,7 +12,7 @@ import torch
 from services.gpu_agent.engine.arrival import AllThere, Behind
 from services.gpu_agent.engine.cuda.attention import TILE
 from services.gpu_agent.engine.cuda.fused import store_tokens
-from services.gpu_agent.engine.cuda.launches import Launches
+from services.gpu_agent.engine.cuda.launches import Launches, mark
 from services.gpu_agent.engine.cuda.model import CudaModel
 from services.gpu_agent.engine.cuda.pack import StepShape, pack
 from services.gpu_agent.engine.sampling import Sampled, sample
@@ -32,12 +32,6 @@ class _Launched:
         self.ended.synchronize()
         choices = self.sampled.choices() if self.sampled is not None else []
         return StepResult(choices, self.began.elapsed_time(self.ended) / 1e3)
-
-
-def _event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
 
 
 class CudaRunner:
@@ -89,7 +83,7 @@ class CudaRunner:
         with torch.cuda.device(workspace.device), torch.cuda.stream(workspace.stream):
             on_device = torch.empty_like(workspace.facts[:used]) if behind else workspace.facts
             if graph is None:
-                began = _event()
+                began = mark(workspace.stream)
                 on_device[:used].copy_(facts.tensor[:used], non_blocking=True)
                 facts.copied.record()
             # While others are waited for anyway: the device, or the last weights.
@@ -105,7 +99,7 @@ class CudaRunner:
             elif rows:
                 chosen = Sampled(workspace.outcome(shape.rows), None, {}).to_host()
                 sampled = replace(chosen, outcome=chosen.outcome[:, : len(rows)])
-            ended = _event()
+            ended = mark(workspace.stream)
         return _Launched(sampled, began, ended)
 
     def _prepare(self, rows: Many[Row]) -> SamplingBatch:
