@@ -24,6 +24,7 @@ from services.gpu_agent.engine.cuda.attention import TILE
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 from services.gpu_agent.engine.cuda.model import CudaModel
 from services.gpu_agent.engine.cuda.pack import pack
+from services.gpu_agent.engine.cuda.rehearsal import rehearse_choice
 from services.gpu_agent.engine.cuda.rewrite import gated_activation, norm_style, prenorm_layer
 from services.gpu_agent.engine.cuda.rotary import (
     PendingRope,
@@ -567,7 +568,8 @@ def test_logits_are_those_of_transformers(
     slots = bound.kv_spec.slots_per_page(memory.page_bytes)
     memory.kv_view(torch.float32).view(60, -1)[memory.take_kv("x", 1)[0]] = torch.nan
     model.last_tokens[:] = torch.arange(4)
-    model.compile_choice()  # in the middle of serving, where a graph could not be captured before
+    # In the middle of serving, where a graph could not be captured before.
+    rehearse_choice(buffers.logits(1, bound.vocab_size, torch.float32), model.last_tokens)
     assert model.last_tokens.tolist() == [0, 1, 2, 3]
     blocks = [page * slots for page in memory.take_kv("x", 6)][::-1]
     first, second, third = prompt(13), prompt(24), prompt(3)

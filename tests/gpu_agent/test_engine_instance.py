@@ -142,6 +142,13 @@ def test_deadlines(served: Served) -> None:
     ]
 
 
+def test_the_prompt_that_is_passed_stays_as_it_is(served: Served) -> None:
+    instance, ids = served.instance(), prompt(5)
+    instance.add(Sequence("r", 0, ids, SamplingParams(3, temperature=0.0)))
+    assert len(tokens_of(run(instance), "r")) == 3
+    assert ids == prompt(5)
+
+
 def test_delivered_twice_is_run_once(served: Served) -> None:
     instance = served.instance()
     instance.add(greedy("a", prompt(6), 4))

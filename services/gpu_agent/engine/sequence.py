@@ -42,7 +42,7 @@ class Sequence:
     request_id: str
     attempt: int
     token_ids: list[int]
-    """The prompt, and behind it all tokens generated so far, by earlier attempts too."""
+    """The prompt, and behind it all tokens generated so far, by earlier attempts too. A copy of what is passed."""
     sampling: SamplingParams
     num_generated: int = 0
     """How many of token_ids, at the end, were generated; so also the offset of the next token in the answer."""
@@ -66,6 +66,9 @@ class Sequence:
     """How many of `blocks` the KV cache knows by their digests."""
     history: TokenHistory | None = None
     """Where sampling.has_penalties; set by the instance."""
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.token_ids)  # it grows, and the caller's must not
 
     @property
     def num_tokens(self) -> int:

@@ -25,9 +25,6 @@ TILE = 128
 
 _log = logging.getLogger(__name__)
 
-# Narrower heads, which only tests have, are computed as if they were as wide: in tiles of 16 elements an H100 answered
-# a prompt in chunks wrongly in bfloat16; what it makes of 64 and more is held against float64.
-_NARROWEST = 64
 _LOG2E = 1.4426950408889634
 _RESIDENT = 264  # programs of the decode kernel that an H100 runs at once: two on each multiprocessor
 
@@ -48,11 +45,15 @@ class Tuning:
 
 # By head dimension, rounded up to a power of 2. `python -m benchmarks.attention --sweep` shows others.
 DECODE_TUNING = {
+    16: Tuning(16, 64, 4, 3),
+    32: Tuning(16, 64, 4, 3),
     64: Tuning(16, 64, 4, 3),
     128: Tuning(16, 64, 4, 3),
     256: Tuning(16, 32, 4, 3),
 }
 PREFILL_TUNING = {
+    16: Tuning(128, 64, 8, 3),
+    32: Tuning(128, 64, 8, 3),
     64: Tuning(128, 64, 8, 3),
     128: Tuning(128, 64, 8, 3),
     256: Tuning(128, 64, 8, 2),
@@ -179,7 +180,7 @@ def attend(
     if scaling <= 0:
         raise ValueError(f"scaling must be above 0, not {scaling}")
     scale = scaling if softcap is not None else scaling * _LOG2E
-    width = max(_NARROWEST, _power_of_2(head_dim))
+    width = max(16, _power_of_2(head_dim))  # tensor cores multiply 16 elements at least
     key_start, value_start = kv.starts(layer)
     where = (query.stride(0), query.stride(1), key_start, value_start, kv.page_elements, kv.block_elements)
     spans = len(step.decode_rows)

@@ -19,6 +19,7 @@ from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors,
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 from services.gpu_agent.engine.cuda.draw import draw
 from services.gpu_agent.engine.cuda.pack import Ladder, StepShape, pack
+from services.gpu_agent.engine.cuda.rehearsal import rehearse_choice
 from services.gpu_agent.engine.cuda.rewrite import rewrite, write_logits
 from services.gpu_agent.engine.cuda.rotary import PendingRope
 from services.gpu_agent.engine.cuda.workspace import Workspace
@@ -125,7 +126,7 @@ class CudaModel:
         began = time.monotonic()
         with self.workspace.growing(), torch.cuda.stream(self.workspace.stream):
             if not self._graphs:
-                self.compile_choice()
+                rehearse_choice(self.workspace.logits(1, self.model.vocab_size, torch.float32), self.last_tokens)
             # A step of padding: whatever is compiled or set up on first use must be before the capture.
             padding = torch.zeros(shape.sections["blocks"].start, dtype=torch.int32)
             pack((), (), shape, self.model.kv_spec.block_tokens, TILE, padding.numpy())
@@ -137,17 +138,6 @@ class CudaModel:
         self.captures += 1
         _log.debug("captured %s in %.0f ms", shape, (time.monotonic() - began) * 1e3)
         return True
-
-    def compile_choice(self) -> None:
-        """Has Triton compile what draws from edited logits, which is in no graph: a first request would wait for it.
-
-        Changes nothing. To be called on the workspace's stream.
-        """
-        logits = self.workspace.logits(1, self.model.vocab_size, torch.float32)
-        settings = torch.zeros(1, 5, dtype=torch.float64, device=self.workspace.device)
-        outcome = draw(logits, settings)
-        slots, nowhere = torch.zeros_like(settings, dtype=torch.int32), torch.empty_like(self.last_tokens)
-        fused.store_tokens(outcome[0], slots, nowhere)
 
     def _captured(self, shape: StepShape) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
