@@ -1,4 +1,4 @@
-"""Compiles and loads what choosing tokens takes on first use, before a request, and all others with it, waits for it."""
+"""Compiles and loads what choosing tokens takes on first use, before requests would wait for it."""
 
 from __future__ import annotations
 
