@@ -37,6 +37,7 @@ def own_memory() -> Iterator[None]:
     """What tests before have left is gone, and the bound that an agent sets to its process ends with the test."""
     gc.collect()
     if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()  # one for each stream that ever multiplied
         torch.cuda.empty_cache()
     yield
     if torch.cuda.is_available():

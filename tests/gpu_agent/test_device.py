@@ -14,8 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ByteSize, ValidationError
 
+from services.gpu_agent.arena.arena import Arena
 from services.gpu_agent.arena.host import HostMemory
-from services.gpu_agent.device import Device, DeviceUnavailable, is_fatal, open_device, open_host_tier, plan_sizes
+from services.gpu_agent.device import (
+    Device,
+    DeviceUnavailable,
+    is_fatal,
+    open_backend,
+    open_device,
+    open_host_tier,
+    plan_sizes,
+)
 from services.gpu_agent.settings import GpuAgentSettings
 from services.gpu_agent.weights.host_image import Pin
 from warmserve.v1 import common_pb2
@@ -189,6 +198,16 @@ def test_a_file_of_a_disk_cannot_be_registered_and_one_of_a_tmpfs_can() -> None:
         with pytest.raises(DeviceUnavailable, match="must be in a memory file system"):
             open_host_tier(GpuAgentSettings(host_tier_dir=Path(disk), host_tier_bytes="1GiB"), device)
         open_host_tier(GpuAgentSettings(host_tier_dir=Path(memory), host_tier_bytes="1GiB"), device).close()
+    device.memory.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("own_memory")
+def test_a_workspace_that_is_too_small_is_refused_and_leaves_the_device_usable() -> None:
+    device = open_device(GpuAgentSettings(arena_bytes="94MiB", workspace_bytes="176MiB"))
+    with pytest.raises(DeviceUnavailable, match="configure a larger workspace_bytes"):
+        open_backend(device, Arena(device.memory), 64)
+    torch.cuda.synchronize()  # refused where a capture is left behind
     device.memory.close()
 
 

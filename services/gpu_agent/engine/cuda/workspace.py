@@ -121,12 +121,11 @@ class Workspace:
 
     def _reserve(self, nbytes: int) -> torch.cuda.CUDAGraph:
         """Has torch's allocator hold this much for graphs, and as much for steps outside of graphs."""
-        torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         graph = torch.cuda.CUDAGraph()
         # A captured graph keeps its pool alive; what is freed within the capture is there for later captures.
-        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-        torch.empty(nbytes, dtype=torch.uint8, device=self.device).zero_()
-        graph.capture_end()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            torch.empty(nbytes, dtype=torch.uint8, device=self.device).zero_()
+        torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return graph
 
 
