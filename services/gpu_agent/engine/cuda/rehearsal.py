@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from services.gpu_agent.engine.cuda.fused import store_tokens
 from services.gpu_agent.engine.sampling import sample
 from services.gpu_agent.engine.sampling_batch import Row, TokenHistory, prepare
-from services.gpu_agent.engine.sampling_params import Grammar, GrammarKind, SamplingParams
+from services.gpu_agent.engine.sampling_params import MAX_LOGPROBS, Grammar, GrammarKind, SamplingParams
 
 _EVERYTHING = SamplingParams(
     1,
     top_k=1,
     repetition_penalty=2.0,
     logit_bias={0: 1.0},
-    logprobs=1,
+    logprobs=MAX_LOGPROBS,
     grammar=Grammar(GrammarKind.JSON_OBJECT),
 )
 
