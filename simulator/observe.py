@@ -97,7 +97,7 @@ class Observer:
             load_s=load_s,
             images={name: Tier.HOST if there else Tier.DISK for name, there in zip(nodes, in_host, strict=True)},
             service_s=model.service_s if told else 0.0,
-            kv_bytes_per_request=model.tokens * spec.kv_bytes_per_token / spec.tp if told else 0.0,
+            kv_bytes_per_request=model.kv_bytes_per_request if told else 0.0,
             kv_bytes_per_context=spec.context_tokens * spec.kv_bytes_per_token / spec.tp,
             windows=model.windows,
             waiting=len(model.queue),

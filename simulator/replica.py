@@ -48,6 +48,11 @@ class ModelState:
         """The spec's."""
         return self.spec.name
 
+    @property
+    def kv_bytes_per_request(self) -> float:
+        """What a request takes on each GPU in the mean."""
+        return self.tokens * self.spec.kv_bytes_per_token / self.spec.tp
+
 
 @dataclass(eq=False)
 class Replica:

@@ -27,10 +27,10 @@ _EDGES = np.concatenate([[0], np.cumsum(_LENGTHS)])
 
 @dataclass
 class Oracle:
-    """Knows every arrival. Forecasts are the true loads without spread: mean and highest of 10 s of each window.
-    Of a model without an instance, requests that come before it could be loaded count as waiting already, so that one
-    is there for them. Where a static placement by peaks has a place for every model, it begins with that one, and its
-    instances stay: the planner only adds to it."""
+    """Knows every arrival, and what requests are like. Forecasts are the true loads without spread: mean and highest of
+    10 s of each window. Of a model without an instance, requests that come before it could be loaded count as waiting
+    already, so that one is there for them. Where a static placement by peaks has a place for every model, it begins
+    with that one, and its instances stay: the planner only adds to it."""
 
     name: str = "oracle"
     start_s: float = 0.0
@@ -76,7 +76,14 @@ class Oracle:
         if not model.instances:
             soon = int(np.searchsorted(arrivals, now + lead) - np.searchsorted(arrivals, now))
         least = max(known.min_replicas, len(self._placed.get(model.name, ())))
-        return replace(known, windows=self._windows(model, now), waiting=known.waiting + soon, min_replicas=least)
+        return replace(
+            known,
+            windows=self._windows(model, now),
+            service_s=model.service_s,
+            kv_bytes_per_request=model.kv_bytes_per_request,
+            waiting=known.waiting + soon,
+            min_replicas=least,
+        )
 
     def _windows(self, model: ModelState, now: float) -> tuple[WindowLoad, ...]:
         first = int((now - self._begin) // STEP_S)

@@ -9,6 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from services.forecaster.predictors import Floats, PublishedPredictor
+from services.placer import planner
+from services.placer.decisions import Plan
+from services.placer.snapshot import Snapshot
 from simulator.engine import Job
 from simulator.forecasts import LoadMeter
 from simulator.policies.base import Future, Policy
@@ -185,6 +188,20 @@ def test_the_oracle_has_a_model_there_just_before_its_first_request() -> None:
     oracle, ours = run(Oracle(), BIG, requests), run(Ours(), BIG, requests)
     assert (oracle.found == Found.ACTIVE).all()
     assert oracle.ttft_s.max() < 0.1 < ours.ttft_s.max()
+
+
+def test_the_oracles_planner_knows_what_requests_are_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As forecasts tell it, which the oracle is without: else it left a quarter of each arena to KV."""
+    plan, asked = planner.plan, []
+
+    def recording(snapshot: Snapshot, **options: bool) -> Plan:
+        asked.append(snapshot)
+        return plan(snapshot, **options)
+
+    monkeypatch.setattr(planner, "plan", recording)
+    run(Oracle(), BIG, asks((50, "first"), (100, "second")))
+    assert asked
+    assert all(m.service_s > 0 and m.kv_bytes_per_request > 0 for seen in asked for m in seen.models.values())
 
 
 def test_known_loads_are_requests_in_progress() -> None:
