@@ -21,8 +21,9 @@ _RETRY_S = 0.5
 class Session:
     """A lease that is kept alive, and the records that end with it.
 
-    When the lease is lost (this process or etcd stood still too long), a new one is taken as soon as etcd answers and
-    every record is written again. `lost` is set from the moment the lease may have ended until it is renewed.
+    When the lease is lost (this process or etcd stood still too long), or a write has failed, a new one is taken as
+    soon as etcd answers and every record is written again, before the old lease is ended: who watches sees no record
+    go that is still there. `lost` is set from the moment the lease may have ended until it is renewed.
     """
 
     def __init__(self, store: Store, ttl_s: int) -> None:
@@ -30,6 +31,7 @@ class Session:
         self.lost = asyncio.Event()
         self._ttl_s = ttl_s
         self._lease = 0
+        self._left: list[int] = []  # leases that were left for another, not yet ended
         self._records: dict[str, Message] = {}
         self._failed = False  # a write has failed since the lease was taken
         self._task: asyncio.Task[None] | None = None
@@ -122,10 +124,14 @@ class Session:
         while True:
             self._failed = False
             try:
-                old, self._lease = self._lease, await self.store.grant_lease(self._ttl_s)
-                await self.store.revoke_lease(old)
+                lease = await self.store.grant_lease(self._ttl_s)
+                self._left.append(self._lease)
+                self._lease = lease
                 for key in list(self._records):
                     await self._write(key)
+                while self._left:  # with what is still theirs: records that are deleted, leadership
+                    await self.store.revoke_lease(self._left[-1])
+                    self._left.pop()
             except (StoreUnavailableError, LookupError):
                 await asyncio.sleep(_RETRY_S)
                 continue
@@ -151,11 +157,13 @@ class Election:
         """
         store = self._session.store
         while True:
+            if self._session.lost.is_set():
+                await asyncio.sleep(_RETRY_S)
+                continue
             try:
-                if not self._session.lost.is_set():
-                    fence = await store.create(self._key, self._record, lease=self._session.lease)
-                    if fence is not None:
-                        return fence
+                fence = await store.create(self._key, self._record, lease=self._session.lease)
+                if fence is not None:
+                    return fence
                 await self._until_vacant()
             except (StoreUnavailableError, LookupError):
                 await asyncio.sleep(_RETRY_S)

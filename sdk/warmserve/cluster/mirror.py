@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from warmserve.cluster.store import Change, Store, StoreUnavailableError, decode
+from warmserve.cluster.store import Change, CompactedError, Store, StoreUnavailableError, decode
 
 M = TypeVar("M", bound=Message)
 OnChange = Callable[[str, "M | None", "M | None"], None]
@@ -46,13 +46,14 @@ class Mirror(Generic[M]):
         return self._create_revisions.get(key, 0)
 
     def on_change(self, listener: OnChange[M]) -> None:
-        """Has `listener(key, old, new)` called after each change; None stands for absence."""
+        """Has `listener(key, old, new)` called after each change; None stands for absence. It must not raise."""
         self._listeners.append(listener)
 
     async def start(self) -> None:
         """Lists the prefix and begins to watch. Raises StoreUnavailableError where etcd does not answer."""
         revision = await self._list()
         self._task = asyncio.create_task(self._follow(revision), name=f"mirror {self._prefix}")
+        self._task.add_done_callback(self._ended)
 
     async def wait_for(self, condition: Callable[[Mapping[str, M]], bool]) -> None:
         """Returns once `condition(items)` holds."""
@@ -65,13 +66,18 @@ class Mirror(Generic[M]):
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.connected = False
+        if not task.cancelled():
+            _log.error("the mirror of %s ended", self._prefix, exc_info=task.exception())
+
     async def _follow(self, revision: int) -> None:
         while True:
             try:
                 async for changes in self._store.watch(self._prefix, revision):
                     revision = max(revision, *(change.mod_revision for change in changes))
                     await self._apply(changes)
-            except (StoreUnavailableError, LookupError) as error:
+            except (StoreUnavailableError, CompactedError) as error:
                 self.connected = False
                 _log.debug("%s", error)
             revision = await self._list_when_back()

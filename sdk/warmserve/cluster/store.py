@@ -40,6 +40,10 @@ class StoreUnavailableError(ConnectionError):
     """No etcd endpoint answered, or the one that did refuses to work."""
 
 
+class CompactedError(LookupError):
+    """The changes that were asked for are compacted away."""
+
+
 @dataclass(frozen=True)
 class Entry(Generic[M]):
     """A value with its place in etcd's history."""
@@ -76,7 +80,8 @@ def decode(data: bytes, kind: type[M]) -> M:
 class Store:
     """etcd, with several endpoints: calls go to one, and to the next when it does not answer.
 
-    All methods raise StoreUnavailableError when no endpoint answers, or etcd refuses (its disk is full, for example).
+    All methods raise StoreUnavailableError when no endpoint answers, or etcd refuses (its disk is full, for example),
+    and after `close`.
     """
 
     def __init__(self, endpoints: Sequence[str]) -> None:
@@ -86,8 +91,11 @@ class Store:
         self._endpoints = [_split_endpoint(endpoint) for endpoint in endpoints]
         self._current = 0
         self._client: Any = None  # aetcd has no types
+        self._closed = False
 
     async def _connected(self) -> aetcd.Client:
+        if self._closed:
+            raise StoreUnavailableError("this store is closed")
         client = self._client
         if client is None:
             host, port = self._endpoints[self._current]
@@ -109,6 +117,10 @@ class Store:
                     self._client = None
                     self._current = (self._current + 1) % len(self._endpoints)
                     await client.close()
+            except asyncio.CancelledError:
+                if _being_cancelled():
+                    raise
+                errors.append("the connection was given up")  # by another call, which goes on with the next endpoint
             except aetcd.exceptions.ClientError as error:
                 if _LEASE_GONE in str(error):
                     raise LookupError(str(error)) from error
@@ -212,7 +224,8 @@ class Store:
     async def watch(self, prefix: str, after_revision: int) -> AsyncIterator[list[Change]]:
         """Changes under `prefix` later than `after_revision`, until the stream breaks.
 
-        Raises StoreUnavailableError when it breaks, LookupError when those changes are compacted away: list anew then.
+        Raises StoreUnavailableError when it breaks, CompactedError (a LookupError) when those changes are compacted
+        away: list anew then.
         """
         client = await self._connected()
         request = rpc.WatchRequest(
@@ -227,13 +240,17 @@ class Store:
             await call.write(request)
             while (response := await call.read()) and hasattr(response, "events"):
                 if response.compact_revision:
-                    raise LookupError(f"revision {after_revision} is compacted away")
+                    raise CompactedError(f"revision {after_revision} is compacted away")
                 if response.canceled:
                     break
                 if response.events:
                     yield [_change(event) for event in response.events]
         except (AioRpcError, asyncio.InvalidStateError) as error:
             raise StoreUnavailableError(f"etcd watch on {prefix} broke: {error}") from error
+        except asyncio.CancelledError:
+            if _being_cancelled():
+                raise
+            raise StoreUnavailableError(f"etcd watch on {prefix} broke: its connection was given up") from None
         finally:
             call.cancel()
         raise StoreUnavailableError(f"etcd ended the watch on {prefix}")
@@ -245,10 +262,17 @@ class Store:
 
     async def close(self) -> None:
         """Closes the connection."""
+        self._closed = True
         if self._client is not None:
             client = self._client
             self._client = None
             await client.close()
+
+
+def _being_cancelled() -> bool:
+    """Whether the task is; grpc.aio raises CancelledError also where the call's channel was closed."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _split_endpoint(endpoint: str) -> tuple[str, int]:
