@@ -180,6 +180,33 @@ class RequestQueue:
                 if not str(error).startswith("NOGROUP"):
                     raise
 
+    async def readers(self, models: Iterable[str]) -> dict[str, set[str]]:
+        """The instances that each model's group of readers has, those included that ended without `leave`."""
+        names = list(models)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                for stream in self._streams(name):
+                    pipe.xinfo_consumers(stream, GROUP)
+            answers = iter(await pipe.execute(raise_on_error=False))
+        found: dict[str, set[str]] = {name: set() for name in names}
+        for name in names:
+            for _ in _PRIORITIES:
+                answer = next(answers)
+                if not isinstance(answer, ResponseError):  # no stream yet, or no group
+                    found[name] |= {reader["name"].decode() for reader in answer}
+        return found
+
+    async def expel(self, model: str, instance_id: str) -> int:
+        """Forgets what an instance has taken that ended without a word, and the instance; returns how many entries.
+
+        Routers put back what they wait for: see services/router/recovery.py.
+        """
+        held = await self.held(model, [instance_id])
+        for ticket in held:
+            await self.done(ticket)
+        await self.leave(model, instance_id)
+        return len(held)
+
     async def waiting(self, model: str) -> int:
         """Entries in the model's streams that no instance has taken."""
         return (await self.counts([model]))[model].waiting

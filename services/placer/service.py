@@ -21,6 +21,7 @@ from services.placer.announcer import Announcer
 from services.placer.controller import Controller, DeposedError
 from services.placer.decisions import Outcome, Plan
 from services.placer.deploy import Deployer
+from services.placer.lost_readers import LostReaders
 from services.placer.mirrors import Mirrors
 from services.placer.planning import Planning
 from services.placer.published import group_record, reason_record
@@ -77,6 +78,7 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
             asyncio.create_task(controller.run(), name="controller"),
             asyncio.create_task(self._announcer.write(), name="announcer"),
             asyncio.create_task(self._announcer.drop_queues(), name="queues of undeployed models"),
+            asyncio.create_task(self._lost_readers().run(), name="lost readers"),
         ]
         self._controller = controller
         self._elected.set()
@@ -95,6 +97,14 @@ class PlacementServicer(placement_pb2_grpc.PlacementServiceServicer):
         for task in done:
             if not isinstance(task.exception(), DeposedError):
                 task.result()  # raises what went wrong
+
+    def _lost_readers(self) -> LostReaders:
+        mirrors = self._mirrors
+
+        def instances() -> set[str] | None:
+            return {record.id for record in mirrors.instances.items.values()} if mirrors.instances.connected else None
+
+        return LostReaders(self._queue, lambda: list(mirrors.models.items), instances)
 
     async def DeployModel(
         self, request: placement_pb2.DeployModelRequest, context: Context

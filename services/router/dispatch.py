@@ -116,8 +116,8 @@ class Dispatcher:
         finally:
             if request.attempt == attempt:
                 request.queueing = False
-        if request.id not in self._requests or request.attempt != attempt:
-            await self._forget(ticket)  # cancelled or put back meanwhile
+        if request.id not in self._requests or request.attempt != attempt or request.released:
+            await self._forget(ticket)  # cancelled, put back or at a stop text meanwhile
         else:
             request.ticket = ticket
 
@@ -132,7 +132,7 @@ class Dispatcher:
             async with self._redis_calls, asyncio.timeout(_REDIS_S):
                 await self._queue.done(ticket)
         except REDIS_ERRORS as error:
-            # Whoever takes it will be told that nobody waits for it.
+            # Whoever takes it will be told that nobody waits for it; what nobody can take the placer takes out.
             _log.debug("a queue entry could not be withdrawn", ticket=ticket.entry_id, error=str(error))
 
     def put_back(self, request: Request, reason: common_pb2.Reason, cancel: bool = True) -> None:

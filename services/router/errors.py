@@ -41,6 +41,13 @@ class TooLargeError(RequestError):
         self.trailing = (("warmserve-too-large", "1"),)
 
 
+class TooLongError(RequestError):
+    """Prompt and answer do not fit the model's context: less of them may."""
+
+    def __init__(self, param: str, problem: str) -> None:
+        super().__init__(grpc.StatusCode.INVALID_ARGUMENT, f"{param}: {problem}", param=param)
+
+
 def invalid(param: str, problem: str) -> RequestError:
     """The caller's mistake in one parameter."""
     return RequestError(grpc.StatusCode.INVALID_ARGUMENT, f"{param}: {problem}", param=param)

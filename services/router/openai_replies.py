@@ -6,7 +6,7 @@ import time
 
 import grpc
 
-from services.router.errors import RequestError, TooLargeError
+from services.router.errors import RequestError, TooLargeError, TooLongError
 from services.router.openai_logprobs import ChatLogprobs, CompletionLogprobs, Json, LogprobsJson
 from warmserve.v1 import cluster_pb2, inference_pb2
 
@@ -47,7 +47,7 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
 def error_of(error: RequestError) -> Json:
     """A RequestError as a body."""
     status = status_of(error)
-    code = _TOO_LARGE if isinstance(error, TooLargeError) else _CODES[status]
+    code = _TOO_LARGE if isinstance(error, TooLargeError | TooLongError) else _CODES[status]
     return error_body(status, error.message, error.param, code)
 
 

@@ -88,6 +88,7 @@ class TokenizerCache:
     def __init__(self) -> None:
         self._kept: dict[str, _Kept] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenizer")
+        self._loaders = ThreadPoolExecutor(1, thread_name_prefix="load-tokenizer")  # prompts do not wait for loads
 
     def load(self, spec: cluster_pb2.ModelSpec) -> asyncio.Task[ModelTokenizer]:
         """Begins to load, or finds what is loaded. A load that failed is tried again."""
@@ -100,7 +101,7 @@ class TokenizerCache:
 
     async def _load(self, model: str, source: str) -> ModelTokenizer:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, ModelTokenizer, source)
+            return await asyncio.get_running_loop().run_in_executor(self._loaders, ModelTokenizer, source)
         except TokenizerError as error:
             _log.error("tokenizer cannot be used", model=model, error=str(error))
             raise
@@ -123,7 +124,8 @@ class TokenizerCache:
 
     def close(self) -> None:
         """Ends the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._loaders):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _failed(task: asyncio.Task[ModelTokenizer]) -> bool:

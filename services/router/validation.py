@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from services.router.errors import RequestError, invalid
+from services.router.errors import RequestError, TooLongError, invalid
 from services.router.sampling_rules import check_sampling
 from warmserve.v1 import common_pb2, inference_pb2
 
@@ -103,26 +103,26 @@ def check_token_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
 
 
 def allowed_tokens(prompt_tokens: int, sampling: inference_pb2.SamplingParams, context: int, name: str) -> int:
-    """How many tokens the answer may have. Refuses what does not fit the context, with the numbers."""
+    """How many tokens the answer may have. TooLongError, with the numbers, for what does not fit the context."""
     if prompt_tokens == 0:
         raise invalid(name, "it has no tokens; give something to continue")
     room = context - prompt_tokens
     if room < 1:
-        raise invalid(
+        raise TooLongError(
             name,
             f"the prompt has {prompt_tokens:,} tokens; the model's context is {context:,} tokens "
             "for prompt and answer together: shorten the prompt",
         )
     if not sampling.HasField("max_tokens"):
         if sampling.min_tokens > room:
-            raise invalid(
+            raise TooLongError(
                 "min_tokens",
                 f"the prompt has {prompt_tokens:,} tokens and min_tokens is {sampling.min_tokens:,}; together they "
                 f"exceed the model's context of {context:,} tokens: ask for at most {room:,}",
             )
         return room
     if sampling.max_tokens > room:
-        raise invalid(
+        raise TooLongError(
             "max_tokens",
             f"the prompt has {prompt_tokens:,} tokens and max_tokens is {sampling.max_tokens:,}; together they exceed "
             f"the model's context of {context:,} tokens: ask for at most {room:,}",

@@ -147,10 +147,11 @@ NO_OBJECTS = [
 
 
 def problem(answer: httpx.Response, param: str, words: str) -> str | None:
-    """What is wrong with a refusal."""
+    """What is wrong with a refusal. Clients shorten a prompt where the code says that the context is too small."""
+    code = "context_length_exceeded" if "context" in words else "invalid_parameter"
     error = answer.json().get("error", {})
     found = (answer.status_code, error.get("type"), error.get("param"), error.get("code"))
-    if found != (400, "invalid_request_error", param, "invalid_parameter") or words not in error["message"]:
+    if found != (400, "invalid_request_error", param, code) or words not in error["message"]:
         return f"{param}, {words!r}: {found}: {answer.text[:200]}"
     return None
 
