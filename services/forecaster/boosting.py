@@ -6,9 +6,8 @@ spread and per class of series: how much a series steps from window to window.
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import repeat
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightgbm
@@ -17,7 +16,6 @@ import numpy as np
 from services.forecaster.features import TINY, Features, Floats
 from services.forecaster.predictors import LEVELS
 
-_LEAVES = (31, 8, 8)  # per level: a median bears more detail than what is far from it
 _ROUNDS = 200
 _NEAR_ROUNDS = 400  # of the next window's median, of which the last ones tell most
 _OFFSET = 0.02  # scales added before roots, which are steep near 0
@@ -29,7 +27,6 @@ _CALIBRATION_WEIGHT = 0.5  # the same, of rows calibrated on: large series stray
 _THREADS = 2  # to forecast with
 _PARAMETERS: dict[str, Any] = {
     "objective": "quantile",
-    "learning_rate": 0.05,
     "min_data_in_leaf": 100,
     "feature_fraction": 0.3,
     "bagging_fraction": 0.7,
@@ -41,6 +38,21 @@ _PARAMETERS: dict[str, Any] = {
     "num_threads": 1,
     "verbose": -1,
 }
+
+
+@dataclass(frozen=True)
+class _Trees:
+    """How a level is learnt: as the mean of a model per seed, whose errors of their own cancel out."""
+
+    leaves: int
+    rate: float = 0.05
+    rounds: int = _ROUNDS
+    seeds: tuple[int, ...] = (1,)
+
+
+# Per level: a median bears more detail than what is far from it, and p90 is sharper as the mean of many rough ones.
+_LEVELS = (_Trees(31), _Trees(15, 0.2, 50, (1, 3, 4, 5, 6)), _Trees(8))
+_ROOT = _Trees(31, seeds=(2,))  # of the median's root: another seed than its own
 
 
 @dataclass(frozen=True)
@@ -62,31 +74,32 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Boosters:
-    """One model per level for what is added to the last windows' level; the median is the mean of its own and of one
-    for what is added to that level's root, for each is better where the other is not."""
+    """Models per level for what is added to the last windows' level, of which the mean counts; the median is the mean
+    of its own and of one for what is added to that level's root, for each is better where the other is not."""
 
     distance: int
-    sums: tuple[lightgbm.Booster, ...]
+    sums: tuple[tuple[lightgbm.Booster, ...], ...]
     root: lightgbm.Booster
 
     def quantiles(self, seen: Features) -> Floats:
         """Before calibration, in scales: (rows, 3), never negative, not crossing."""
         # A model on a thread each, as in learning, and the longest first.
         with ThreadPoolExecutor(_THREADS) as pool:
-            root, *sums = pool.map(_predict, (self.root, *self.sums), repeat(seen))
+            asked = [[pool.submit(_predict, one, seen) for one in many] for many in ((self.root,), *self.sums)]
+            root, *sums = (np.mean([answer.result() for answer in many], axis=0) for many in asked)
         answers = np.stack(sums, axis=1) + seen.base[:, None] / self.distance
         root += _root(seen.base) / np.sqrt(self.distance)
         answers[:, 0] = (answers[:, 0] + np.maximum(root, 0.0) ** 2 - _OFFSET) / 2
         return np.maximum.accumulate(np.maximum(answers, 0.0), axis=1)
 
-    def to_texts(self) -> list[str]:
+    def to_texts(self) -> list[list[str]]:
         """What `from_texts` reads."""
-        return [one.model_to_string() for one in (*self.sums, self.root)]
+        return [[one.model_to_string() for one in many] for many in (*self.sums, (self.root,))]
 
     @staticmethod
-    def from_texts(distance: int, texts: list[str]) -> Boosters:
+    def from_texts(distance: int, texts: list[list[str]]) -> Boosters:
         """Raises lightgbm.basic.LightGBMError where a text is no model."""
-        *sums, root = (lightgbm.Booster(model_str=text) for text in texts)
+        *sums, (root,) = (tuple(lightgbm.Booster(model_str=text) for text in many) for many in texts)
         return Boosters(distance, tuple(sums), root)
 
 
@@ -99,12 +112,13 @@ def learn(seen: Features, actual: Floats, distance: int, pool: Executor) -> Boos
     sums = pool.submit(_dataset, seen, actual - seen.base / distance, weight)
     change = _root(actual) - _root(seen.base) / np.sqrt(distance)
     roots = pool.submit(_dataset, seen, change, weight * _root(seen.base))
-    rounds = (_NEAR_ROUNDS if distance == 1 else _ROUNDS, _ROUNDS, _ROUNDS)
-    # The longest first. Another seed for the root: errors of their own cancel out.
-    median = pool.submit(_boost, sums.result(), 0, rounds[0], seed=1)
-    root = pool.submit(_boost, roots.result(), 0, rounds[0], seed=2)
-    others = [pool.submit(_boost, sums.result(), level, rounds[level], seed=1) for level in range(1, len(LEVELS))]
-    return Boosters(distance, tuple(job.result() for job in (median, *others)), root.result())
+    rounds = _NEAR_ROUNDS if distance == 1 else _ROUNDS
+    median, *others = _LEVELS
+    # The longest first.
+    jobs = [_begin(pool, sums.result(), LEVELS[0], replace(median, rounds=rounds))]
+    root = _begin(pool, roots.result(), LEVELS[0], replace(_ROOT, rounds=rounds))
+    jobs += [_begin(pool, sums.result(), alpha, trees) for alpha, trees in zip(LEVELS[1:], others, strict=True)]
+    return Boosters(distance, tuple(tuple(job.result() for job in many) for many in jobs), root[0].result())
 
 
 def calibrate(boosters: Boosters, seen: Features, actual: Floats) -> Calibration:
@@ -135,9 +149,11 @@ def _dataset(seen: Features, target: Floats, weight: Floats) -> lightgbm.Dataset
     return lightgbm.Dataset(seen.values, target, weight=weight / weight.mean(), params=_PARAMETERS).construct()
 
 
-def _boost(data: lightgbm.Dataset, level: int, rounds: int, seed: int) -> lightgbm.Booster:
-    own = {"alpha": LEVELS[level], "num_leaves": _LEAVES[level], "seed": seed}
-    return lightgbm.train({**_PARAMETERS, **own}, data, rounds)
+def _begin(pool: Executor, data: lightgbm.Dataset, alpha: float, trees: _Trees) -> list[Future[lightgbm.Booster]]:
+    own = {"alpha": alpha, "num_leaves": trees.leaves, "learning_rate": trees.rate}
+    return [
+        pool.submit(lightgbm.train, {**_PARAMETERS, **own, "seed": seed}, data, trees.rounds) for seed in trees.seeds
+    ]
 
 
 def _root(value: Floats) -> Floats:

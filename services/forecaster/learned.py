@@ -34,7 +34,7 @@ _THREADS = 2
 # Of a series of which n windows are known the published predictor's share is _PUBLISHED_SAY / max(n, _FIRST_WINDOWS).
 _FIRST_WINDOWS = 3
 _PUBLISHED_SAY = 2.25
-_HEAD = b"warmserve learned 2 "  # the number changes with the features, the anchors, or what is saved
+_HEAD = b"warmserve learned 3 "  # the number changes with the features, the anchors, or what is saved
 
 
 class LearnedPredictor:

@@ -248,7 +248,7 @@ def test_what_is_saved_forecasts_the_same() -> None:
         (lambda saved: saved[:100], "damaged or cut off"),
         (lambda saved: saved[:-1], "damaged or cut off"),
         (lambda saved: saved[:-9] + bytes([saved[-9] ^ 1]) + saved[-8:], "damaged or cut off"),
-        (lambda saved: saved.replace(b"learned 2 ", b"learned 1 ", 1), "no learnt predictor of this version"),
+        (lambda saved: saved.replace(b"learned 3 ", b"learned 2 ", 1), "no learnt predictor of this version"),
     ],
 )
 def test_what_is_broken_is_told(data: Callable[[bytes], bytes], words: str) -> None:
