@@ -317,11 +317,11 @@ class Agent:
                 if resident == 0 and shard.complete and not shard.gave_way:
                     shard.cold_load_ms = took_ms
                 await self._serving.preparing.ahead(shard)
+                if shard.pausing is not None:
+                    await asyncio.wait([shard.pausing])
+                    shard.pausing = None
                 if shard.complete or not shard.wanted_active or shard.abandoned.is_set():
                     break  # else pages were taken back before it was woken
-            if shard.pausing is not None:
-                await asyncio.wait([shard.pausing])
-                shard.pausing = None
             if shard.retiring:
                 await self._failed(shard, RuntimeError("its instance failed"))
                 return
@@ -332,6 +332,10 @@ class Agent:
                 self._transitions.rest(shard, shard.abandoned_for, cluster_pb2.EVENT_KIND_CANCELLED, moved)
                 return
             if not shard.complete:
+                await self._serving.retire(shard, f"{shard.name} gave its memory to others before it was ready")
+                if shard.wanted_active:  # woken meanwhile
+                    await self._load(shard)
+                    return
                 self._transitions.rest(shard, _overtaken(shard), cluster_pb2.EVENT_KIND_CANCELLED, moved)
                 return
             self._transitions.rest(shard, shard.reason, cluster_pb2.EVENT_KIND_WARMED, moved)

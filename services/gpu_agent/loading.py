@@ -69,14 +69,17 @@ class Loader:
                 async with self._lane.turn(shard.turn) as ours:
                     if not ours:
                         continue
+                    wanted = shard.wanted_active  # what follows may be refused to warming, and not to a wake
                     try:
                         done = await self._copy(shard, image, shard.turn)
                         shard.gave_way |= done.gave_way
                         if done.overtaken and not shard.wanted_active:
                             return
                     except OutOfPages:
-                        if shard.wanted_active:
+                        if wanted:
                             raise
+                        if shard.wanted_active:
+                            continue  # it was woken meanwhile
                         return  # there was room when it began; what is resident is of use all the same
                     except HostImageCorrupt as error:
                         _log.warning("image in the host tier is damaged; removed", model=shard.name, error=str(error))

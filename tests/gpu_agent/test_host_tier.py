@@ -236,6 +236,15 @@ def test_a_damaged_image_is_not_taken_in(tmp_path: Path, tier_folder: Path) -> N
     assert list(tier_folder.glob("*.image*")) == []
 
 
+def test_an_image_that_is_cut_off_is_not_taken_in_and_the_reason_is_told(tmp_path: Path, tier_folder: Path) -> None:
+    (image,) = images(tmp_path, 1)
+    os.truncate(image.path, 2 * PAGE_BYTES + 5)
+    tier = HostTier(tier_folder, image.layout.total_bytes)
+    with pytest.raises(ImageCorrupt, match="page 2"):
+        tier.fill(image, 1.0)
+    assert list(tier_folder.glob("*.image*")) == []
+
+
 def test_filling_that_is_stopped_leaves_nothing(tmp_path: Path, tier_folder: Path) -> None:
     (image,) = images(tmp_path, 1)
     tier = HostTier(tier_folder, image.layout.total_bytes)

@@ -236,23 +236,20 @@ class HostTier:
         return fd
 
     def _copy(self, image: Image, fd: int, go_on: Callable[[], bool]) -> bool:
-        with mmap.mmap(fd, image.layout.total_bytes) as memory:
-            view = memoryview(memory)
-            size = image.layout.page_bytes
+        # Unmapped with the last reference: an error's traceback may hold a piece of it, with which it cannot be closed.
+        view = memoryview(mmap.mmap(fd, image.layout.total_bytes))
+        size = image.layout.page_bytes
 
-            def read(index: int) -> bool:
-                if not go_on():
-                    return False
-                with view[index * size : (index + 1) * size] as page:
-                    image.fetch_page(index, page)
-                    image.check(index, host_sum(page))
-                return True
+        def read(index: int) -> bool:
+            if not go_on():
+                return False
+            page = view[index * size : (index + 1) * size]
+            image.fetch_page(index, page)
+            image.check(index, host_sum(page))
+            return True
 
-            try:
-                with ThreadPoolExecutor(_READERS, "fill-host-tier") as readers:
-                    return all(readers.map(read, range(image.layout.num_pages)))
-            finally:
-                view.release()
+        with ThreadPoolExecutor(_READERS, "fill-host-tier") as readers:
+            return all(readers.map(read, range(image.layout.num_pages)))
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
