@@ -192,8 +192,10 @@ class RequestQueue:
         for name in names:
             for _ in _PRIORITIES:
                 answer = next(answers)
-                if not isinstance(answer, ResponseError):  # no stream yet, or no group
+                if not isinstance(answer, Exception):
                     found[name] |= {reader["name"].decode() for reader in answer}
+                elif not str(answer).startswith(("NOGROUP", "no such key")):  # nobody has put or read anything yet
+                    raise answer
         return found
 
     async def expel(self, model: str, instance_id: str) -> int:
