@@ -36,6 +36,17 @@ end
 return table.concat(counts, ' ')
 """
 _COUNTED = 32  # models per call: for the same reason
+# Which of some entries are not there, by their places: their requests, which may be long, stay in Redis.
+_MISSING = """
+local missing = {}
+for place, stream in ipairs(KEYS) do
+  if #redis.call('XRANGE', stream, ARGV[place], ARGV[place]) == 0 then
+    missing[#missing + 1] = place - 1
+  end
+end
+return table.concat(missing, ' ')
+"""
+_LOOKED_FOR = 256  # entries per call: while Redis looks for them, it does nothing else
 _PRIORITIES = {common_pb2.PRIORITY_HIGH: "high", common_pb2.PRIORITY_NORMAL: "normal", common_pb2.PRIORITY_LOW: "low"}
 
 
@@ -71,6 +82,7 @@ class RequestQueue:
         self._redis = redis
         self._keys = keys
         self._count: Any = redis.register_script(_COUNT)  # mypy knows only the synchronous one
+        self._missing: Any = redis.register_script(_MISSING)
 
     def _streams(self, model: str) -> list[str]:
         return [self._keys.queue(model, name) for name in _PRIORITIES.values()]
@@ -133,9 +145,16 @@ class RequestQueue:
             pipe.xdel(ticket.stream, ticket.entry_id)
             await pipe.execute()
 
-    async def exists(self, ticket: Ticket) -> bool:
-        """Whether an entry is still there, taken or not."""
-        return bool(await self._redis.xrange(ticket.stream, ticket.entry_id, ticket.entry_id))
+    async def missing(self, tickets: Iterable[Ticket]) -> set[Ticket]:
+        """Those whose entries are not there any more, neither taken nor waiting."""
+        asked, missing = list(tickets), set[Ticket]()
+        for first in range(0, len(asked), _LOOKED_FOR):
+            some = asked[first : first + _LOOKED_FOR]
+            answer: bytes = await self._missing(
+                keys=[ticket.stream for ticket in some], args=[ticket.entry_id for ticket in some]
+            )
+            missing.update(some[int(place)] for place in answer.split())
+        return missing
 
     async def held(self, model: str, instance_ids: Collection[str]) -> list[Ticket]:
         """The entries that these instances have taken and not said `done` for."""

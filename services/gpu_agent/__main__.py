@@ -20,12 +20,12 @@ from services.gpu_agent.images import Images
 from services.gpu_agent.reports import Reports
 from services.gpu_agent.service import AgentServicer
 from services.gpu_agent.settings import GpuAgentSettings
-from services.gpu_agent.weights.building import remove_stale
 from warmserve.cluster.mirror import Mirror
 from warmserve.v1 import agent_pb2, agent_pb2_grpc, cluster_pb2
 
 _log = logger(__name__)
 _SWITCH_S = 0.0001
+_SWEEP_S = 3600.0
 _THREADS = 64  # a load whose image is yet to be built has one for minutes, which must not keep others from loading
 
 
@@ -35,7 +35,6 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     device = open_device(settings)
     arena = Arena(device.memory)
     settings.image_dir.mkdir(parents=True, exist_ok=True)
-    remove_stale(settings.image_dir)
     backend = open_backend(device, arena, settings.max_batch)
     tier = open_host_tier(settings, device)
     images = Images(settings, arena, backend, tier)
@@ -71,6 +70,7 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     for mirror in followed:
         await mirror.start()
     reports.start()
+    sweeping = begin_task(_sweep(images, models), "sweep images")
     await node.session.put(node.keys.agent(settings.id), record)
     await node.server.set_serving(True)
     _log.info("serving", address=address, pages=arena.num_pages, page_bytes=arena.page_bytes, node=settings.node)
@@ -84,7 +84,7 @@ async def serve(settings: GpuAgentSettings, node: Node) -> None:
     record.stopping = True
     await node.session.put(node.keys.agent(settings.id), record)
     await agent.stop(0 if died else settings.grace_s)
-    await end_tasks(forgetting)
+    await end_tasks([sweeping, *forgetting])
     for mirror in followed:
         await mirror.close()
     await reports.close()
@@ -110,6 +110,18 @@ def _forget_undeployed(models: Mirror[cluster_pb2.ModelSpec], agent: Agent) -> s
 
     models.on_change(on_model)
     return forgetting
+
+
+async def _sweep(images: Images, models: Mirror[cluster_pb2.ModelSpec]) -> None:
+    """Deletes, each hour, images that no model needs."""
+    while True:
+        needed = {spec.facts.fingerprint for spec in models.items.values()}
+        try:
+            if removed := await asyncio.to_thread(images.sweep, needed):
+                _log.info("removed images that no model needs", images=removed)
+        except OSError as error:
+            _log.warning("the folder of images cannot be swept", error=str(error))
+        await asyncio.sleep(_SWEEP_S)
 
 
 def main() -> None:

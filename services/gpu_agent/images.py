@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from services.gpu_agent.engine.backend import Backend
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.model import UnsupportedArchitecture, inspect_model
 from services.gpu_agent.settings import GpuAgentSettings
-from services.gpu_agent.weights.building import prepare_image, remove_unfinished, unfinished
+from services.gpu_agent.weights.building import STALE_S, prepare_image, remove_stale, remove_unfinished, unfinished
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.errors import CheckpointError, ImageCorrupt, Problem
 from services.gpu_agent.weights.host_tier import HostTier
@@ -94,11 +96,7 @@ class Images:
     def inspect_deployed(self, spec: cluster_pb2.ModelSpec) -> Blueprint:
         """The same of a model that is deployed. CheckpointError also where the checkpoint is another one by now."""
         blueprint = self.inspect(spec)
-        if blueprint.facts.fingerprint != spec.facts.fingerprint:
-            raise CheckpointError(
-                Problem.INVALID,
-                f"the checkpoint in {spec.source} has changed since {spec.name} was deployed; deploy it again",
-            )
+        _check_unchanged(blueprint.checkpoint, spec.facts.fingerprint)
         return blueprint
 
     def prepare(self, blueprint: Blueprint, progress: Callable[[int, int], None]) -> Path:
@@ -113,7 +111,10 @@ class Images:
             progress(done, total)
 
         try:
-            return prepare_image(blueprint.checkpoint, blueprint.layout, self._folder, noted)
+            path = prepare_image(blueprint.checkpoint, blueprint.layout, self._folder, noted)
+            with suppress(FileNotFoundError):  # undeployed elsewhere in this moment
+                os.utime(path)  # one that was there already is not swept before its model is deployed
+            return path
         finally:
             self._preparing.pop(name, None)
 
@@ -125,9 +126,10 @@ class Images:
         ]
 
     def open(self, blueprint: Blueprint, abandoned: threading.Event) -> Image:
-        """The image, built first where it is missing or damaged. Raises CheckpointError.
+        """The image, built first where it is missing or damaged.
 
-        AbandonedError, with nothing left of the image, soon after `abandoned` is set.
+        Raises CheckpointError, also where it must be built and the checkpoint is another one by now. AbandonedError,
+        with nothing left of the image, soon after `abandoned` is set.
         """
 
         def progress(done: int, total: int) -> None:
@@ -137,7 +139,9 @@ class Images:
         try:
             return self.opened(blueprint)
         except (FileNotFoundError, ImageCorrupt):
-            self.prepare(blueprint, progress)
+            checkpoint = Checkpoint.open(blueprint.checkpoint.folder, self._roots)
+            _check_unchanged(checkpoint, blueprint.checkpoint.fingerprint)
+            self.prepare(replace(blueprint, checkpoint=checkpoint), progress)
             return self.opened(blueprint)
 
     def path(self, blueprint: Blueprint) -> Path:
@@ -177,10 +181,28 @@ class Images:
         """Deletes a checkpoint's images on the disk, half made or whole, and in memory. Nothing without any."""
         pattern = f"{fingerprint[:32]}-*-{self._page_bytes}.image"
         for path in self._folder.glob(pattern):
-            self.tier.discard(path.name)
-            delete_image(path)
+            self._delete(path)
         for path in unfinished(self._folder, pattern):
             remove_unfinished(path)
+
+    def sweep(self, fingerprints: Collection[str]) -> int:
+        """Deletes what has been of no use for a day: images of other checkpoints, half made or whole.
+
+        Such images are left by deployments that did not come about. Returns how many were deleted.
+        """
+        needed = {fingerprint[:32] for fingerprint in fingerprints}
+        removed = remove_stale(self._folder)
+        for path in self._folder.glob(f"*-{self._page_bytes}.image"):
+            with suppress(FileNotFoundError):  # another agent sweeps too
+                if path.name[:32] not in needed and time.time() - path.stat().st_mtime > STALE_S:
+                    self._delete(path)
+                    removed += 1
+        return removed
+
+    def _delete(self, path: Path) -> None:
+        """On the disk first: see TierKeeper, which might take it in just now."""
+        delete_image(path)
+        self.tier.discard(path.name)
 
     def mend(self, blueprint: Blueprint, image: Image, abandoned: threading.Event) -> Image:
         """Another image for one that is damaged, which is closed: built anew, unless another agent has done that.
@@ -191,6 +213,13 @@ class Images:
             if image.is_current:
                 delete_image(image.path)
         return self.open(blueprint, abandoned)
+
+
+def _check_unchanged(checkpoint: Checkpoint, fingerprint: str) -> None:
+    if checkpoint.fingerprint != fingerprint:
+        raise CheckpointError(
+            Problem.INVALID, f"the checkpoint in {checkpoint.folder} has changed since it was deployed; deploy it again"
+        )
 
 
 def _context_tokens(spec: cluster_pb2.ModelSpec, checkpoint: Checkpoint) -> int:

@@ -171,7 +171,10 @@ class TierKeeper:
                     self._turned_away = True
             finally:
                 self._filling = None
-            self._register(image)
+            if image.is_current:
+                self._register(image)
+            else:  # deleted meanwhile, and from the tier before it was there
+                self._tier.discard(chosen.name)
 
     def _register(self, image: Image) -> None:
         """Registers the image with the device now, for that takes longer than a load."""

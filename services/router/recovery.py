@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from redis.asyncio import Redis
 
-from services.common.queues import RequestQueue
+from services.common.queues import RequestQueue, Ticket
 from services.common.tasks import end_tasks
 from services.common.telemetry import logger
 from services.router.dispatch import REDIS_ERRORS, Dispatcher
@@ -19,6 +20,7 @@ from warmserve.v1 import cluster_pb2, common_pb2
 
 _log = logger(__name__)
 _REDIS_S = 5.0
+_CHECKS_PER_LOOK = 10  # every so many checks it is looked for entries that are gone
 _REMEMBER_S = 60.0  # a cut-off instance's last read from Redis may still be answered this long after its record ended
 
 
@@ -26,7 +28,8 @@ class Recovery:
     """Watches for losses and puts requests back.
 
     Running requests move when their agent's record ends or its token stream breaks. Waiting ones are put back when
-    the instance that took their entry is gone, or when their entry is (Redis came back without it).
+    the instance that took their entry is gone, or when their entry is: Redis came back without it, or an agent dropped
+    it, which could not reach this router.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Recovery:
         self._need = need
         self._check_s = check_s
         self._gone: dict[str, dict[str, float]] = defaultdict(dict)  # model -> instance -> when it went
+        self._missed: set[Ticket] = set()  # entries that were gone at the last look
         self._redis_run = ""  # changes when Redis is restarted or another one takes over
         self._task: asyncio.Task[None] | None = None
         view.agents.on_change(self._agent_changed)
@@ -94,32 +98,43 @@ class Recovery:
 
     async def _put_back_lost(self, model: str, instance_ids: Collection[str], exist: bool) -> None:
         """Puts back waiting requests that these instances hold, and with `exist` those whose entry is gone."""
-        candidates = [(request, request.ticket) for request in self._dispatcher.waiting_of(model) if request.ticket]
-        if not candidates:
+        waiting = self._queued([model])
+        if not waiting:
             return
         async with asyncio.timeout(_REDIS_S):
             held = set(await self._queue.held(model, instance_ids))
-        for request, ticket in candidates:
-            missing = False
-            if exist and ticket not in held:
-                async with asyncio.timeout(_REDIS_S):
-                    missing = not await self._queue.exists(ticket)
-            if not request.waiting or request.ticket is not ticket:
-                continue  # taken, ended or put back meanwhile
-            if ticket in held:
-                text = "the instance that had taken it is gone"
-                reason = common_pb2.Reason(cause=common_pb2.CAUSE_AGENT_LOST, text=text)
-                self._dispatcher.put_back(request, reason)
-            elif missing:
-                text = "its queue entry is gone"
-                self._dispatcher.put_back(request, common_pb2.Reason(cause=common_pb2.CAUSE_FAILURE, text=text))
+            missing = await self._queue.missing(waiting.keys() - held) if exist else set()
+        self._put_back(waiting, held, common_pb2.CAUSE_AGENT_LOST, "the instance that had taken it is gone")
+        self._put_back(waiting, missing, common_pb2.CAUSE_FAILURE, "its queue entry is gone")
+
+    async def _look(self, models: Iterable[str]) -> None:
+        """Puts back waiting requests whose entry is gone, and was at the last look.
+
+        After one look alone the news that it runs, or has ended, may be on its way here.
+        """
+        waiting = self._queued(models)
+        async with asyncio.timeout(_REDIS_S):
+            missing = await self._queue.missing(waiting)
+        self._put_back(waiting, missing & self._missed, common_pb2.CAUSE_FAILURE, "its queue entry is gone")
+        self._missed = missing
+
+    def _queued(self, models: Iterable[str]) -> dict[Ticket, Request]:
+        requests = [request for model in models for request in self._dispatcher.waiting_of(model)]
+        return {request.ticket: request for request in requests if request.ticket is not None}
+
+    def _put_back(
+        self, waiting: Mapping[Ticket, Request], lost: Collection[Ticket], cause: common_pb2.Cause.ValueType, text: str
+    ) -> None:
+        for ticket, request in waiting.items():  # the oldest first
+            if ticket in lost and request.waiting and request.ticket is ticket:  # not taken or put back meanwhile
+                self._dispatcher.put_back(request, common_pb2.Reason(cause=cause, text=text))
 
     async def _check_for_ever(self) -> None:
         try:
             self._redis_run = await self._run_of_redis()
         except REDIS_ERRORS as error:
             self._dispatcher.queue_failed(error)
-        while True:
+        for number in itertools.count(1):
             await asyncio.sleep(self._check_s)
             self._forget_old()
             models = [model for model in self._dispatcher.models() if self._dispatcher.waiting_of(model)]
@@ -129,6 +144,8 @@ class Recovery:
                 self._need(model)  # changes of the view have said so already, unless something went wrong
             try:
                 await self._check(models)
+                if number % _CHECKS_PER_LOOK == 0:
+                    await self._look(models)
             except REDIS_ERRORS as error:
                 self._dispatcher.queue_failed(error)
 

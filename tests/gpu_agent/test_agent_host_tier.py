@@ -18,7 +18,7 @@ from services.gpu_agent.keeping import TierKeeper
 from services.gpu_agent.weights.building import prepare_image
 from services.gpu_agent.weights.checkpoint import Checkpoint
 from services.gpu_agent.weights.host_tier import HostTier
-from services.gpu_agent.weights.image import Image, open_image
+from services.gpu_agent.weights.image import Image, delete_image, open_image
 from services.gpu_agent.weights.layout import plan_layout
 from tests.gpu_agent import checkpoints
 from tests.gpu_agent.agent_process import REASON, RunningAgent, running_agent
@@ -222,6 +222,30 @@ async def test_what_found_no_place_is_taken_in_when_a_load_no_longer_holds_what_
     await keeper.close()
 
 
+async def test_an_image_deleted_while_it_is_taken_in_does_not_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, paths = images_of(tmp_path, "x")
+    keeper = TierKeeper(cast(Images, images), lambda: None)
+    keeper.start()
+    read = Image.fetch_page
+
+    def deleted_meanwhile(image: Image, index: int, into: memoryview) -> None:
+        delete_image(image.path)  # as when its model is undeployed, here or by another agent
+        images.tier.discard(image.path.name)
+        read(image, index, into)
+
+    monkeypatch.setattr(Image, "fetch_page", deleted_meanwhile)
+    keeper.value("x", paths["x"].name[:32], 1.0)
+    async with asyncio.timeout(30):
+        while paths["x"].exists():
+            await asyncio.sleep(0.01)
+    assert keeper._task is not None
+    await keeper._task
+    assert images.tier.kept() == []
+    await keeper.close()
+
+
 @dataclass
 class ImagesOnDisk:
     """Stands for an agent's images, of which there are some on the disk."""
@@ -230,7 +254,7 @@ class ImagesOnDisk:
     paths: list[Path]
 
     def sizes(self) -> dict[str, int]:
-        return {path.name: path.stat().st_size for path in self.paths}
+        return {path.name: path.stat().st_size for path in self.paths if path.exists()}
 
     def named(self, name: str) -> Image:
         return open_image(self.paths[0].parent / name)

@@ -118,7 +118,7 @@ async def test_a_checkpoint_that_was_changed_after_it_was_deployed_is_not_served
 
     def said(items: object) -> bool:
         shard = agent.shard("m")
-        return shard is not None and "has changed since m was deployed; deploy it again" in shard.reason.text
+        return shard is not None and "has changed since it was deployed; deploy it again" in shard.reason.text
 
     await asyncio.wait_for(agent.residency.wait_for(said), 30)
     await agent.until("m", common_pb2.REPLICA_STATE_COLD)

@@ -125,7 +125,7 @@ def test_a_build_that_is_given_up_leaves_nothing(prepared: Prepared, tmp_path: P
 
 def test_a_checkpoint_cut_short_after_it_was_checked(prepared: Prepared, tmp_path: Path) -> None:
     os.truncate(prepared.checkpoint.folder / "model.safetensors", 100_000)
-    with pytest.raises(CheckpointError, match="was cut short while it was read"):
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
         prepare(prepared, tmp_path / "new")
     assert os.listdir(tmp_path / "new") == []
 

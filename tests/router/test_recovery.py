@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import grpc
@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from launcher.backing import Backing, start_redis
 from launcher.ports import free_port
 from services.common.grpc_frame import channel
+from services.common.queues import RequestQueue, Ticket
 from tests.router.conftest import ANSWER, Cluster, gathered, status_of
 from tests.router.peers import until
 from warmserve.cluster.events import EventStream
@@ -266,3 +267,55 @@ async def test_an_entry_that_vanished_is_put_back_even_if_redis_never_seemed_awa
     second = await cluster.agent("a1")
     await second.activate("m")
     assert [text for text, *_ in await asyncio.gather(*calls)] == [ANSWER, ANSWER]
+
+
+async def test_what_an_agent_dropped_that_cannot_reach_this_router_is_put_back(cluster: Cluster) -> None:
+    """It takes the router for lost, and forgets the entries too; nobody tells the router."""
+    await cluster.deploy()
+    agent = await cluster.agent()
+    agent.report = False
+    await agent.activate("m")
+    router = await cluster.router()
+    calls = [asyncio.create_task(gathered(router.generate())) for _ in range(2)]
+    await until(lambda: len(agent.taken) == 2, "they are taken")
+    for ticket in await cluster.queue.held("m", ["a0-m"]):
+        await cluster.queue.done(ticket)
+    agent.report = True
+    answers = await asyncio.gather(*calls)
+    assert [text for text, *_ in answers] == [ANSWER, ANSWER]
+    assert [request.attempt for request in agent.taken] == [0, 0, 1, 1]
+    assert all(finished.timing.resumed == 0 for _, _, finished, _ in answers)
+
+
+async def test_a_request_whose_news_is_late_is_not_put_back(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its entry goes when it ends, which may be seen before the news of it comes."""
+    await cluster.deploy()
+    agent = await cluster.agent()
+    agent.report = False
+    await agent.activate("m")
+    router = await cluster.router()
+    call = asyncio.create_task(gathered(router.generate()))
+    await until(lambda: len(agent.taken) == 1, "it is taken")
+    seen = asyncio.Event()
+    missing = RequestQueue.missing
+
+    async def noted(queue: RequestQueue, tickets: Iterable[Ticket]) -> set[Ticket]:
+        found = await missing(queue, tickets)
+        if found:
+            seen.set()
+        return found
+
+    monkeypatch.setattr(RequestQueue, "missing", noted)
+    for ticket in await cluster.queue.held("m", ["a0-m"]):
+        await cluster.queue.done(ticket)
+    await seen.wait()
+    news = agent_pb2.SequenceUpdate(
+        request_id=agent.taken[0].request_id,
+        instance_id="a0-m",
+        token_ids=cluster.answer,
+        finish_reason=inference_pb2.FINISH_REASON_STOP,
+    )
+    agent.link(router.record.address).send(news)
+    text, *_ = await call
+    assert text == ANSWER
+    assert len(agent.taken) == 1

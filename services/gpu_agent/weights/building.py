@@ -31,7 +31,7 @@ _JOURNAL = ".sums.unfinished"
 _SUM = struct.Struct("<q")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LOOK_S = 0.05  # how often it is looked whether another agent has finished: a lock has no timeout
-_STALE_S = 24 * 3600.0  # what nobody has gone on with for so long is not wanted any more
+STALE_S = 24 * 3600.0  # what nobody has gone on with for so long is not wanted any more
 
 BuildProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -79,7 +79,7 @@ def remove_stale(folder: Path) -> int:
     removed = 0
     for path in unfinished(folder):
         with suppress(FileNotFoundError):  # finished in this moment
-            if time.time() - _beside(path, _JOURNAL).stat().st_mtime > _STALE_S:
+            if time.time() - _beside(path, _JOURNAL).stat().st_mtime > STALE_S:
                 removed += remove_unfinished(path)
     return removed
 

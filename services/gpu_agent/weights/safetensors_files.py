@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +27,10 @@ _PIECE_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as a safetensors header describes it, or a part. `offset` is in bytes from the file's begin."""
+    """One tensor as a safetensors header describes it, or a part. `offset` is in bytes from the file's begin.
+
+    `version` tells the file whose header that was from one that replaced it.
+    """
 
     name: str
     dtype: torch.dtype
@@ -34,6 +38,7 @@ class StoredTensor:
     file: Path
     offset: int
     nbytes: int
+    version: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,8 @@ def _read_header(file: Path, name: str, digest: hashlib._Hash) -> list[StoredTen
     with file.open("rb") as opened:
         length = opened.read(8)
         header = opened.read(int.from_bytes(length, "little"))
-        digest.update(json.dumps([name, os.fstat(opened.fileno()).st_size]).encode())
+        version = _version(opened)
+        digest.update(json.dumps([name, version[1]]).encode())
         digest.update(header)
         tensors = []
         for key, entry in json.loads(header).items():
@@ -144,7 +150,8 @@ def _read_header(file: Path, name: str, digest: hashlib._Hash) -> list[StoredTen
                 )
             begin, end = entry["data_offsets"]
             offset = 8 + len(header) + begin
-            tensors.append(StoredTensor(key, DTYPES[entry["dtype"]], tuple(entry["shape"]), file, offset, end - begin))
+            dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+            tensors.append(StoredTensor(key, dtype, shape, file, offset, end - begin, version))
             # Two trainings of one architecture have equal headers; a sample of each tensor tells them apart.
             opened.seek(offset)
             digest.update(opened.read(min(_SAMPLE_BYTES, end - begin)))
@@ -164,18 +171,27 @@ def rows_of(tensor: StoredTensor, begin: int, end: int) -> StoredTensor:
 
 
 def read_pieces(tensor: StoredTensor) -> Iterator[torch.Tensor]:
-    """The tensor's numbers in order, as 1-D tensors of at most 16 MiB. CheckpointError where the file has shrunk."""
+    """The tensor's numbers in order, as 1-D tensors of at most 16 MiB.
+
+    CheckpointError where the file is not the one any more whose header was read, or is being written.
+    """
     left = tensor.nbytes
     with tensor.file.open("rb") as file:
         file.seek(tensor.offset)
         while left:
             piece = torch.empty(min(left, _PIECE_BYTES), dtype=torch.uint8)
-            if file.readinto(piece.numpy().data) != piece.numel():
+            if file.readinto(piece.numpy().data) != piece.numel() or _version(file) != tensor.version:
                 raise CheckpointError(
-                    Problem.INVALID, f"{tensor.file} was cut short while it was read; deploy again when it is complete"
+                    Problem.INVALID, f"{tensor.file} was changed while it was read; deploy again when it is complete"
                 )
             left -= piece.numel()
             yield piece.view(tensor.dtype)
+
+
+def _version(file: BinaryIO) -> tuple[int, int, int]:
+    """Inode, bytes, and time of the last change in nanoseconds."""
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def some(names: Sequence[str]) -> str:
