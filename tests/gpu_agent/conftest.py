@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import gc
-import os
+import importlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which this file is before
-
-    from triton.language import tensor
-    from triton.runtime import interpreter
-
-    _patch = interpreter._patch_lang_tensor
-
-    def _patch_lang_tensor(kind: type[tensor], scope: interpreter._LangPatchScope) -> None:
-        """Triton 3.6 converts one-element arrays by int(), which NumPy 2.4 refuses."""
-        _patch(kind, scope)
-        scope.set_attr(kind, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = _patch_lang_tensor
+    importlib.import_module("tests.gpu_agent.interpreter")  # before anything imports Triton
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

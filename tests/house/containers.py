@@ -4,13 +4,19 @@ environment of its own, its command with its variables and nothing else of this 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from launcher.children import Child, ChildFailedError
 from launcher.ports import free_port
@@ -60,6 +66,7 @@ def build(target: Target, folder: Path) -> Image:
             shutil.copy(ROOT / name, source / name)
     image = Image(target, folder / "venv")
     subprocess.run([sys.executable, "-m", "venv", image.environment], check=True)
+    _provide(image.environment, [word for install in target.installs for word in shlex.split(install)])
     for install in target.installs:
         done = subprocess.run(
             ["sh", "-c", install],
@@ -74,6 +81,50 @@ def build(target: Target, folder: Path) -> Image:
             raise RuntimeError(f"{install} failed:\n{done.stdout[-4000:]}")
     shutil.rmtree(source)
     return image
+
+
+def _provide(environment: Path, words: Iterable[str]) -> None:
+    """Links what an installation needs and is installed here: pip then finds it there, and checks its version.
+
+    Unpacking torch five times would take minutes. `words`: of pip's command; of them "./sdk[x]" and ".[x]" count.
+    """
+    ours = {".": "warmserve-server", "./sdk": "warmserve"}
+    asked = [
+        (ours[place], extras.rstrip("]")) for place, _, extras in (w.partition("[") for w in words) if place in ours
+    ]
+    target = Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
+    for name in sorted(_needed(asked) - set(ours.values())):
+        package = metadata.distribution(name)
+        for file in package.files or ():
+            if ".." not in file.parts:  # scripts name the interpreter that they were installed for
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                _link(Path(str(package.locate_file(file))), target / file)
+
+
+def _needed(asked: Iterable[tuple[str, str]]) -> set[str]:
+    """Names of all packages installed here that these, each with an extra, need."""
+    left, seen, found = list(asked), set[tuple[str, str]](), set[str]()
+    while left:
+        name, extra = left.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            needs = [Requirement(line) for line in metadata.requires(name) or ()]
+        except metadata.PackageNotFoundError:
+            continue  # pip will install it
+        found.add(name)
+        for need in needs:
+            if need.marker is None or need.marker.evaluate({"extra": extra}):
+                left += [(canonicalize_name(need.name), also) for also in ("", *need.extras)]
+    return found
+
+
+def _link(source: Path, place: Path) -> None:
+    try:
+        place.hardlink_to(source)
+    except OSError:  # another file system
+        shutil.copy2(source, place)
 
 
 class Container:
