@@ -202,7 +202,7 @@ async def test_urgent_requests_are_taken_first_and_done_ones_are_forgotten(redis
     assert len(await queue.held("m", ["i0", "i1"])) == 2
     for item in taken:
         await queue.done(item.ticket)
-    assert not await queue.exists(taken[0].ticket)
+    assert await queue.missing([taken[0].ticket]) == {taken[0].ticket}
     assert await queue.held("m", ["i0"]) == []
 
 
