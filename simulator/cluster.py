@@ -308,6 +308,12 @@ class Cluster:
         replica.state = state
         replica.since = now
 
+    def begin_accounts(self) -> None:
+        """Forgets what was counted until now: before the first request."""
+        self.settle_accounts()
+        for model in self.models:
+            model.busy_gpu_s = model.active_gpu_s = model.resident_gpu_s = 0.0
+
     def settle_accounts(self) -> None:
         """Adds up to now what is counted when states change."""
         for model in self.models:

@@ -175,6 +175,8 @@ class _Run(Listener):
             due = clock.next_due
             if due_first <= due:
                 clock.now = due_first
+                if not index:
+                    self._cluster.begin_accounts()
                 self._arrive(Job(index, model[index], prompt[index], output[index], due_first))
                 index += 1
                 due_first = times[index] if index < count else float("inf")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from simulator.arrivals import POISSON, Floats, Integers, counts_of, in_window
 from simulator.spec import ModelSpec
 from simulator.workloads import TYPICAL_PREFILL_TOKENS_PER_S, TYPICAL_TOKEN_S, Traffic, traffic_from, traffic_of
-from warmserve.traces import Format, TraceError, Window, detect, read_requests, read_windows
+from warmserve.traces import Format, Request, TraceError, Window, detect, read_requests, read_windows
 from warmserve.traces.fields import TYPICAL_OUTPUT_TOKENS, TYPICAL_PROMPT_TOKENS
 from warmserve.traces.file import OnProgress
 
@@ -21,7 +22,8 @@ _ASSUMED = (
     f"the trace tells no lengths: each request has {TYPICAL_PROMPT_TOKENS} tokens and gets {TYPICAL_OUTPUT_TOKENS}, "
     "the medians of Azure's conversations"
 )
-_NAMED = 5  # unknown models that an error tells
+_NAMED = 5  # models that a message tells
+_Item = TypeVar("_Item", Request, Window)
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,30 @@ def read_traffic(
     where the trace cannot be read or names models that there are none of.
     """
     names = [spec.name for spec in models]
-    model = _whose(names, model)
+    whose = _whose(names, model)
     remarks: list[str] = []
+    seen: set[str] = set()
     format_ = detect(trace)
     if format_.has_windows:
-        by_client = any("/" in name for name in names)
-        windows = list(read_windows(trace, model=model, by_client=by_client, on_progress=on_progress))
-        if by_client:
+        by_client = format_ is Format.servegen and any("/" in name for name in names)
+        windows = list(_owned(read_windows(trace, by_client=by_client, on_progress=on_progress), whose, seen))
+        if by_client and len(seen - {*names}):
             windows = [window for window in windows if window.model in names]
+            remarks.append(f"clients of the trace that the models file does not have: {len(seen - {*names})}, left out")
         _refuse_unknown(trace, Counter(window.model for window in windows), names)
         traffic = _drawn(windows, models, np.random.default_rng(seed))
         remarks.append("the trace holds windows: requests were drawn from their rates, with Poisson arrivals")
         if all(window.prompt_tokens_per_s is None for window in windows):
             remarks.append(_ASSUMED)
     else:
-        traffic = traffic_from(read_requests(trace, model=model, on_progress=on_progress), names)
+        traffic = traffic_from(_owned(read_requests(trace, on_progress=on_progress), whose, seen), names)
         _refuse_unknown(trace, Counter({traffic.models[at]: n for at, n in enumerate(_counts(traffic))}), names)
-        if format_ is Format.access_log:
+        if format_ is Format.access_log or (format_ is Format.jsonl and _mostly_typical(traffic)):
             remarks.append(_ASSUMED)
+    if model is None and whose is not None and (others := sorted(seen - {"", whose})):
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        told = ", ".join(others[:_NAMED]) + more
+        remarks.append(f"all requests count for {whose}, the only model, those for {told} as well")
     if not len(traffic):
         raise TraceError(f"{trace}: there are no requests in it")
     return _fitted(traffic, models, remarks)
@@ -70,6 +78,19 @@ def _whose(names: Sequence[str], model: str | None) -> str | None:
     if model is not None and model not in names:
         raise TraceError(f"--model {model}: there is no such model{_nearest(model, names)}")
     return names[0] if model is None and len(names) == 1 else model
+
+
+def _owned(found: Iterable[_Item], whose: str | None, seen: set[str]) -> Iterator[_Item]:
+    """Requests or windows as those of the model `whose`, if that is said; `seen` gets the trace's own models."""
+    for item in found:
+        seen.add(item.model)
+        yield item if whose is None else replace(item, model=whose)
+
+
+def _mostly_typical(traffic: Traffic) -> bool:
+    """Whether so many requests have the lengths that are assumed that most of the trace's tell none."""
+    typical = (traffic.prompt_tokens == TYPICAL_PROMPT_TOKENS) & (traffic.output_tokens == TYPICAL_OUTPUT_TOKENS)
+    return bool(typical.mean() > 0.5) if len(typical) else False
 
 
 def _refuse_unknown(trace: Path, requests: Counter[str], names: Sequence[str]) -> None:

@@ -88,14 +88,18 @@ def per_load(series: Floats) -> Floats:
 
 
 def what_came(
-    start_s: float, end_s: float, window_s: float, windows: Sequence[tuple[float, float]]
+    start_s: float, end_s: float, window_s: float, windows: Sequence[tuple[float, float, float]]
 ) -> tuple[float, float] | None:
-    """The mean and the largest of windows' values while an expectation lasted; None where none is known.
+    """The mean load while an expectation lasted, and the largest of a window; None where none is known.
 
-    `windows`: begin and value of each that is known. Those that it covers in part count for that part in the mean.
+    `windows`: begin, mean and peak load of each that is known. In one that it covers in part all load is taken to have
+    come in that part, as far as the peak allows; and that part of it counts.
     """
-    over = [(min(end_s, at + window_s) - max(start_s, at), value) for at, value in windows]
-    over = [(length, value) for length, value in over if length > 0]
+    over = []
+    for at, mean, peak in windows:
+        share = (min(end_s, at + window_s) - max(start_s, at)) / window_s
+        if share > 0:
+            over.append((share, min(mean / share, max(mean, peak))))
     if not over:
         return None
-    return sum(length * value for length, value in over) / sum(length for length, _ in over), max(v for _, v in over)
+    return sum(share * load for share, load in over) / sum(share for share, _ in over), max(load for _, load in over)

@@ -11,13 +11,14 @@ from services.common.telemetry import logger
 from services.forecaster.announced import Expectation, trust, what_came
 from services.forecaster.history import History
 from services.forecaster.past import EndedAnnouncements, PastForecasts
-from services.forecaster.predictors import LEVELS, MEAN_LOAD
+from services.forecaster.predictors import LEVELS, MEAN_LOAD, PEAK_LOAD
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.mirror import Mirror
 from warmserve.cluster.store import Store
 from warmserve.v1 import cluster_pb2, forecast_pb2
 
 _log = logger(__name__)
+_REPORTED = 2  # windows, after which routers that report late have done so
 _HINTS = 10  # of a model's clients, the newest, by which the next ones are judged
 _LONGEST = 100_000  # windows; longer entries are not held against what was forecast
 _MEDIAN = LEVELS.index(0.5)
@@ -72,12 +73,20 @@ class Calendar:
         return found
 
     async def settle(self, last: int) -> None:
-        """Scores entries that had ended with the window numbered `last`, and takes them out of etcd.
+        """Scores entries that ended two windows before the one numbered `last`, or earlier, and takes them out of etcd.
 
-        Raises StoreUnavailableError.
+        By then routers have reported what came. Without a window counted since, the clock may have leapt ahead: then
+        nothing is settled. Raises StoreUnavailableError.
         """
-        for key, entry in list(self._entries.items.items()):
-            if _end(entry) > start_of(last + 1, self._history.window_s):
+        window_s = self._history.window_s
+        ended = {
+            key: entry
+            for key, entry in self._entries.items.items()
+            if _end(entry) <= start_of(last + 1 - _REPORTED, window_s)
+        }
+        counted = max(await asyncio.to_thread(self._history.seen), default=-1) if ended else -1
+        for key, entry in ended.items():
+            if _end(entry) > start_of(counted + 1, window_s):
                 continue
             if _meant(entry):
                 score = await asyncio.to_thread(self._score, entry)
@@ -104,7 +113,7 @@ class Calendar:
         first, last = window_index(begin, window_s), window_index(end, window_s)
         score = forecast_pb2.CalendarScore(entry=entry)
         actual = [
-            (start_of(window, window_s), values[MEAN_LOAD])
+            (start_of(window, window_s), values[MEAN_LOAD], values[PEAK_LOAD])
             for window, joined, values in self._history.windows(entry.model, first, last)
             if joined == 1
         ]
@@ -113,7 +122,7 @@ class Calendar:
         if last - first > _LONGEST:
             return score
         forecast = self._past.unraised([entry.model], first, last, 1)[0, :, MEAN_LOAD, _MEDIAN].tolist()
-        known = [(start_of(first + step, window_s), value) for step, value in enumerate(forecast) if value == value]
+        known = [(start_of(first + step, window_s), one, one) for step, one in enumerate(forecast) if one == one]
         if expected := what_came(begin, end, window_s, known):
             score.forecast_load = expected[0]
         return score

@@ -48,7 +48,7 @@ class Following:
         usual = _with_new(usual_traffic(loads), 0.0)[:, None]
         for begin in range(first, last + 1 if models else first, _AT_ONCE):
             end = min(begin + _AT_ONCE, last + 1)
-            made = np.stack([self._past.unraised(models, begin, end - 1, ahead) for ahead in LEARNT_AHEAD], axis=2)
+            made = np.stack([self._past.unannounced(models, begin, end - 1, ahead) for ahead in LEARNT_AHEAD], axis=2)
             made = _with_new(made, np.nan)
             at = loads.shape[1] - (last + 1 - begin)
             came = _with_new(loads[:, at : at + end - begin], np.nan)

@@ -21,6 +21,7 @@ from services.forecaster.predictors import QUANTITIES, Floats
 _WIDTH = len(QUANTITIES)
 _BITS = 15
 _FEW = 20  # models that are read one by one
+_MOST_CACHED = 2_000  # models of a block that is kept in memory: 160 kB each for 28 days of 300 s
 _MODELS = 1 << 20  # more cannot be told apart in the number of a block's row
 
 
@@ -173,7 +174,7 @@ class History:
             values = np.empty((len(rows), BLOCK // factor, _WIDTH), np.float32)
             for at, (_, data) in enumerate(rows):
                 values[at] = unpack(data, BLOCK // factor, _WIDTH)
-            if not few and span is not None:
+            if not few and span is not None and len(rows) <= _MOST_CACHED:
                 self._cache[block] = (factor, numbers, values)
             return factor, numbers, values
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +30,7 @@ MIN_DAYS = 3  # of history: two to calibrate on and one to learn from
 _HELD_OUT_DAYS = 2
 _MAX_ROWS = 100_000  # rows that one model learns from; what goes beyond is thinned out
 _COMPANION_ORIGINS = 48  # moments of the days held out at which the other quantities are calibrated
+_SAYS = {3: (6, 0.1), 6: (12, 0.1)}  # by anchor, the share of the next one in its forecast: errors cancel out
 _MIXED_DISTANCE = 1  # at which mixtures are learnt from too; further ahead they teach nothing
 _THREADS = 2
 # Of a series of which n windows are known the published predictor's share is _PUBLISHED_SAY / max(n, _FIRST_WINDOWS).
@@ -79,8 +81,7 @@ class LearnedPredictor:
     def at(self, series: Floats, origins: Moments, distance: int) -> Floats:
         """See Predictor. Without the prior: nothing is added to what is known of a series in its first windows."""
         used = _anchors_for(distance)
-        seen = features(series, origins, used, self._season)
-        answers = [self._answer(anchor, of_anchor) for anchor, of_anchor in zip(used, seen, strict=True)]
+        answers = self._answers(series, origins, used)
         share = (distance - used[0]) / max(1, used[-1] - used[0])
         mixed = (answers[0] * (1 - share) + answers[-1] * share).reshape(len(series), len(origins), len(LEVELS))
         unknown = np.isnan(mixed).any(axis=(1, 2))
@@ -138,16 +139,15 @@ class LearnedPredictor:
             return np.zeros((len(series), horizon, len(LEVELS)))
         used = [anchor for anchor in ANCHORS if anchor < horizon]
         used.append(next(anchor for anchor in ANCHORS if anchor >= horizon))
-        seen = features(series, np.array([series.shape[1] - 1]), used, self._season)
-        answers = [self._answer(anchor, of_anchor) for anchor, of_anchor in zip(used, seen, strict=True)]
+        answers = self._answers(series, np.array([series.shape[1] - 1]), used)
         result = np.empty((len(series), horizon, len(LEVELS)))
         for step in range(horizon):
             right = int(np.searchsorted(used, step + 1))
             left = max(right - 1, 0)
             share = (step + 1 - used[left]) / (used[right] - used[left]) if right > left else 0.0
             result[:, step] = answers[left] * (1 - share) + answers[right] * share
-        unknown = np.isnan(seen[0].scale)
-        if unknown.any():  # of late, and at this hour of all days
+        unknown = np.isnan(result).any(axis=(1, 2))
+        if unknown.any():
             result[unknown] = self._published.predict_many(series[unknown], horizon)
         self._temper(series, result)
         return result
@@ -160,6 +160,16 @@ class LearnedPredictor:
             share = (_PUBLISHED_SAY / np.maximum(windows[new], _FIRST_WINDOWS))[:, None, None]
             published = self._published.predict_many(series[new], result.shape[1])
             result[new] = share * published + (1 - share) * result[new]
+
+    def _answers(self, series: Floats, origins: Moments, used: Sequence[int]) -> list[Floats]:
+        """Of each anchor (rows, 3); NaN of series of which nothing is known: of late, and at this hour of all days."""
+        asked = sorted({*used, *(_SAYS[anchor][0] for anchor in used if anchor in _SAYS)})
+        seen = features(series, origins, asked, self._season)
+        answers = {anchor: self._answer(anchor, of_anchor) for anchor, of_anchor in zip(asked, seen, strict=True)}
+        for anchor, (other, share) in _SAYS.items():
+            if anchor in answers and other in answers:
+                answers[anchor] = (1 - share) * answers[anchor] + share * answers[other]
+        return [answers[anchor] for anchor in used]
 
     def _answer(self, anchor: int, seen: Features) -> Floats:
         boosters, calibration = self._anchors[anchor]

@@ -48,6 +48,8 @@ class PastForecasts:
                 "insert or ignore into forecasts values (?, ?, ?)",
                 [(window << 4 | ahead, pack_ids(ids), pack(values, _BITS)) for window, ahead, ids, values in rows],
             )
+            # Of a clock that had leapt far ahead, and is right again: they would count as the newest.
+            db.execute("delete from forecasts where id >= ?", (first + KEEP_WINDOWS << 4,))
             self._saved += 1
             if self._saved % _TRIM_EVERY == 1:
                 windows = db.execute("select distinct id >> 4 from forecasts order by 1 desc").fetchall()
@@ -67,6 +69,12 @@ class PastForecasts:
         without = self._read(models, first, last, _UNRAISED[ahead])
         result: Floats = np.where(np.isnan(without), values, without)
         return result
+
+    def unannounced(self, models: Sequence[str], first: int, last: int, ahead: int) -> Floats:
+        """The same where nothing was announced; NaN where something was, and where nothing is kept."""
+        values = self._read(models, first, last, ahead)
+        values[~np.isnan(self._read(models, first, last, _UNRAISED[ahead]))] = np.nan
+        return values
 
     def span(self) -> tuple[int, int]:
         """The numbers of the first and the last window of which forecasts are kept; of none, the last is before the

@@ -110,11 +110,13 @@ def _words(info: forecast_pb2.PredictorInfo, losses: Comparison, newest: int) ->
 
 
 def _busiest(history: History, task: Task) -> Floats:
-    series = history.series(history.models(), task.last, task.windows)
-    traffic = np.nansum(series[:, :, MEAN_LOAD], axis=1)
-    chosen = np.argsort(-traffic, kind="stable")[:_MOST_SERIES]
-    busiest: Floats = series[np.sort(chosen[traffic[chosen] > 0])]
-    return busiest
+    names = history.models()
+    traffic: list[float] = []
+    for first in range(0, len(names), _MOST_SERIES):  # names that were undeployed long ago may be many
+        series = history.series(names[first : first + _MOST_SERIES], task.last, task.windows)
+        traffic += np.nansum(series[:, :, MEAN_LOAD], axis=1).tolist()
+    chosen = sorted(range(len(names)), key=lambda at: -traffic[at])[:_MOST_SERIES]
+    return history.series([names[at] for at in sorted(chosen) if traffic[at] > 0], task.last, task.windows)
 
 
 def main() -> None:

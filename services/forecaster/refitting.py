@@ -180,7 +180,7 @@ class Refitter:
         actual = self._history.series(models, last, last - first + 1)[:, :, MEAN_LOAD]
         lost = came = 0.0
         for ahead in DISTANCES:
-            forecast = self._past.unraised(models, last - actual.shape[1] + 1, last, ahead)[:, :, MEAN_LOAD]
+            forecast = self._past.unannounced(models, last - actual.shape[1] + 1, last, ahead)[:, :, MEAN_LOAD]
             known = ~np.isnan(actual) & ~np.isnan(forecast).any(axis=2)
             lost += float(pinball(forecast, actual)[known].mean(axis=1).sum())
             came += float(actual[known].sum())

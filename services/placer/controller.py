@@ -132,8 +132,9 @@ class Controller:
         if not self._mirrors.connected:
             raise StoreUnavailableError("nothing is placed anew until etcd answers")
         began = time.monotonic()
+        first = not self._asked
         self._asked[model] = max(waiting, 1, self._asked.get(model, 0))
-        if len(self._asked) == 1:
+        if first:
             self._decision = asyncio.create_task(self._decide_asked(), name="wakes")
         decided = await asyncio.shield(self._decision)
         _WAKE_SECONDS.observe(time.monotonic() - began)

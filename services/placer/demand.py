@@ -49,7 +49,8 @@ class Demand:
     burst: int  # further ones for a peak that one window in ten exceeds
     wake: int  # instances to have active at least: fewer are made up for
     keep: int  # instances to keep active if they are: more are drained
-    least: int  # of those, how many keep requests from waiting for slots; the rest keep the target for their tokens
+    unbounded: int  # instances that the forecast or what is in progress asks for, were there no maximum
+    least: int  # of `keep`, how many keep requests from waiting for slots; the rest keep the target for their tokens
 
     @property
     def mean(self) -> float:
@@ -80,12 +81,14 @@ def demand(model: Model, now_s: float, active: int, rules: Rules, lookahead_s: f
     expected = expect(model.windows, now_s, rules, rules.lookahead_s if lookahead_s is None else lookahead_s)
     foundation = instances(expected.mean.p50, model.capacity)
     replicas = max(foundation, instances(max(expected.peak.p90, expected.mean.p50), model.capacity))
+    wanted = replicas
     if model.max_replicas:
         replicas = min(replicas, model.max_replicas)
         foundation = min(foundation, replicas)
     load = model.waiting + (model.running if active else 0)  # without an instance, what runs is draining
     overloaded = load > rules.scale_up * model.capacity * active
     wake = min(math.ceil(load / (rules.scale_up * model.capacity)), load) if overloaded else 0
+    unbounded = max(wanted, wake)
     wake = max(wake, model.min_replicas)
     # The forecast keeps an instance that is there, but wakes none.
     keep = max(wake, foundation, math.ceil(load / (rules.scale_down * model.capacity)))
@@ -95,7 +98,7 @@ def demand(model: Model, now_s: float, active: int, rules: Rules, lookahead_s: f
     if model.batch > model.capacity:
         for_slots = max(instances(expected.mean.p50, model.batch), math.ceil(load / (rules.scale_up * model.batch)))
         least = min(keep, max(1, model.min_replicas, for_slots))
-    return Demand(model.capacity, expected, foundation, replicas - foundation, wake, keep, least)
+    return Demand(model.capacity, expected, foundation, replicas - foundation, wake, keep, unbounded, least)
 
 
 def expect(windows: Sequence[WindowLoad], now_s: float, rules: Rules, lookahead_s: float) -> Expectation:

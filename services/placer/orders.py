@@ -32,6 +32,7 @@ class _Order:
     action: Action
     copies: int  # bytes, of a load
     task: asyncio.Task[str]  # "" or what failed
+    idle: bool  # nothing was in progress there when it was sent
     answered_at: float | None = None  # monotonic
     begun: bool = False  # etcd has shown it in progress
     shown: bool = False  # etcd has shown it carried out: what comes later is not its doing
@@ -77,7 +78,9 @@ class Orders:
             work = self._carry_out(action, records, fence, first) if first else self._send(action, records, fence)
             task = asyncio.create_task(work, name=name)
             self.sent += 1
-            self._orders[key] = _Order(self.sent, action, _copies(action, found.get(key), records), task)
+            replica = found.get(key)
+            idle = replica is None or replica.state is not State.WARMING
+            self._orders[key] = _Order(self.sent, action, _copies(action, replica, records), task, idle)
 
     def unaffected(self, actions: Iterable[Action], since: int) -> list[Action]:
         """Those actions that have nothing to do with agents to which orders were sent after the first `since`."""
@@ -109,14 +112,15 @@ class Orders:
                 order.task.cancel()
                 del self._orders[key]
                 continue
-            if order.task.done() and order.answered_at is None:
-                order.answered_at = now
-                if error := order.task.result():
-                    self._failed(key, order, error, now)
-                    continue
             replica = shown.get(key)
             order.begun = order.begun or (replica is not None and replica.state is State.WARMING)
             order.shown = order.shown or _shown_done(order, replica)
+            if order.task.done() and order.answered_at is None:
+                order.answered_at = now
+                error = order.task.result()
+                if error and not _taken(order, replica):
+                    self._failed(key, order, error, now)
+                    continue
             if order.shown:
                 if order.answered_at is not None:
                     self._succeeded(key, order)
@@ -212,6 +216,14 @@ def _copies(action: Action, found: Replica | None, records: Records) -> int:
 
 def _absent(key: Key, pages: Mapping[Key, int]) -> Replica:
     return Replica(key[0], key[1], State.WARMING, pages.get(key, 0), 0)
+
+
+def _taken(order: _Order, replica: Replica | None) -> bool:
+    """Whether etcd shows that the agent has taken the order, so that only its answer was lost.
+
+    Of several agents one may have taken it and another not.
+    """
+    return len(order.action.group) == 1 and (order.shown or (order.idle and _in_progress(order, replica)))
 
 
 def _shown_done(order: _Order, replica: Replica | None) -> bool:

@@ -25,7 +25,8 @@ def outlook(board: Board, rule: Rule, model: Model, wake: Wake | None, prewarmin
         reason = wake.reason
     else:  # a wake is of a further instance
         obstacle = wake.reason.text if wake is not None else prewarming.obstacles.get(model.name, "")
-        reason = Reason(_cause(board, needed, replicas, obstacle), _sentence(model, needed, replicas, obstacle))
+        cause = _cause(board, model, needed, replicas, obstacle)
+        reason = Reason(cause, _sentence(model, needed, replicas, obstacle))
     score = max((rule.worth(replica).score for replica in replicas), default=0.0)
     return Outlook(
         model.name,
@@ -38,16 +39,39 @@ def outlook(board: Board, rule: Rule, model: Model, wake: Wake | None, prewarmin
     )
 
 
-def _cause(board: Board, needed: Demand, replicas: Sequence[Replica], obstacle: str) -> common_pb2.Cause.ValueType:
+def _cause(
+    board: Board, model: Model, needed: Demand, replicas: Sequence[Replica], obstacle: str
+) -> common_pb2.Cause.ValueType:
     if not replicas and not board.snapshot.agents:
         return common_pb2.CAUSE_NO_AGENT
     if not replicas and obstacle:
         return common_pb2.CAUSE_NO_CAPACITY
     if any(replica.state is State.WAKING for replica in replicas):
         return common_pb2.CAUSE_WAITING_REQUESTS
+    if _held_down(model, needed):
+        return common_pb2.CAUSE_OPERATOR
     if needed.foundation:
         return common_pb2.CAUSE_FOUNDATION
-    return common_pb2.CAUSE_BURST if needed.burst else common_pb2.CAUSE_NOT_NEEDED
+    if needed.burst:
+        return common_pb2.CAUSE_BURST
+    return common_pb2.CAUSE_OPERATOR if model.min_replicas or model.pinned else common_pb2.CAUSE_NOT_NEEDED
+
+
+def _held_down(model: Model, needed: Demand) -> bool:
+    """Whether only its maximum keeps a model from more instances."""
+    return 0 < model.max_replicas < needed.unbounded
+
+
+def _bounds(model: Model, needed: Demand) -> list[str]:
+    """What the operator has said of a model."""
+    told = []
+    if _held_down(model, needed):
+        told.append(f"it would have {needed.unbounded}, but its maximum is {model.max_replicas}")
+    if model.min_replicas:
+        told.append(f"its minimum is {model.min_replicas}")
+    if model.pinned:
+        told.append(f"{model.pinned} pinned")
+    return told
 
 
 def _sentence(model: Model, needed: Demand, replicas: Sequence[Replica], obstacle: str) -> str:
@@ -62,7 +86,7 @@ def _sentence(model: Model, needed: Demand, replicas: Sequence[Replica], obstacl
     if needed.expected.known and needed.expected.problem:
         need = f"{needed.expected.problem}; {need}"
     have = ", ".join(_stands(replica) for replica in replicas) or "nothing is resident"
-    return f"{need}; {have}" + (f"; {obstacle}" if obstacle else "")
+    return "; ".join([need, *_bounds(model, needed), have, *([obstacle] if obstacle else [])])
 
 
 def _stands(replica: Replica) -> str:

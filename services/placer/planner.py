@@ -17,7 +17,7 @@ from services.placer.rule import Prewarming, Rule
 from services.placer.snapshot import Model, Replica, Snapshot, State
 from services.placer.value import serves
 from services.placer.wake import choose
-from services.placer.words import count, load, names
+from services.placer.words import count, load, names, worth
 from warmserve.v1 import common_pb2
 
 RULE = "expected value"
@@ -177,7 +177,7 @@ class _Planner:
                 score = self._rule.worth(replica).score
                 text = (
                     f"{model.name} is woken on {place} ({wake.reason.text.partition(';')[0]}); gives "
-                    f"{replica.pages - keep} of {count(replica.pages, 'page')}, worth {score:.2f} s"
+                    f"{replica.pages - keep} of {count(replica.pages, 'page')}, {worth(score)}"
                 )
                 reason = Reason(common_pb2.CAUSE_MADE_ROOM, text, model.name, score)
                 share_left = keep / replica.shard_pages if keep else 0.0
@@ -212,6 +212,7 @@ class _Planner:
             needed = self._rule.demand(model)
             serving = _serving(self._board.of(model.name))
             surplus, further = len(serving) - needed.keep, len(serving) - needed.least
+            beyond = len(serving) - model.max_replicas if model.max_replicas else 0
             candidates = [r for r in serving if r.state is State.ACTIVE and snapshot.in_state_s(r) >= rules.min_stay_s]
             if needed.keep == 0:  # the last one goes only when it has nothing to do
                 candidates = [
@@ -223,13 +224,16 @@ class _Planner:
             for replica in candidates:
                 if further <= 0:
                     break
-                if surplus > 0 and self._rule.may_rest(model, replica):
+                if beyond > 0:
+                    text = f"{count(len(serving), 'instance')} serve, and its maximum is {model.max_replicas}"
+                    reason = Reason(common_pb2.CAUSE_OPERATOR, text)
+                elif surplus > 0 and self._rule.may_rest(model, replica):
                     reason = self._low_load(model, needed, replica, len(serving))
                 elif needed.least < needed.keep and (why := self._burden(model, replica)) is not None:
                     reason = why
                 else:
                     continue
-                surplus, further = surplus - 1, further - 1
+                surplus, further, beyond = surplus - 1, further - 1, beyond - 1
                 self._drain(replica, reason)
 
     def _burden(self, model: Model, instance: Replica) -> Reason | None:
@@ -251,7 +255,7 @@ class _Planner:
                 continue
             score = self._rule.worth(replica).score
             if abs(score - replica.score) > max(_LEAST_CHANGE_S, _CHANGE * max(score, replica.score)):
-                text = f"worth {score:.2f} s now, {replica.score:.2f} s before"
+                text = f"{worth(score)} now, {worth(replica.score)} before"
                 reason = Reason(common_pb2.CAUSE_FOUNDATION, text, score=score)
                 self._actions.append(Action(Do.WARM, replica.model, replica.group, reason))
 

@@ -10,7 +10,7 @@ from services.placer.groups import groups
 from services.placer.layout import Agents, Item, Seat
 from services.placer.loading import load_bytes_per_s, load_s
 from services.placer.rule import Prewarming
-from services.placer.scores import Kind
+from services.placer.scores import PINNED_S, Kind
 from services.placer.snapshot import Replica, State
 from services.placer.target import Target
 from services.placer.value import Stakes
@@ -174,7 +174,8 @@ class _Prewarmer:
         text = f"{what} replica {rank + 1} on {names(group)}"
         if item.fixed:
             pinned = stakes.model.pinned
-            return Reason(common_pb2.CAUSE_OPERATOR, f"{count(pinned, 'replica')} of it are pinned; {text}", score=net)
+            told = f"{count(pinned, 'replica')} of it are pinned; {text}"
+            return Reason(common_pb2.CAUSE_OPERATOR, told, score=net + PINNED_S)
         if kind is Kind.FOUNDATION:
             need = f"mean load {load(needed.mean)} needs {count(needed.foundation, 'instance')}"
         elif kind is Kind.BURST:

@@ -32,6 +32,7 @@ class Worth:
     score: float  # expected seconds of waiting saved
 
 
+PINNED_S = 1e6  # added to what a pinned replica is worth: it gives way when nothing else does
 _BEYOND_PEAK = 0.1
 _ORDER = {State.ACTIVE: 0, State.WAKING: 1, State.DRAINING: 2, State.WARM: 3, State.WARMING: 4}
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 
 from services.placer.demand import Demand, demand, needed
 from services.placer.loading import load_s, quickest_s
-from services.placer.scores import Kind, Worth
+from services.placer.scores import PINNED_S, Kind, Worth
 from services.placer.snapshot import GroupIds, Model, Quantiles, Replica, Rules, Snapshot, State
 
 _LATER = 0.1  # what the need of a later window counts
@@ -72,10 +72,11 @@ class Stakes:
         return self.later[rank] * self._spared(rank, node, share) if rank < len(self.later) else 0.0
 
     def keeping(self, rank: int, node: str, share: float) -> Worth:
-        """`worth_keeping` with what the replica is needed for."""
+        """`worth_keeping` with what the replica is needed for; what is pinned is worth more than all that is not."""
         known = self._kept.get((rank, node, share))
         if known is None:
-            known = Worth(self.kind(rank), self.worth_keeping(rank, node, share))
+            pinned = PINNED_S if share == 1 and rank < self.model.pinned else 0.0
+            known = Worth(self.kind(rank), self.worth_keeping(rank, node, share) + pinned)
             self._kept[rank, node, share] = known
         return known
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from services.placer.scores import PINNED_S
 from services.placer.snapshot import GroupIds
 
 
@@ -23,6 +24,11 @@ def names(group: GroupIds) -> str:
 def load(requests: float) -> str:
     """Requests in progress: "3.2", "0.02"."""
     return f"{requests:.1f}" if requests >= 0.05 or requests == 0 else f"{requests:.1g}"
+
+
+def worth(score: float) -> str:
+    """What a replica is worth: "worth 0.25 s"."""
+    return f"worth {score:.2f} s" if score < PINNED_S else "pinned"
 
 
 def chance(probability: float) -> str:

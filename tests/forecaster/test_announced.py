@@ -92,6 +92,20 @@ def test_ratios_come_from_what_was_counted() -> None:
 
 
 def test_what_came_is_weighed_by_what_was_covered() -> None:
-    windows = [(0.0, 1.0), (300.0, 5.0), (900.0, 100.0)]
+    windows = [(0.0, 1.0, 1.0), (300.0, 5.0, 9.0), (900.0, 100.0, 100.0)]
     assert what_came(150, 600, WINDOW_S, windows) == ((1 * 150 + 5 * 300) / 450, 5)
     assert what_came(600, 900, WINDOW_S, windows) is None
+
+
+@pytest.mark.parametrize(("begin", "lasts"), [(0, 60), (60, 120), (150, 300), (250, 600), (0, 900)])
+def test_what_comes_true_counts_as_true_however_short_it_is(begin: int, lasts: int) -> None:
+    """Windows hold the mean of all their time, of which a hint may cover a part."""
+    windows = []
+    for at in range(0, 1200, int(WINDOW_S)):
+        covered = max(0.0, min(begin + lasts, at + WINDOW_S) - max(begin, at)) / WINDOW_S
+        windows.append((float(at), 20 * covered, 20.0 if covered else 0.0))
+    assert what_came(begin, begin + lasts, WINDOW_S, windows) == pytest.approx((20, 20))
+
+
+def test_what_came_all_the_time_is_not_taken_for_a_short_burst() -> None:
+    assert what_came(0, 60, WINDOW_S, [(0.0, 4.0, 5.0)]) == (5, 5)

@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 
 from launcher.backing import Backing, start_etcd
 from services.common.load import LoadCounters, LoadCounts, start_of, window_index
+from services.forecaster.calendar import Calendar
 from services.forecaster.database import Database
 from services.forecaster.history import History, Seen
 from services.forecaster.past import EndedAnnouncements, PastForecasts
@@ -330,6 +331,32 @@ async def test_an_announcement_that_has_ended_is_scored_and_taken_away(
     async with start(window_s=1.0) as stub:  # and they are kept
         assert (await stub.GetScores(forecast_pb2.GetScoresRequest())).calendar == scores
     await calendar.close()
+
+
+async def test_an_announcement_is_settled_when_what_came_is_counted_and_not_by_a_clock_alone(
+    store: Store, keys: Keys, tmp_path: Path
+) -> None:
+    database = Database(tmp_path, 60)
+    history, ended = History(database, 1e7, 1e7), EndedAnnouncements(database)
+    calendar = Calendar(keys, store, history, PastForecasts(database), ended)
+    entry = cluster_pb2.CalendarEntry(model="m", id="e", start_unix_s=60_000, duration_s=120, load=20)
+    await store.put(keys.calendar("m", "e"), entry)
+    await calendar.start(lambda model: None)
+
+    def count(window: int) -> None:
+        history.record(window, {"m": (10.0, 12.0, 1.0, 1.0, 1.0)}, Seen(1, 60.0))
+
+    count(1000)
+    await calendar.settle(1001)  # the second of its windows has just ended: routers may yet report it
+    await calendar.settle(500_000)  # the clock leaps, and nobody has counted since
+    assert calendar.entries("m") == [entry]
+    count(1001)
+    await calendar.settle(1003)
+    assert await store.get(keys.calendar("m", "e"), cluster_pb2.CalendarEntry) is None
+    (score,) = ended.since(0)
+    assert (score.actual_load, score.actual_peak) == (10, 10)
+    await calendar.close()
+    database.close()
 
 
 async def test_clients_whose_hints_came_to_nothing_are_believed_less(

@@ -206,6 +206,15 @@ def test_what_was_forecast_without_announcements_is_kept_where_it_differs(databa
     assert past.of(["a"], 1000, 1000, 1)[0, 0, 0, 0] == 5
     assert past.unraised(["a"], 1000, 1000, 1)[0, 0, 0, 0] == 1
     assert past.unraised(["b"], 1000, 1000, 1)[0, 0, 0, 0] == 1
+    assert past.unannounced(["b", "a"], 1000, 1000, 1)[:, 0, 0, 0].tolist() == pytest.approx([1, np.nan], nan_ok=True)
+
+
+def test_a_clock_that_had_leapt_far_ahead_does_not_hide_what_is_forecast_now(database: Database) -> None:
+    past = PastForecasts(database)
+    made = np.ones((1, 12, 5, 3))
+    for first in (1000, 1001 + 10_000_000, 1001):
+        past.save(first, ["a"], made, made)
+    assert past.span() == (1000, 1012)
 
 
 def test_many_models_are_read_as_they_are_now(database: Database) -> None:

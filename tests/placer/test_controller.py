@@ -94,6 +94,7 @@ async def test_a_cold_model_is_woken_once_however_many_ask(
         assert list(answers[0].group.agent_ids) == ["g0"]
         assert answers[0].group.node == "n0"
         assert any("nothing of it is resident" in a.reason.text for a in answers)
+        assert all(a.reason.text for a in answers)
         await until(lambda: agent.orders)
         answer = await wake(placer, "a")
         assert answer.state == WARMING
@@ -104,6 +105,30 @@ async def test_a_cold_model_is_woken_once_however_many_ask(
             await asyncio.sleep(0.01)
         assert answer.estimated_ms == 0
         assert agent.orders == [("wake", "a")]
+
+
+async def test_a_wake_of_which_only_the_answer_is_lost_is_not_ordered_elsewhere(
+    cluster: Cluster, peers: Peers, watch: Watch, store: Store, redis: Redis, keys: Keys
+) -> None:
+    agents = [await peers.add(name) for name in ("g0", "g1")]
+    await store.put(cluster.keys.model("a"), spec("a"))
+    for agent in agents:
+        agent.loads.clear()
+        agent.network = lambda: Fault.ANSWER_LOST
+    async with running_placer(cluster) as placer:
+        await watch.led_by("p0")
+        await queue_requests(redis, keys, "a", 1)
+        await wake(placer, "a")
+        await until(lambda: any(agent.orders for agent in agents))
+        for agent in agents:
+            agent.network = lambda: Fault.NONE
+        for _ in range(5):  # the last of which comes after the answer was missed
+            await asyncio.sleep(0.1)
+            assert (await wake(placer, "a")).state == WARMING
+        assert [order for agent in agents for order in agent.orders] == [("wake", "a")]
+        for agent in agents:
+            agent.loads.set()
+        await watch.active("a")
 
 
 async def test_models_that_are_asked_for_together_are_each_woken_and_told_of(

@@ -172,6 +172,16 @@ def test_minimum_replicas_are_woken_without_any_load_and_not_drained() -> None:
     assert plan(snapshot([agent("g0"), agent("g1")], [model("a", min_replicas=2)], there)).actions == ()
 
 
+@pytest.mark.parametrize("running", [0, 5])
+def test_what_is_beyond_a_maximum_that_was_lowered_is_drained(running: int) -> None:
+    agents = [agent(f"g{i}") for i in range(3)]
+    there = [replica("a", f"g{i}", State.ACTIVE, running=running + i) for i in range(3)]
+    made = plan(snapshot(agents, [model("a", running=3 * running + 3, max_replicas=1)], there))
+    assert done(made, Do.DRAIN) == [("a", "g0"), ("a", "g1")]  # which run the least
+    assert {a.reason.cause for a in made.actions} == {common_pb2.CAUSE_OPERATOR}
+    assert "its maximum is 1" in made.actions[0].reason.text
+
+
 def test_replicas_of_undeployed_models_go() -> None:
     there = [replica("x", "g0", State.ACTIVE, running=2), replica("y", "g0"), replica("z", "g0", State.DRAINING)]
     made = plan(snapshot([agent("g0", pages=100)], [], there))
@@ -242,6 +252,18 @@ def test_a_failed_load_is_left_alone_for_a_while() -> None:
             "no further group of 1 agent can hold another replica",
         ),
         (["g0"], model("a"), [], "there is no forecast yet; nothing is resident"),
+        (
+            ["g0"],
+            model("a", mean=40, max_replicas=1, running=8),
+            [replica("a", "g0", State.ACTIVE, running=8)],
+            "mean load 40.0 needs 1 instance; it would have 5, but its maximum is 1; 1 is active (8 running) on g0",
+        ),
+        (
+            ["g0"],
+            model("a", min_replicas=1, pinned=1),
+            [replica("a", "g0", State.ACTIVE)],
+            "there is no forecast yet; its minimum is 1; 1 pinned; 1 is active (0 running) on g0",
+        ),
         (
             ["g0"],
             model("a"),

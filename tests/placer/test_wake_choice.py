@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.placer.decisions import Do, Outcome
-from services.placer.planner import plan
+from services.placer.planner import plan, wake
 from services.placer.snapshot import Rules, State
 from tests.placer.cluster import action, agent, done, group, model, replica, snapshot
 from warmserve.v1 import common_pb2
@@ -47,6 +47,19 @@ def test_loading_elsewhere_is_cheaper_than_evicting_what_is_dear() -> None:
     made = plan(snapshot([agent("g0"), agent("g1")], models, there))
     assert done(made, Do.WAKE) == [("a", "g1")]
     assert done(made, Do.EVICT) == []
+
+
+def test_what_is_pinned_gives_way_only_when_nothing_else_does() -> None:
+    there = [replica("pinned", "g0", pages=40), replica("other", "g1", pages=40)]
+    models = [model("a", 40, waiting=1), model("pinned", 40, pinned=1), model("other", 40, mean=4, cold_load_s=9)]
+    for decide in (plan, wake):
+        made = decide(snapshot([agent("g0"), agent("g1")], models, there))
+        assert done(made, Do.WAKE) == [("a", "g1")]
+        assert [name for name, _ in done(made, Do.EVICT)] == ["other"]
+    made = wake(snapshot([agent("g0")], models, there[:1]))
+    assert action(made, Do.EVICT, "pinned").reason.text.endswith("pinned")
+    two = [replica("pinned", name, pages=40) for name in ("g0", "g1")]  # of which one is pinned
+    assert len(done(wake(snapshot([agent("g0"), agent("g1")], models, two)), Do.EVICT)) == 1
 
 
 def test_kv_keeps_its_reserve() -> None:

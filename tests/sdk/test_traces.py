@@ -44,6 +44,8 @@ ACCESS_LOG = (
     '10.0.0.1 - ann [10/May/2024:00:00:02 +0000] "POST /v1/completions HTTP/1.1" 200 -\n'
     '10.0.0.1 - - [10/May/2024:00:00:03 +0000] "GET /v1/models HTTP/1.1" 200 80\n'
     '10.0.0.1 - - [10/May/2024:00:00:04 +0000] "POST /v1/completions HTTP/1.1" 429 80\n'
+    '10.0.0.2 - - [10/May/2024:00:00:05 +0000] "\\x16\\x03\\x01 \\"" 400 157 "-" "-"\n'
+    '10.0.0.2 - - [10/May/2024:00:00:06 +0000] "" 408 -\n'
 )
 MIDNIGHT = datetime(2024, 5, 10, tzinfo=UTC).timestamp()
 TYPICAL = (TYPICAL_PROMPT_TOKENS, TYPICAL_OUTPUT_TOKENS)
@@ -163,7 +165,7 @@ def test_what_is_usual_follows_the_last_day(tmp_path: Path) -> None:
         (b'{"time": 1}\n{"time"\n', "line 2"),
         (b'{"time": 1, "model": 3}\n', "line 1: model: 3 is no name"),
         (b'{"time": 1, "status": null}\n', "line 1"),
-        (ACCESS_LOG.encode() + b"something else\n", "line 5: 'something else' is not in Common"),
+        (ACCESS_LOG.encode() + b"something else\n", "line 7: 'something else' is not in Common"),
         (ACCESS_LOG.replace("May", "Mai", 1).encode(), "line 1"),
         (gzip.compress(AZURE_2023.encode())[:-20], "is damaged"),
         (b"\xff\xfe\x00", "is damaged"),
@@ -194,6 +196,28 @@ def test_says_what_is_wrong_with_windows(tmp_path: Path, content: str, complaint
     file.write_text(content)
     with pytest.raises(TraceError, match=complaint):
         list(read_windows(file))
+
+
+@pytest.mark.parametrize("format", [Format.servegen, Format.windows])
+def test_says_what_a_file_lacks_that_is_said_to_be_of_a_format(tmp_path: Path, format: Format) -> None:
+    file = tmp_path / "trace"
+    file.write_text("begin,what\n1,2\n")
+    with pytest.raises(TraceError, match=rf"line 1: no {format} trace: column .* is missing"):
+        list(read_windows(file, format))
+
+
+@pytest.mark.parametrize("parts", [1, 1_000, 1_000_000, 1_000_000_000])
+def test_times_may_count_parts_of_a_second(tmp_path: Path, parts: int) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text(f"time,prompt_tokens,output_tokens\n{1_715_299_200 * parts},1,2\n")
+    assert [request.time_s for request in read_requests(file)] == [1_715_299_200]
+
+
+def test_a_time_that_is_none_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text("time,prompt_tokens,output_tokens\n1e30,1,2\n")
+    with pytest.raises(TraceError, match="is no time"):
+        list(read_requests(file))
 
 
 def test_says_that_a_file_is_missing(tmp_path: Path) -> None:

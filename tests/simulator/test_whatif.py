@@ -79,6 +79,28 @@ def test_windows_can_be_simulated(folder: Path) -> None:
     assert any("windows" in remark for remark in document["remarks"])
 
 
+def test_what_counts_for_the_only_model_is_said(folder: Path) -> None:
+    (folder / "models.yaml").write_text("models:\n  chat: {parameters: 8e9, min_replicas: 1}\n")
+    document = figures(folder, "--gpus", "1")
+    assert document["result"]["models"]["chat"]["requests"] == 400
+    assert any("count for chat, the only model, those for code as well" in remark for remark in document["remarks"])
+    # A GPU has no more hours than there were, whatever stands before the first request.
+    assert document["gpu_hours"]["chat"] <= document["result"]["duration_s"] / 3600 + 0.001
+
+
+def test_lengths_that_a_trace_does_not_tell_are_said_to_be_assumed(folder: Path) -> None:
+    (folder / "my.jsonl").write_text('{"time": 1, "model": "chat"}\n{"time": 2, "model": "code"}\n')
+    assert any("tells no lengths" in remark for remark in figures(folder, "--gpus", "1", trace="my.jsonl")["remarks"])
+
+
+def test_windows_of_a_model_that_the_file_lacks_are_refused_whatever_others_are_called(folder: Path) -> None:
+    (folder / "models.yaml").write_text("models:\n  org/a: {parameters: 8e9}\n  b: {parameters: 8e9}\n")
+    (folder / "w.csv").write_text("window_start,model,rate,window_s\n0,org/a,0.2,300\n0,org/c,50,300\n")
+    result = simulate(folder, "--gpus", "1", trace="w.csv")
+    assert result.exit_code != 0
+    assert "'org/c'" in result.output
+
+
 def test_a_target_tells_how_many_gpus(folder: Path) -> None:
     easy = figures(folder, "--gpus", "4", "--target-ttft", "20")
     assert easy["gpus_needed"] == 1

@@ -31,6 +31,7 @@ class Imported:
     """What was recorded."""
 
     windows: int
+    """Of the forecaster's length."""
     models: list[str]
     begin_unix_s: float
     end_unix_s: float
@@ -67,7 +68,8 @@ def import_command(
 
     Windows: ServeGen, CSV with columns window_start and rate or load.
 
-    The time may also be called timestamp or ts.
+    The time may also be called timestamp or ts: seconds, milli-, micro- or nanoseconds
+    since 1970, or a date, in UTC unless it names its zone.
 
     How long requests took is not in a trace; it is taken as that of an 8B on an H100.
     Windows that are known already are replaced.
@@ -96,7 +98,9 @@ def import_command(
         except TraceError as error:
             progress.stop()
             fail(str(error))
-    _send(target, windows)
+    recorded = _send(target, windows)
+    if not recorded:
+        fail("nothing was recorded: of none of the forecaster's windows half was known")
     end_s = max(one.start_s + one.window_s for one in windows)
     models = sorted({one.model for one in windows})
     if now_s - end_s > _OLD_S:
@@ -104,7 +108,7 @@ def import_command(
             f"its last window ended {distance(end_s, now_s)}: forecasts look back {length(_OLD_S)} (see --shift-to-now)"
         )
     imported = Imported(
-        windows=len(windows),
+        windows=recorded,
         models=models,
         begin_unix_s=min(one.start_s for one in windows),
         end_unix_s=end_s,
@@ -132,14 +136,17 @@ def _bar() -> Progress:
     )
 
 
-def _send(target: Target, windows: list[Window]) -> None:
-    async def action(store: Store) -> None:
+def _send(target: Target, windows: list[Window]) -> int:
+    """Returns how many of its own windows the forecaster has recorded."""
+
+    async def action(store: Store) -> int:
         async with forecaster(store, target.keys) as stub:
             with _bar() as progress:
                 task = progress.add_task("recording", total=len(windows))
-                await stub.ImportHistory(messages(windows, lambda sent: progress.advance(task, sent)))
+                answer = await stub.ImportHistory(messages(windows, lambda sent: progress.advance(task, sent)))
+        return answer.windows
 
-    run(target, action)
+    return run(target, action)
 
 
 def _imported(imported: Imported) -> RenderableType:

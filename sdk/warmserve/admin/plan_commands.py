@@ -34,7 +34,8 @@ class Switch(StrEnum):
 def show_command(ctx: typer.Context, output: OutputOption = None) -> None:
     """Show the newest plan: each action with its reason and score, and what each model needs and has.
 
-    A score is in seconds of waiting that the replica saves, or that the evicted one would have saved.
+    A score is in seconds of waiting that the replica saves, or that the evicted one would have saved; a
+    million more where it is pinned.
 
     Examples:
 

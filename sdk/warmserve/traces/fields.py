@@ -9,11 +9,12 @@ TYPICAL_PROMPT_TOKENS = 1020
 TYPICAL_OUTPUT_TOKENS = 129
 """Medians of Azure's conversation trace of 2023: taken where a trace tells no lengths."""
 
-_MILLISECONDS_FROM = 1e11  # as seconds it would be the year 5138
+# From where on a number is taken to count a part of a second: as seconds each would be the year 5138 or later.
+_PARTS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 
 
 def time_of(value: str | float) -> float:
-    """Seconds: a number as it is (from 1e11 on it is taken as milliseconds), a date as Unix time.
+    """Seconds: a number as it is, or from 1e11 on as milli-, micro- or nanoseconds; a date as Unix time.
 
     A date without a zone is taken as UTC.
     """
@@ -24,7 +25,10 @@ def time_of(value: str | float) -> float:
             raise ValueError(f"{value!r} is no time: write seconds, or a date such as 2024-05-10 00:00:00.5") from None
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     seconds = number_of(value, "time")
-    return seconds / 1000 if seconds >= _MILLISECONDS_FROM else seconds
+    seconds /= next((parts for least, parts in _PARTS if seconds >= least), 1.0)
+    if seconds >= _PARTS[-1][0]:
+        raise ValueError(f"{value!r} is no time: write seconds, or a date such as 2024-05-10 00:00:00.5")
+    return seconds
 
 
 def tokens_of(value: str | float, name: str) -> int:

@@ -65,7 +65,7 @@ COLUMNS = {
 }
 
 ACCESS_LOG = re.compile(
-    r'(?P<host>\S+) \S+ .*?\[(?P<time>[^\]]+)\] "(?P<method>[A-Z]+) (?P<path>\S+)[^"]*" (?P<status>\d{3}) (?:\d+|-)'
+    r'(?P<host>\S+) \S+ .*?\[(?P<time>[^\]]+)\] "(?P<request>(?:[^"\\]|\\.)*)" (?P<status>\d{3}) (?:\d+|-)'
 )
 
 
@@ -77,6 +77,15 @@ def header_of(line: str, format: Format) -> list[str]:
         if column not in names and other is not None:
             names[names.index(other)] = column
     return names
+
+
+def checked_header(file: TraceFile, line: str, format: Format) -> list[str]:
+    """The same of the first line of a file that is said to be of this format. Raises TraceError where it is not."""
+    header = header_of(line, format)
+    missing = [name for name in COLUMNS[format] if name not in header]
+    if missing:
+        raise file.wrong(f"no {format} trace: column {', '.join(missing)} is missing")
+    return header
 
 
 def detect(path: Path) -> Format:

@@ -10,7 +10,7 @@ from typing import Any
 
 from warmserve.traces.fields import TYPICAL_OUTPUT_TOKENS, TYPICAL_PROMPT_TOKENS, number_of, time_of, tokens_of
 from warmserve.traces.file import TraceFile
-from warmserve.traces.formats import ACCESS_LOG, COLUMNS, OUTPUTS, PROMPTS, TIMES, Format, header_of
+from warmserve.traces.formats import ACCESS_LOG, COLUMNS, OUTPUTS, PROMPTS, TIMES, Format, checked_header
 from warmserve.traces.shapes import Request, TraceError
 
 _LOG_TIME = "%d/%b/%Y:%H:%M:%S %z"
@@ -38,10 +38,7 @@ def _table(
     file: TraceFile, format: Format, time: str, model: str | None, prompt: str, output: str
 ) -> Iterator[Request]:
     lines = iter(file)
-    header = header_of(next(lines, ""), format)
-    missing = [name for name in COLUMNS[format] if name not in header]
-    if missing:
-        raise file.wrong(f"no {format} trace: column {', '.join(missing)} is missing")
+    header = checked_header(file, next(lines, ""), format)
     width = len(header)
     time_at, prompt_at, output_at = header.index(time), header.index(prompt), header.index(output)
     model_at = header.index(model) if model in header else None
@@ -118,7 +115,7 @@ def access_log(file: TraceFile) -> Iterator[Request]:
         found = ACCESS_LOG.match(line)
         if found is None:
             raise file.wrong(f"{line.strip()[:80]!r} is not in Common or Combined Log Format")
-        if found["method"] != "POST" or not found["status"].startswith("2"):
+        if not found["request"].startswith("POST ") or not found["status"].startswith("2"):
             continue
         try:
             moment = datetime.strptime(found["time"], _LOG_TIME)

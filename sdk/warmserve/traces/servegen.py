@@ -15,7 +15,7 @@ from statistics import median
 
 from warmserve.traces.fields import number_of
 from warmserve.traces.file import TraceFile
-from warmserve.traces.formats import COLUMNS, Format, header_of
+from warmserve.traces.formats import COLUMNS, Format, checked_header
 from warmserve.traces.shapes import TraceError, Window
 
 _DAY_S = 86_400
@@ -49,7 +49,7 @@ def servegen(file: TraceFile, by_client: bool) -> Iterator[Window]:
 
 def _read(file: TraceFile) -> Rates:
     lines = iter(file)
-    header = header_of(next(lines, ""), Format.servegen)
+    header = checked_header(file, next(lines, ""), Format.servegen)
     at = [header.index(name) for name in COLUMNS[Format.servegen]]
     rates: Rates = defaultdict(lambda: defaultdict(dict))
     try:

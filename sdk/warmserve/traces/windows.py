@@ -13,14 +13,14 @@ from itertools import pairwise
 
 from warmserve.traces.fields import number_of, time_of
 from warmserve.traces.file import TraceFile
-from warmserve.traces.formats import WINDOW_VALUES, Format, header_of
+from warmserve.traces.formats import WINDOW_VALUES, Format, checked_header
 from warmserve.traces.shapes import TraceError, Window
 
 
 def windows(file: TraceFile) -> Iterator[Window]:
     """The windows in the file's order."""
     lines = iter(file)
-    header = header_of(next(lines, ""), Format.windows)
+    header = checked_header(file, next(lines, ""), Format.windows)
     found = []
     try:
         for row in csv.reader(lines):
