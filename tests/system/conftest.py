@@ -12,6 +12,7 @@ import pytest
 from launcher.checkpoints import make_checkpoints
 from launcher.cluster import Cluster, ClusterConfig
 from launcher.folder import DataFolder
+from launcher.ports import free_port
 from launcher.programs import warmctl
 from warmserve import AsyncClient
 
@@ -57,7 +58,11 @@ def start_system(tmp_path: Path, checkpoints: dict[str, Path]) -> StartSystem:
         root = next(iter(checkpoints.values())).parent
         lines: list[str] = []
         with DataFolder(tmp_path / "data") as folder:
-            wanted = ClusterConfig(model_roots=(root,), window_s=2.0, season_s=20.0, grace_s=3.0, **config)
+            # Of its own: two clusters that start at once may both find 8000 free.
+            port = free_port()
+            wanted = ClusterConfig(
+                http_port=port, model_roots=(root,), window_s=2.0, season_s=20.0, grace_s=3.0, **config
+            )
             async with Cluster(folder, wanted, lines.append) as cluster, AsyncClient(cluster.router_address) as client:
                 yield System(cluster, client, checkpoints)
 
