@@ -50,11 +50,12 @@ def read_traffic(
     seen: set[str] = set()
     format_ = detect(trace)
     if format_.has_windows:
-        by_client = format_ is Format.servegen and any("/" in name for name in names)
+        by_client = model is None and format_ is Format.servegen and any("/" in name for name in names)
+        whose = None if by_client else whose
         windows = list(_owned(read_windows(trace, by_client=by_client, on_progress=on_progress), whose, seen))
-        if by_client and len(seen - {*names}):
+        if by_client and not seen.isdisjoint(names) and (others := seen.difference(names)):
             windows = [window for window in windows if window.model in names]
-            remarks.append(f"clients of the trace that the models file does not have: {len(seen - {*names})}, left out")
+            remarks.append(f"{len(others)} clients of the trace are not in the models file and left out")
         _refuse_unknown(trace, Counter(window.model for window in windows), names)
         traffic = _drawn(windows, models, np.random.default_rng(seed))
         remarks.append("the trace holds windows: requests were drawn from their rates, with Poisson arrivals")
@@ -65,9 +66,8 @@ def read_traffic(
         _refuse_unknown(trace, Counter({traffic.models[at]: n for at, n in enumerate(_counts(traffic))}), names)
         if format_ is Format.access_log or (format_ is Format.jsonl and _mostly_typical(traffic)):
             remarks.append(_ASSUMED)
-    if model is None and whose is not None and (others := sorted(seen - {"", whose})):
-        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-        told = ", ".join(others[:_NAMED]) + more
+    if model is None and whose is not None and (further := sorted(seen - {"", whose})):
+        told = ", ".join(further[:_NAMED]) + (f" and {len(further) - _NAMED} more" if len(further) > _NAMED else "")
         remarks.append(f"all requests count for {whose}, the only model, those for {told} as well")
     if not len(traffic):
         raise TraceError(f"{trace}: there are no requests in it")

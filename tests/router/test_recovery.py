@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -15,8 +16,8 @@ from launcher.backing import Backing, start_redis
 from launcher.ports import free_port
 from services.common.grpc_frame import channel
 from services.common.queues import RequestQueue, Ticket
-from tests.router.conftest import ANSWER, Cluster, gathered, status_of
-from tests.router.peers import until
+from tests.router.conftest import ANSWER, Cluster, RunningRouter, gathered, status_of
+from tests.router.peers import PeerAgent, until
 from warmserve.cluster.events import EventStream
 from warmserve.cluster.keys import Keys
 from warmserve.cluster.store import Store
@@ -248,10 +249,8 @@ async def test_waiting_requests_outlive_redis(
         server.child.stop(5)
 
 
-async def test_an_entry_that_vanished_is_put_back_even_if_redis_never_seemed_away(
-    cluster: Cluster, redis: Redis
-) -> None:
-    """As when Redis is restarted without its data between two checks; here the entries alone are deleted."""
+async def two_taken_in_silence(cluster: Cluster) -> tuple[PeerAgent, RunningRouter, list[asyncio.Task[Any]]]:
+    """An agent that has taken two requests and said nothing, and the calls that wait for them."""
     await cluster.deploy()
     agent = await cluster.agent()
     agent.report = False
@@ -259,6 +258,14 @@ async def test_an_entry_that_vanished_is_put_back_even_if_redis_never_seemed_awa
     router = await cluster.router()
     calls = [asyncio.create_task(gathered(router.generate())) for _ in range(2)]
     await until(lambda: len(agent.taken) == 2, "they are taken")
+    return agent, router, calls
+
+
+async def test_an_entry_that_vanished_is_put_back_even_if_redis_never_seemed_away(
+    cluster: Cluster, redis: Redis
+) -> None:
+    """As when Redis is restarted without its data between two checks; here the entries alone are deleted."""
+    agent, router, calls = await two_taken_in_silence(cluster)
     agent.link(router.record.address)
     await agent.stop_pulling()
     for ticket in await cluster.queue.held("m", ["a0-m"]):
@@ -271,13 +278,7 @@ async def test_an_entry_that_vanished_is_put_back_even_if_redis_never_seemed_awa
 
 async def test_what_an_agent_dropped_that_cannot_reach_this_router_is_put_back(cluster: Cluster) -> None:
     """It takes the router for lost, and forgets the entries too; nobody tells the router."""
-    await cluster.deploy()
-    agent = await cluster.agent()
-    agent.report = False
-    await agent.activate("m")
-    router = await cluster.router()
-    calls = [asyncio.create_task(gathered(router.generate())) for _ in range(2)]
-    await until(lambda: len(agent.taken) == 2, "they are taken")
+    agent, _, calls = await two_taken_in_silence(cluster)
     for ticket in await cluster.queue.held("m", ["a0-m"]):
         await cluster.queue.done(ticket)
     agent.report = True

@@ -88,6 +88,17 @@ def test_what_counts_for_the_only_model_is_said(folder: Path) -> None:
     assert document["gpu_hours"]["chat"] <= document["result"]["duration_s"] / 3600 + 0.001
 
 
+def test_one_client_of_many_has_its_own_traffic_alone(folder: Path) -> None:
+    lines = [f"m,{client},{600 * at},{rate}" for at in range(2) for client, rate in ((0, 0.1), (1, 5.0))]
+    (folder / "s.csv").write_text("\n".join(["model,client,window_start_s,rate_per_s", *lines]))
+    (folder / "models.yaml").write_text("models:\n  m/0: {parameters: 1.2e9}\n")
+    document = figures(folder, "--gpus", "1", trace="s.csv")
+    assert 60 <= document["result"]["models"]["m/0"]["requests"] <= 180  # 0.1 a second
+    assert "1 clients of the trace are not in the models file and left out" in document["remarks"]
+    (folder / "models.yaml").write_text("models:\n  org/a: {parameters: 1.2e9}\n")
+    assert "models file does not have" in simulate(folder, "--gpus", "1", trace="s.csv").output
+
+
 def test_lengths_that_a_trace_does_not_tell_are_said_to_be_assumed(folder: Path) -> None:
     (folder / "my.jsonl").write_text('{"time": 1, "model": "chat"}\n{"time": 2, "model": "code"}\n')
     assert any("tells no lengths" in remark for remark in figures(folder, "--gpus", "1", trace="my.jsonl")["remarks"])

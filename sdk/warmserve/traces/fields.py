@@ -22,13 +22,17 @@ def time_of(value: str | float) -> float:
         try:
             moment = datetime.fromisoformat(value.strip())
         except ValueError:
-            raise ValueError(f"{value!r} is no time: write seconds, or a date such as 2024-05-10 00:00:00.5") from None
+            raise _no_time(value) from None
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     seconds = number_of(value, "time")
     seconds /= next((parts for least, parts in _PARTS if seconds >= least), 1.0)
     if seconds >= _PARTS[-1][0]:
-        raise ValueError(f"{value!r} is no time: write seconds, or a date such as 2024-05-10 00:00:00.5")
+        raise _no_time(value)
     return seconds
+
+
+def _no_time(value: str | float) -> ValueError:
+    return ValueError(f"{value!r} is no time: write seconds, or a date such as 2024-05-10 00:00:00.5")
 
 
 def tokens_of(value: str | float, name: str) -> int:
