@@ -12,8 +12,6 @@ import argparse
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,13 +24,23 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.report import Row, report, table
 from services.gpu_agent.engine.cuda import attention
-from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, Tuning, Workspace, attend
+from services.gpu_agent.engine.cuda.attention import (
+    TILE,
+    PagedKv,
+    StepTensors,
+    Tuning,
+    Workspace,
+    attend,
+    spare_pieces,
+)
 from services.gpu_agent.engine.cuda.fused import rotate_and_store
+from services.gpu_agent.engine.cuda.pack import cut
 from services.gpu_agent.engine.kv_spec import KvSpec
 
 HEADS = 32
 SPEC = KvSpec(layers=32, kv_heads=8, head_dim=128, dtype=torch.bfloat16)
 SCALING = SPEC.head_dim**-0.5
+SPARE = spare_pieces(SPEC.kv_heads)
 PAGE_BYTES = 32 << 20
 VARLEN = inspect.signature(varlen_attn).parameters  # it gained arguments from release to release
 
@@ -129,7 +137,8 @@ class Paged:
     workspace: Workspace
 
     @classmethod
-    def of(cls, shape: Shape) -> Paged:
+    def of(cls, shape: Shape, spare: int) -> Paged:
+        """spare: pieces of contexts that there is room for beside one of each."""
         each = SPEC.blocks_for(shape.context)
         slots_per_page = SPEC.slots_per_page(PAGE_BYTES)
         pages = -(-shape.spans * each // slots_per_page)
@@ -139,7 +148,9 @@ class Paged:
         start = shape.context - shape.new
         positions = torch.arange(start, shape.context)
         slots = blocks.view(shape.spans, each)[:, positions // 16] * 16 + positions % 16
-        decoded = shape.spans if shape.new == 1 else 0
+        cuts = cut([shape.context] * shape.spans, spare) if shape.new == 1 else []
+        pieces = [(i, shape.context, i * each, piece, count) for i, count in enumerate(cuts) for piece in range(count)]
+        pieces += [(0, 0, 0, 0, 0)] * (len(cuts) + spare - len(pieces) if cuts else 0)
         tiles = [
             (span * shape.new + t, min(TILE, shape.new - t), start + t, span * each)
             for span in range(shape.spans if shape.new > 1 else 0)
@@ -151,14 +162,12 @@ class Paged:
             StepTensors(
                 slots=_ints(slots.flatten()),
                 blocks=_ints(blocks),
-                decode_rows=_ints(torch.arange(decoded)),
-                decode_keys=_ints(torch.full((decoded,), shape.context)),
-                decode_blocks=_ints(torch.arange(decoded) * each),
+                pieces=_ints(torch.tensor(pieces).view(-1, 5)),
                 tiles=_ints(torch.tensor(tiles).view(-1, 4)),
             ),
             query,
             torch.empty_like(query),
-            Workspace(shape.spans * HEADS * 64, SPEC.head_dim, "cuda"),
+            Workspace((shape.spans + spare) * HEADS, SPEC.head_dim, "cuda"),
         )
 
     def attend(self, layer: int) -> None:
@@ -219,7 +228,7 @@ def measure() -> list[Row]:
     bandwidth, flops = copy_bandwidth(), gemm_rate()
     rows = [Row("copy, read + write", bandwidth / 1e9, "GB/s"), Row("bf16 GEMM of 8192", flops / 1e12, "TFLOP/s")]
     for shape in SHAPES:
-        paged = Paged.of(shape)
+        paged = Paged.of(shape, SPARE)
         rows.append(row(shape, shape.name, seconds_of_layer(paged.attend), bandwidth, flops, shape.target))
         if shape.new > 1 or shape.spans > 1:
             rows.append(Row(f"{shape.name}: write KV", seconds_of_layer(paged.write) * 1e6, "us"))
@@ -241,7 +250,7 @@ def sweep() -> list[Row]:
     ]
     rows = []
     for shape in SHAPES:
-        paged = Paged.of(shape)
+        paged = Paged.of(shape, SPARE)
         decode = shape.new == 1
         tunings = attention.DECODE_TUNING if decode else attention.PREFILL_TUNING
         kept = tunings[SPEC.head_dim]
@@ -255,21 +264,15 @@ def sweep() -> list[Row]:
         tunings[SPEC.head_dim] = kept
         rows += [row(shape, what, layer_s, 1e12, 1e15, None) for layer_s, what in sorted(timed)[:6]]
         if decode:
-            usual = attention.decode_splits
             timed = []
-            for splits, least in product((1, 2, 4, 8, 16, 32, 64), (64, 128, 256, 512, 1024)):
-                attention.decode_splits = partial(_always, (splits, least))
-                timed.append((seconds_of_layer(paged.attend), f"{shape.name}: {splits} parts of {least} or more"))
-            attention.decode_splits = usual
+            for spare in (1, 4, 8, 16, 24, 32, 48, 64, 96, 128):
+                paged = Paged.of(shape, spare)
+                timed.append((seconds_of_layer(paged.attend), f"{shape.name}: room for {spare} pieces more"))
             rows += [row(shape, what, layer_s, 1e12, 1e15, None) for layer_s, what in sorted(timed)[:6]]
         del paged
         torch.cuda.empty_cache()
         print(table(rows[-12 if decode else -6 :]), flush=True)
     return rows
-
-
-def _always(cut: tuple[int, int], spans: int, kv_heads: int) -> tuple[int, int]:
-    return cut
 
 
 def main() -> None:

@@ -18,9 +18,10 @@ from services.gpu_agent.engine.cuda.attention import (
     StepTensors,
     Workspace,
     attend,
-    decode_splits,
+    spare_pieces,
 )
 from services.gpu_agent.engine.cuda.fused import rotate_and_store
+from services.gpu_agent.engine.cuda.pack import cut
 from services.gpu_agent.engine.kv_spec import KvSpec
 from services.gpu_agent.engine.kv_tensors import KvTensors
 
@@ -126,26 +127,27 @@ class Step:
     def tensors(self) -> StepTensors:
         """What the CPU side of an engine prepares."""
         slots: list[int] = []
-        decode: list[tuple[int, int, int]] = []
+        pieces: list[tuple[int, int, int, int, int]] = []
         tiles: list[tuple[int, int, int, int]] = []
+        decoded = [start + 1 for start, length in self.case.spans if length == 1]
+        cuts = iter(cut(decoded, spare_pieces(self.case.kv_heads)))
         row = begins = 0
         for i, (start, length) in enumerate(self.case.spans):
             slots += self.slots(i, start, start + length)
             if length == 1:
-                decode.append((row, start + 1, begins))
+                count = next(cuts)
+                pieces += [(row, start + 1, begins, piece, count) for piece in range(count)]
             else:
                 tiles += [(row + t, min(TILE, length - t), start + t, begins) for t in range(0, length, TILE)]
             row += length
             begins += len(self.lists[i])
-        for i in range(self.case.padding):
-            slots.append(-1)
-            decode.append((row + i if i % 2 == 0 else -1, 0, 0))
-            tiles.append((0, 0, 0, 0))
-        columns = list(zip(*decode, strict=True)) or [[], [], []]
+        slots += [-1] * self.case.padding
+        pieces += [(0, 0, 0, 0, 0)] * self.case.padding
+        tiles += [(0, 0, 0, 0)] * self.case.padding
         return StepTensors(
             self.ints(slots),
             self.ints([number for numbers in self.lists for number in numbers]),
-            *(self.ints(column) for column in columns),
+            self.ints(pieces).view(-1, 5),
             self.ints(tiles).view(-1, 4),
         )
 
@@ -164,8 +166,7 @@ class Step:
         store(self.kv, layer, tensors, torch.cat([*keys, nothing]), torch.cat([*values, nothing]))
 
     def workspace(self, tensors: StepTensors) -> Workspace:
-        spans = max(1, len(tensors.decode_rows))
-        return Workspace(Workspace.lanes_for(spans, self.heads, self.case.kv_heads), self.case.head_dim, DEVICE)
+        return Workspace(max(1, len(tensors.pieces)) * self.heads, self.case.head_dim, DEVICE)
 
     def run(self, layer: int = 1) -> torch.Tensor:
         tensors = self.tensors()
@@ -184,9 +185,7 @@ def check(case: Case) -> None:
     error = (out[: step.rows].double() - wanted).norm() / wanted.norm()
     assert error < ALLOWED[case.dtype], f"{error:.2e} for {case}"
     assert torch.isfinite(out[: step.rows]).all()
-    padding = out[step.rows :]
-    assert (padding[::2] == 0).all()  # as decode_rows asks
-    assert padding[1::2].isnan().all()  # not written
+    assert out[step.rows :].isnan().all()  # not written
 
 
 SMALL = ((0, 1), (16, 1), (200, 1), (0, 140), (37, 2))
@@ -281,14 +280,12 @@ def test_a_graph_serves_later_steps() -> None:
     held = StepTensors(
         slots=step.ints([-1] * 512),
         blocks=step.ints([0] * 512),
-        decode_rows=step.ints([-1] * 4),
-        decode_keys=step.ints([0] * 4),
-        decode_blocks=step.ints([0] * 4),
+        pieces=step.ints([[0] * 5] * 50),
         tiles=step.ints([[0] * 4] * 4),
     )
     query = torch.zeros(512, 32, 128, dtype=torch.bfloat16, device=DEVICE)
     out = torch.zeros_like(query)
-    workspace = Workspace(Workspace.lanes_for(4, 32, 8), 128, DEVICE)
+    workspace = Workspace(50 * 32, 128, DEVICE)
 
     def run() -> None:
         attend(step.kv, 1, held, query, out, workspace, scaling=0.125)
@@ -297,7 +294,7 @@ def test_a_graph_serves_later_steps() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    for name in ("blocks", "decode_rows", "decode_keys", "decode_blocks", "tiles"):
+    for name in ("blocks", "pieces", "tiles"):
         source = getattr(tensors, name)
         getattr(held, name)[: len(source)] = source
     query[: step.rows] = step.query
@@ -365,8 +362,7 @@ def test_what_does_not_fit_is_refused() -> None:
         replace(step.kv, spec=KvSpec(1, 2, 64, torch.float16, block_tokens=32))
 
 
-@given(spans=st.integers(1, 300), kv_heads=st.integers(1, 32), group=st.integers(1, 8))
-def test_a_workspace_for_many_spans_does_for_fewer(spans: int, kv_heads: int, group: int) -> None:
-    lanes = Workspace.lanes_for(spans, kv_heads * group, kv_heads)
-    for fewer in range(1, spans + 1):
-        assert fewer * kv_heads * group * decode_splits(fewer, kv_heads)[0] <= lanes
+@given(keys=st.lists(st.integers(1, 50_000), min_size=1, max_size=99), kv_heads=st.integers(1, 32))
+def test_a_workspace_holds_all_pieces(keys: list[int], kv_heads: int) -> None:
+    pieces = sum(cut(keys, spare_pieces(kv_heads)))
+    assert pieces * 4 * kv_heads <= Workspace.lanes_for(len(keys), 4 * kv_heads, kv_heads)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from services.gpu_agent.engine.cuda.pack import MAX_PREFILLS, Ladder, StepShape, pack
+from services.gpu_agent.engine.cuda.pack import LEAST_KEYS, MAX_PREFILLS, Ladder, StepShape, cut, pack
 from services.gpu_agent.engine.sampling_batch import Row
 from services.gpu_agent.engine.sampling_params import SamplingParams
 from services.gpu_agent.engine.step import Part
@@ -21,7 +21,8 @@ BLOCK = 4
 TILE = 8
 MAX_BATCH = 40
 MAX_TOKENS = 300
-LADDER = Ladder(MAX_BATCH, MAX_TOKENS, TILE)
+SPARE = 5
+LADDER = Ladder(MAX_BATCH, MAX_TOKENS, TILE, SPARE)
 
 
 @st.composite
@@ -56,6 +57,14 @@ class Packed:
     def __getitem__(self, name: str) -> list[int]:
         facts: list[int] = self.facts[self.shape.sections[name]].tolist()
         return facts
+
+    @property
+    def pieces(self) -> list[list[int]]:
+        """All of them that are not padding."""
+        rows = [self["pieces"][i : i + 5] for i in range(0, 5 * self.shape.pieces, 5)]
+        pieces = [row for row in rows if row[1]]
+        assert rows == pieces + [[0] * 5] * (len(rows) - len(pieces))
+        return pieces
 
     @property
     def tiles(self) -> list[list[int]]:
@@ -116,11 +125,12 @@ def test_attention_finds_each_query_once_and_its_keys(parts: list[Part]) -> None
         keys = range(position + 1)
         queries[row] = position, [blocks[listed + at // BLOCK] * BLOCK + at % BLOCK for at in keys]
 
-    for row, keys, listed in zip(step["decode_rows"], step["decode_keys"], step["decode_blocks"], strict=True):
-        if keys:
+    for row, keys, listed, number, count in step.pieces:
+        if number == 0:
             add(row, keys - 1, listed)
-        else:
-            assert (row, listed) == (-1, 0)
+            of_one = [[row, keys, listed, i, count] for i in range(count)]
+            begin = step.pieces.index(of_one[0])
+            assert step.pieces[begin : begin + count] == of_one
     for first, count, position, listed in step.tiles:
         assert count <= TILE
         for i in range(count):
@@ -129,8 +139,7 @@ def test_attention_finds_each_query_once_and_its_keys(parts: list[Part]) -> None
     assert queries == {
         row: (position, [place(part, at) for at in range(position + 1)]) for row, (part, position) in enumerate(rows)
     }
-    decodes = [row for row, keys in zip(step["decode_rows"], step["decode_keys"], strict=True) if keys]
-    assert len(decodes) == sum(part.length == 1 for part in parts)
+    assert sum(number == 0 for _, _, _, number, _ in step.pieces) == sum(part.length == 1 for part in parts)
 
 
 @settings(max_examples=150, deadline=None)
@@ -215,7 +224,7 @@ def test_more_tokens_than_the_ladder_has_are_an_error() -> None:
     ("max_batch", "max_tokens"), [(1, 1), (1, 2048), (3, 50), (64, 512), (256, 4096), (2000, 5000)]
 )
 def test_a_ladder_ends_with_the_most_and_has_each_shape_once(max_batch: int, max_tokens: int) -> None:
-    ladder = Ladder(max_batch, max_tokens, 128, whole=True)
+    ladder = Ladder(max_batch, max_tokens, 128, SPARE, whole=True)
     assert ladder.decode[0].tokens == 1
     assert ladder.decode[-1].tokens == max_batch
     assert ladder.mixed[-1].tokens == max_tokens
@@ -230,11 +239,11 @@ def test_a_ladder_ends_with_the_most_and_has_each_shape_once(max_batch: int, max
 
 def test_a_long_prompt_by_itself_has_shapes_of_its_own() -> None:
     """From its first token on, whether all of it or a first chunk; not behind what is there, nor beside others."""
-    ladder = Ladder(4, 4096, 128, whole=True)
+    ladder = Ladder(4, 4096, 128, SPARE, whole=True)
     for length, rung in ((1025, 1280), (4096, 4096)):
         for chunk in (part(length, 0), part(length, 0, samples=False)):
-            assert ladder.whole_for([chunk]) == StepShape(tokens=rung, decodes=0, tiles=0, rows=1)
-            assert Ladder(4, 4096, 128).whole_for([chunk]) is None
+            assert ladder.whole_for([chunk]) == StepShape(tokens=rung, decodes=0, pieces=0, tiles=0, rows=1)
+            assert Ladder(4, 4096, 128, SPARE).whole_for([chunk]) is None
     behind = Part(0, range(400), 16, [7] * 1200, True)
     for parts in ([part(1024, 0)], [behind], [part(1200, 0), part(1, 1)], [part(1200, 0), part(900, 1)]):
         assert ladder.whole_for(parts) is None
@@ -243,7 +252,25 @@ def test_a_long_prompt_by_itself_has_shapes_of_its_own() -> None:
     whole = packed([part(1100, 0)], shape)
     assert whole["rows"] == [1099]
     assert whole["slots"] == [*range(1100), *[-1] * 180]
-    assert whole.tiles == whole["decode_keys"] == []
+    assert whole.tiles == whole.pieces == []
+
+
+@given(st.lists(st.integers(1, 100_000), min_size=1, max_size=80), st.integers(1, 128))
+def test_contexts_are_cut_to_fill_the_room_there_is(keys: list[int], spare: int) -> None:
+    cuts = cut(keys, spare)
+    assert all(pieces >= 1 for pieces in cuts)
+    assert sum(cuts) <= len(keys) + spare
+    # Nobody's pieces are longer than one and a half equal shares of the room, or too short to be worth it.
+    share = max(LEAST_KEYS, sum(keys) / spare + LEAST_KEYS)
+    assert all(n / pieces <= 1.5 * share for n, pieces in zip(keys, cuts, strict=True))
+    assert all(pieces == 1 or n / pieces > LEAST_KEYS / 2 for n, pieces in zip(keys, cuts, strict=True))
+
+
+def test_one_context_has_all_the_room_and_many_equal_ones_are_whole() -> None:
+    assert cut([33 * LEAST_KEYS], 33) == [33]
+    assert cut([1000] * 64, 33) == [1] * 64
+    assert cut([500] * 63 + [32_000], 33) == [1] * 63 + [16]
+    assert cut([], 33) == []
 
 
 def test_sections_begin_where_vectors_are_loaded() -> None:

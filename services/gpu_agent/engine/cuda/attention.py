@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from services.gpu_agent.engine.attention import LayerAttention
 from services.gpu_agent.engine.cuda.attention_kernels import decode_kernel, prefill_kernel
+from services.gpu_agent.engine.cuda.pack import LEAST_KEYS
 from services.gpu_agent.engine.kv_spec import KvSpec
 
 TILE = 128
@@ -27,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 _LOG2E = 1.4426950408889634
 _RESIDENT = 264  # programs of the decode kernel that an H100 runs at once: two on each multiprocessor
+_MOST_SPARE = 128
 
 
 @dataclass(frozen=True)
@@ -96,36 +98,32 @@ class PagedKv:
 class StepTensors:
     """What attention needs to know of a step: int32 tensors on the device, at fixed addresses, filled before each step.
 
-    The sizes are capacities. What exceeds the step is padding: slots -1; decode_keys 0; tiles with 0 queries.
+    The sizes are capacities. What exceeds the step is padding: slots -1; pieces and tiles of zeros.
     """
 
     slots: torch.Tensor
     """(tokens,) Where each token's KV goes: block * block_tokens + row in the block. Below 0: it is not written."""
     blocks: torch.Tensor
     """Block numbers of all sequences, one sequence's list after another's; 1-D."""
-    decode_rows: torch.Tensor
-    """(B,) The batch row of each one-token span. In padding: a row that is filled with zeros, or below 0 for none."""
-    decode_keys: torch.Tensor
-    """(B,) How many keys it sees, its own included (a window not counted). 0: padding."""
-    decode_blocks: torch.Tensor
-    """(B,) Where its sequence's list begins in `blocks`."""
+    pieces: torch.Tensor
+    """(N, 5) Pieces of the contexts of one-token spans, one span's after another's: the span's batch row; how many keys
+    it sees, its own included (a window not counted), 0 in padding; where its sequence's list begins in `blocks`; which
+    of the span's pieces this is; how many it has."""
     tiles: torch.Tensor
     """(N, 4) Tiles of the longer spans: row of the first query; number of queries, at most TILE, 0 in padding; position
     of the first query in its sequence; where the sequence's list begins in `blocks`. Longest contexts last."""
 
 
-def decode_splits(spans: int, kv_heads: int) -> tuple[int, int]:
-    """Into how many parts a context may be cut when `spans` are decoded at once; the fewest keys of all but the last.
+def spare_pieces(kv_heads: int) -> int:
+    """How many pieces a step has room for beside one of each one-token span: with them, one context fills the GPU.
 
-    Few spans are cut until they fill the GPU. Many fill it uncut, but one much longer than the others would be
-    left running alone, so long contexts are cut even then.
+    Room that a step does not need costs time, a program of the decode kernel for each KV head.
     """
-    pairs = spans * kv_heads
-    return min(64, max(4, _RESIDENT // pairs)), min(1024, max(64, 2 << (pairs - 1).bit_length()))
+    return min(_MOST_SPARE, -(-_RESIDENT // kv_heads))
 
 
 class Workspace:
-    """Memory for what the programs of a split context hand to one another, allocated once.
+    """Memory for what the programs of a context in pieces hand to one another, allocated once.
 
     Steps that run one after another on one stream share it, whatever their models.
     """
@@ -141,8 +139,8 @@ class Workspace:
 
     @staticmethod
     def lanes_for(spans: int, heads: int, kv_heads: int) -> int:
-        """Lanes that decoding up to `spans` at once takes, for any capacity up to it."""
-        return max(count * heads * decode_splits(count, kv_heads)[0] for count in range(1, spans + 1))
+        """Lanes that decoding up to `spans` at once takes: one for each query head and piece."""
+        return (spans + spare_pieces(kv_heads)) * heads
 
     @property
     def bytes(self) -> int:
@@ -169,7 +167,7 @@ def attend(
     softcap * tanh(score / softcap); `sinks`, (heads,), are one more logit of each head in the softmax's denominator.
 
     query: (tokens, heads, head_dim) with contiguous heads; out: the same shape, contiguous. Rows of `out` that
-    belong to no span are not written (see StepTensors.decode_rows). Raises ValueError where the tensors do not fit.
+    belong to no span are not written. Raises ValueError where the tensors do not fit.
     """
     _, heads, head_dim = query.shape
     group = heads // kv.spec.kv_heads
@@ -183,23 +181,20 @@ def attend(
     width = max(16, _power_of_2(head_dim))  # tensor cores multiply 16 elements at least
     key_start, value_start = kv.starts(layer)
     where = (query.stride(0), query.stride(1), key_start, value_start, kv.page_elements, kv.block_elements)
-    spans = len(step.decode_rows)
-    if spans > 0:
-        splits, least_keys = decode_splits(spans, kv.spec.kv_heads)
-        if spans * heads * splits > workspace.lanes or head_dim > workspace.head_dim:
+    pieces = len(step.pieces)
+    if pieces > 0:
+        if pieces * heads > workspace.lanes or head_dim > workspace.head_dim:
             raise ValueError(
-                f"the workspace has {workspace.lanes} lanes of {workspace.head_dim}; {spans} spans of {heads} heads "
-                f"take {spans * heads * splits} of {head_dim} (see Workspace.lanes_for)"
+                f"the workspace has {workspace.lanes} lanes of {workspace.head_dim}; {pieces} pieces of {heads} heads "
+                f"take {pieces * heads} of {head_dim} (see Workspace.lanes_for)"
             )
         tuning = _fitted(DECODE_TUNING[width], kv.spec)
         members = _power_of_2(group)
-        decode_kernel[(kv.spec.kv_heads, spans, splits)](
+        decode_kernel[(kv.spec.kv_heads, pieces)](
             kv.pages,
             query,
             out,
-            step.decode_rows,
-            step.decode_keys,
-            step.decode_blocks,
+            step.pieces,
             step.blocks,
             sinks,
             workspace.acc,
@@ -210,7 +205,7 @@ def attend(
             scale,
             softcap,
             window,
-            least_keys,
+            LEAST_KEYS,
             SLOTS_PER_PAGE=kv.slots_per_page,
             BLOCK_TOKENS=kv.spec.block_tokens,
             KV_HEADS=kv.spec.kv_heads,

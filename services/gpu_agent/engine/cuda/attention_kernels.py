@@ -89,9 +89,7 @@ def decode_kernel(
     pages,
     query,
     out,
-    rows,
-    keys,
-    lists,
+    pieces,
     blocks,
     sinks,
     partial_acc,
@@ -119,28 +117,29 @@ def decode_kernel(
     BLOCK_G: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    """Grid (KV_HEADS, one-token spans, splits): the GROUP query heads of a KV head over one part of the context.
+    """Grid (KV_HEADS, pieces): the GROUP query heads of a KV head over one piece of a span's context.
 
-    A context is cut into at most `splits` parts of at least `least_keys` keys, of which the last may have from half to
-    one and a half as many, for a part costs more than its keys. The program that is last to finish of a span and head
-    adds the parts up, in their order, so that the result does not depend on which it was.
+    What the layer sees of a context is cut into as many equal pieces as `pieces` tells, or into fewer of `least_keys`
+    keys; the last has from half to one and a half as many, for a piece costs more than its keys. The program that is
+    last to finish of a span and head adds the pieces up, in their order, so that the result does not depend on which it
+    was.
     """
     kv_head = tl.program_id(0)
-    span = tl.program_id(1)
-    split = tl.program_id(2)
-    splits = tl.num_programs(2)
-    row = tl.load(rows + span).to(tl.int64)
-    end = tl.load(keys + span)
+    number = tl.program_id(1)
+    piece = pieces + number * 5
+    end = tl.load(piece + 1)
+    if end == 0:
+        return
+    row = tl.load(piece).to(tl.int64)
+    block_list = blocks + tl.load(piece + 2)
+    split = tl.load(piece + 3)
+    splits = tl.load(piece + 4)
     group = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + group
     inside = group < GROUP
     cells = inside[:, None] & (dim < HEAD_DIM)[None, :]
     out_cells = out + row * (KV_HEADS * GROUP * HEAD_DIM) + heads[:, None] * HEAD_DIM + dim[None, :]
-    if end == 0:
-        if (split == 0) & (row >= 0):
-            tl.store(out_cells, tl.zeros((BLOCK_M, BLOCK_D), out.dtype.element_ty), mask=cells)
-        return
 
     first = 0
     if window is not None:
@@ -157,7 +156,6 @@ def decode_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), NOTHING_SEEN, tl.float32)
-    block_list = blocks + tl.load(lists + span)
     key_base = pages + key_start + kv_head * HEAD_DIM
     value_base = pages + value_start + kv_head * HEAD_DIM
     # Key tiles begin with a block, so only the tile's first block and the block numbers change from turn to turn. The
@@ -180,12 +178,12 @@ def decode_kernel(
         tl.store(out_cells, result.to(out.dtype.element_ty), mask=cells)
         return
 
-    pair = span * KV_HEADS + kv_head
-    lane = (pair * splits + split) * GROUP + group
+    lane = (number * KV_HEADS + kv_head) * GROUP + group
     tl.store(partial_acc + lane[:, None].to(tl.int64) * HEAD_DIM + dim[None, :], acc, mask=cells)
     tl.store(partial_total + lane, total, mask=inside)
     tl.store(partial_peak + lane, peak, mask=inside)
     tl.debug_barrier()  # all threads have stored before one of them says so
+    pair = (number - split) * KV_HEADS + kv_head  # of the span's first piece
     arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel")
     if arrived == parts - 1:
         tl.store(arrivals + pair, 0)  # for the next layer
@@ -198,7 +196,7 @@ def decode_kernel(
         peak_g = tl.full((BLOCK_G,), NOTHING_SEEN, tl.float32)
         for done in range(0, parts, GATHER):
             part_number = done + tl.arange(0, GATHER)
-            lanes = (pair * splits + part_number)[:, None] * GROUP + member[None, :]
+            lanes = (pair + part_number * KV_HEADS)[:, None] * GROUP + member[None, :]
             there = (part_number < parts)[:, None] & inside_g[None, :]
             peaks = tl.load(partial_peak + lanes, mask=there, other=float("-inf"))
             totals = tl.load(partial_total + lanes, mask=there, other=0.0)

@@ -15,7 +15,15 @@ from services.gpu_agent.arena.weight_range import WeightRange
 from services.gpu_agent.engine.arrival import with_norms_behind
 from services.gpu_agent.engine.attention import attending
 from services.gpu_agent.engine.cuda import fused
-from services.gpu_agent.engine.cuda.attention import TILE, PagedKv, StepTensors, attend, attend_whole, takes_whole
+from services.gpu_agent.engine.cuda.attention import (
+    TILE,
+    PagedKv,
+    StepTensors,
+    attend,
+    attend_whole,
+    spare_pieces,
+    takes_whole,
+)
 from services.gpu_agent.engine.cuda.attention import Workspace as Partials
 from services.gpu_agent.engine.cuda.draw import draw
 from services.gpu_agent.engine.cuda.pack import Ladder, StepShape, pack
@@ -57,7 +65,7 @@ class CudaModel:
         """Taken to launch a captured step. Others take too long: one behind a copy would keep it from being made."""
         spec = model.kv_spec
         whole = takes_whole(model.attention, spec.dtype, max_tokens, workspace.device)
-        self.ladder = Ladder(max_batch, max_tokens, TILE, whole)
+        self.ladder = Ladder(max_batch, max_tokens, TILE, spare_pieces(spec.kv_heads), whole)
         self.captures = 0
         """Graphs captured, ever: as many as the ladder has shapes, however often the model is evicted."""
         self.last_tokens = torch.zeros(max_batch, dtype=torch.int32, device=workspace.device)
@@ -88,9 +96,7 @@ class CudaModel:
         step = StepTensors(
             slots=facts[at["slots"]],
             blocks=facts[at["blocks"]],
-            decode_rows=facts[at["decode_rows"]],
-            decode_keys=facts[at["decode_keys"]],
-            decode_blocks=facts[at["decode_blocks"]],
+            pieces=facts[at["pieces"]].view(-1, 5),
             tiles=facts[at["tiles"]].view(-1, 4),
         )
         ids = fused.resolve_ids(facts[at["ids"]], self.last_tokens)
@@ -177,7 +183,7 @@ class _Attention:
     ) -> torch.Tensor:
         kv, step = self._kv, self._step
         layer: int = module.layer_idx  # type: ignore[assignment]  # modules' attributes are untyped
-        whole = not len(step.decode_rows) and not len(step.tiles)
+        whole = not len(step.pieces) and not len(step.tiles)
         scaling = scaling if scaling is not None else query.shape[-1] ** -0.5
         rope = self._rope.take(query, key)
         by_token = query[0].transpose(0, 1)

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from services.gpu_agent.engine.sampling_batch import Row
 from services.gpu_agent.engine.step import Part
 
+LEAST_KEYS = 64
+"""Of a piece of a context (see `cut`)."""
 MAX_PREFILLS = 16  # sequences with more than one token in a step
 _MOST_PROMPTS_ALONE = 4  # of them in one without decodes: each may leave a tile that the attention visits for nothing
 _DECODE_LADDER = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
@@ -22,7 +24,8 @@ _MOST_ALONE = 1024  # tokens of prompts alone; beyond, what others that are not 
 
 @dataclass(frozen=True)
 class StepShape:
-    """Capacities of a graph: tokens, one-token parts, query tiles of longer parts, and rows of logits.
+    """Capacities of a graph: tokens; one-token parts, and pieces of their contexts; query tiles of longer parts; rows
+    of logits.
 
     With neither of the two kinds of parts it is for one prompt, from its first token on.
 
@@ -31,6 +34,7 @@ class StepShape:
 
     tokens: int
     decodes: int
+    pieces: int
     tiles: int
     rows: int
 
@@ -41,9 +45,7 @@ class StepShape:
             "ids": self.tokens,
             "slots": self.tokens,
             "positions": self.tokens,
-            "decode_rows": self.decodes,
-            "decode_keys": self.decodes,
-            "decode_blocks": self.decodes,
+            "pieces": 5 * self.pieces,
             "tiles": 4 * self.tiles,
             "rows": self.rows,
             "row_slots": self.rows,
@@ -62,25 +64,34 @@ class Ladder:
     """The shapes that a model is captured for: decoding only, by sequences; prompts alone and both, by tokens; and for
     one long prompt from its first token on."""
 
-    def __init__(self, max_batch: int, max_tokens: int, tile: int, whole: bool = False) -> None:
+    def __init__(self, max_batch: int, max_tokens: int, tile: int, spare_pieces: int, whole: bool = False) -> None:
         """`tile` is the number of queries in a tile of the attention; max_tokens bounds the tokens of one step.
 
-        whole: whether a long prompt by itself has shapes of its own.
+        spare_pieces: see attention.py; whole: whether a long prompt by itself has shapes of its own.
         """
-        self.decode = [StepShape(tokens=n, decodes=n, tiles=0, rows=n) for n in _rungs(_DECODE_LADDER, max_batch)]
+        self.decode = [
+            StepShape(tokens=n, decodes=n, pieces=n + spare_pieces, tiles=0, rows=n)
+            for n in _rungs(_DECODE_LADDER, max_batch)
+        ]
         few = _MOST_PROMPTS_ALONE
         self.alone = [
-            StepShape(tokens=n, decodes=0, tiles=-(-n // tile) + few - 1, rows=min(max_batch, few))
+            StepShape(tokens=n, decodes=0, pieces=0, tiles=-(-n // tile) + few - 1, rows=min(max_batch, few))
             for n in _rungs(_MIXED_LADDER, max_tokens)
             if n <= _MOST_ALONE
         ]
         self.whole = [
-            StepShape(tokens=n, decodes=0, tiles=0, rows=1)
+            StepShape(tokens=n, decodes=0, pieces=0, tiles=0, rows=1)
             for n in _rungs(_MIXED_LADDER, max_tokens)
             if whole and n > _MOST_ALONE
         ]
         self.mixed = [
-            StepShape(tokens=n, decodes=max_batch, tiles=-(-n // tile) + MAX_PREFILLS, rows=max_batch)
+            StepShape(
+                tokens=n,
+                decodes=max_batch,
+                pieces=max_batch + spare_pieces,
+                tiles=-(-n // tile) + MAX_PREFILLS,
+                rows=max_batch,
+            )
             for n in _rungs(_MIXED_LADDER, max_tokens)
         ]
 
@@ -121,25 +132,38 @@ def _rungs(ladder: Many[int], last: int) -> list[int]:
     return [n for n in ladder if n < last] + [last]
 
 
+def cut(keys: Many[int], spare: int) -> list[int]:
+    """Into how many pieces each context is cut, of so many keys: all together at most `spare` more than there are.
+
+    Pieces are as long as that asks, and at least LEAST_KEYS, whosever they are: few contexts fill the GPU, and one much
+    longer than the others is not left running alone.
+    """
+    if not keys:
+        return []
+    piece = max(1, -(-sum(keys) // (spare * LEAST_KEYS))) * LEAST_KEYS
+    return [max(1, (n + piece // 2) // piece) for n in keys]
+
+
 def pack(
     parts: Many[Part], rows: Many[Row], shape: StepShape, block_tokens: int, tile: int, into: NDArray[np.int32]
 ) -> int:
     """Writes a step into a buffer laid out for `shape`; returns how many of its integers count.
 
     Facts that a graph reads (see StepTensors): ids (-1 - slot: what that slot chose last), slots of the new keys and
-    values (-1: none, padding), decode_keys 0 and tiles without queries for padding; rows of the logits wanted, the
-    slots of those they are for, and how `rows` choose (SamplingBatch.settings). That is one for each of them; or none,
-    where the step is not to choose: then, and in padding, the temperature is -1.
+    values (-1: none, padding), pieces without keys and tiles without queries for padding; rows of the logits wanted,
+    the slots of those they are for, and how `rows` choose (SamplingBatch.settings). That is one for each of them; or
+    none, where the step is not to choose: then, and in padding, the temperature is -1.
     """
     at = shape.sections
     used = at["blocks"].start
     into[:used] = 0
-    into[at["slots"]] = into[at["decode_rows"]] = -1
+    into[at["slots"]] = -1
     ids, slots, positions = into[at["ids"]], into[at["slots"]], into[at["positions"]]
-    decode_rows, decode_keys = into[at["decode_rows"]], into[at["decode_keys"]]
-    decode_blocks, wanted, row_slots = into[at["decode_blocks"]], into[at["rows"]], into[at["row_slots"]]
+    wanted, row_slots = into[at["rows"]], into[at["row_slots"]]
     tiles = into[at["tiles"]].reshape(-1, 4)
-    row = num_decodes = num_tiles = num_rows = listed = 0
+    cuts = iter(cut([part.start + 1 for part in parts if part.length == 1], shape.pieces - shape.decodes))
+    pieces: list[int] = []
+    row = num_tiles = num_rows = listed = 0
     for part in parts:
         length, start = part.length, part.start
         blocks = np.asarray(part.blocks, dtype=np.int32)
@@ -148,10 +172,9 @@ def pack(
             ids[row] = part.token_ids[0] if part.token_ids else -1 - part.slot
             positions[row] = start
             slots[row] = blocks[start // block_tokens] * block_tokens + start % block_tokens
-            decode_rows[num_decodes] = row
-            decode_keys[num_decodes] = start + 1
-            decode_blocks[num_decodes] = listed
-            num_decodes += 1
+            count = next(cuts)
+            for number in range(count):
+                pieces += row, start + 1, listed, number, count
         else:
             ids[row : row + length] = part.token_ids
             where = np.arange(start, start + length, dtype=np.int32)
@@ -168,6 +191,7 @@ def pack(
             row_slots[num_rows] = part.slot
             num_rows += 1
         listed += len(blocks)
+    into[at["pieces"]][: len(pieces)] = pieces
     settings = into[at["settings"]].view(np.float64).reshape(-1, 5)
     settings[:, 0] = -1
     if rows:

@@ -47,7 +47,7 @@ class Workspace:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
         self.facts = torch.zeros(_FACTS, dtype=torch.int32, device=device)
-        self.partials = Partials(Partials.lanes_for(max_rows, _MAX_HEADS, _MAX_HEADS // 8), MAX_HEAD_DIM, device)
+        self.partials = Partials(Partials.lanes_for(max_rows, _MAX_HEADS, 1), MAX_HEAD_DIM, device)
         # Logits in half precision with a copy of them in float32 behind, or in float32.
         self._logits = torch.empty(6 * max_rows * _MAX_VOCABULARY, dtype=torch.uint8, device=device)
         self._outcome = torch.zeros(2 * max_rows, dtype=torch.int64, device=device)
@@ -64,7 +64,7 @@ class Workspace:
         if lanes > self.partials.lanes:
             raise ValueError(
                 f"{sequences} sequences of {heads} heads do not fit the agent's buffers for attention, which hold "
-                f"{self.partials.lanes} parts, not {lanes}; deploy with a smaller max_batch"
+                f"{self.partials.lanes} pieces, not {lanes}; deploy with a smaller max_batch"
             )
         if sequences * vocabulary > self._logits.nbytes // 6:
             raise ValueError(
